@@ -1,0 +1,30 @@
+# Faster R-CNN R50-FPN, 1x, learns from the zoo's Faster R-CNN R101-FPN 3x (box AP 42.0).
+#
+#   python train_net.py --config-file configs/ssimkd_R50.py --num-gpus 8
+#
+# The LazyConfig twin of ssimkd_R50.yaml: same model, same losses, same cost.
+from detectron2.config import LazyCall as L
+from ssimkd import Distiller, DistillRCNN
+from ssimkd.compat import model_zoo
+from ssimkd.losses import SSIMLoss
+
+optimizer = model_zoo.get_config("common/optim.py").SGD
+lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
+dataloader = model_zoo.get_config("common/data/coco.py").dataloader
+train = model_zoo.get_config("common/train.py").train
+model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+
+# The zoo's common models have no Faster R-CNN: it is Mask R-CNN less its masks.
+for mask_part in ("mask_in_features", "mask_pooler", "mask_head"):
+    model.roi_heads.pop(mask_part)
+dataloader.train.mapper.use_instance_mask = False
+model.backbone.bottom_up.freeze_at = 2
+
+model._target_ = DistillRCNN
+model.distiller = L(Distiller)(
+    teacher=dict(config="COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", weights="", opts=[]),
+    losses=[L(SSIMLoss)()],
+)
+
+train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+train.output_dir = "output/ssimkd_R50"

@@ -1,0 +1,57 @@
+"""`cfg.MODEL.DISTILL`: every key, its default and where the default comes from.
+
+The nodes of the losses hold the keyword arguments of their classes, in capitals.
+"""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_ssimkd_config(cfg: CN) -> None:
+    """Adds `MODEL.DISTILL` to a Detectron2 config, in place.
+
+    [paper]: de Rijk et al., NeurIPS 2022. [shapes]: measured here on the embedded data set, see
+    projects/SSIMKD/README.md.
+    """
+    cfg.MODEL.DISTILL = CN()
+
+    cfg.MODEL.DISTILL.TEACHER = CN()
+    # Name in Detectron2's model zoo ("COCO-Detection/faster_rcnn_R_101_FPN_3x") or path, .yaml or .py
+    cfg.MODEL.DISTILL.TEACHER.CONFIG = ""
+    # Path or URL (http(s)://, detectron2://), .pkl or .pth; "" is the zoo's checkpoint for CONFIG
+    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
+    # Overrides of CONFIG: ["KEY", value, ...] for .yaml, ["key=value", ...] for .py
+    cfg.MODEL.DISTILL.TEACHER.OPTS = []
+
+    # Levels of the student; the teacher's level of equal stride answers
+    cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]
+    cfg.MODEL.DISTILL.ADAPTER = "none"
+    # Leave out the cells that only pad an image to the size of its batch
+    cfg.MODEL.DISTILL.MASK_PADDING = True
+    # Names in KD_LOSS_REGISTRY; () trains the plain detector, without a teacher
+    cfg.MODEL.DISTILL.LOSSES = ("ssim",)
+    # Iterations over which all weights grow linearly from 0; 0 = none
+    cfg.MODEL.DISTILL.WARMUP_ITERS = 0
+
+    cfg.MODEL.DISTILL.SSIM = CN()
+    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4]
+    # "minmax" [paper] | "teacher_range" | "standardize" | "none"
+    cfg.MODEL.DISTILL.SSIM.NORMALIZE = "minmax"
+    cfg.MODEL.DISTILL.SSIM.NORMALIZE_SCOPE = "channel"  # "channel" [shapes] | "image" | "batch"
+    # "renormalize" [shapes] | "reflect" | "valid" | "zero"
+    cfg.MODEL.DISTILL.SSIM.BORDER = "renormalize"
+    cfg.MODEL.DISTILL.SSIM.WINDOW_SIZE = 11  # cells [paper]
+    cfg.MODEL.DISTILL.SSIM.SIGMA = 1.5  # cells [paper]
+    cfg.MODEL.DISTILL.SSIM.K1 = 0.01  # [paper]
+    cfg.MODEL.DISTILL.SSIM.K2 = 0.03  # [paper]
+    cfg.MODEL.DISTILL.SSIM.EXPONENTS = (1.0, 1.0, 1.0)  # of luminance, contrast, structure [paper]
+
+    cfg.MODEL.DISTILL.L1 = CN()
+    cfg.MODEL.DISTILL.L1.WEIGHT = 4.0
+    cfg.MODEL.DISTILL.L1.NORMALIZE = "minmax"  # as for SSIM, or "none": raw features
+    cfg.MODEL.DISTILL.L1.NORMALIZE_SCOPE = "channel"
+
+    cfg.MODEL.DISTILL.L2 = CN()
+    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # [shapes]
+    cfg.MODEL.DISTILL.L2.NORMALIZE = "minmax"
+    cfg.MODEL.DISTILL.L2.NORMALIZE_SCOPE = "channel"

@@ -1,0 +1,265 @@
+"""Adapters and losses over the levels that teacher and student share."""
+
+import math
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .losses import KD_LOSS_REGISTRY, Context, KDLoss
+from .teacher import Teacher, TeacherSpec
+
+ADAPTERS = ("none", "conv1x1")
+
+
+class Distiller(nn.Module):
+    """Compares a student's maps with its teacher's.
+
+    Its parameters are the adapters' and the losses' own; the teacher is no submodule and is built
+    by :meth:`build_teacher`, at the latest by the first call.
+
+    Args:
+        teacher (TeacherSpec or mapping): see :class:`TeacherSpec`.
+        losses (sequence[KDLoss]): each is one entry of the training losses; none: no distillation.
+        in_features (sequence[str]): levels of the student, matched to the teacher's by stride.
+        adapter (str): "none" or "conv1x1", a convolution to the teacher's channels per level.
+        mask_padding (bool): leave out the cells that only pad an image to its batch's size.
+        warmup_iters (int): iterations over which the weights grow linearly from 0.
+
+    Raises:
+        ConfigError: an option is unknown or out of its range.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        teacher: Union[TeacherSpec, Mapping[str, Any]],
+        losses: Sequence[KDLoss],
+        in_features: Sequence[str] = ("p2", "p3", "p4", "p5", "p6"),
+        adapter: str = "none",
+        mask_padding: bool = True,
+        warmup_iters: int = 0,
+    ) -> None:
+        super().__init__()
+        if adapter not in ADAPTERS:
+            raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}")
+        if warmup_iters < 0:
+            raise ConfigError(f"MODEL.DISTILL.WARMUP_ITERS must be >= 0, got {warmup_iters}")
+        names = [loss.name for loss in losses]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"MODEL.DISTILL.LOSSES names a loss twice: {', '.join(names)}")
+        if not in_features:
+            raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
+        self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
+        self.losses = nn.ModuleList(losses)
+        self.in_features = list(in_features)
+        self.adapter = adapter
+        self.mask_padding = mask_padding
+        self.warmup_iters = warmup_iters
+        self.adapters = nn.ModuleDict()
+        self.student_shapes: Dict[str, ShapeSpec] = {}
+        self.teacher_levels: Dict[str, str] = {}
+        self.teacher: Optional[Teacher] = None
+
+    @classmethod
+    def from_config(cls, cfg) -> Dict[str, Any]:
+        """Constructor arguments from `cfg.MODEL.DISTILL`."""
+        if "DISTILL" not in cfg.MODEL:
+            raise ConfigError("MODEL.DISTILL is missing: call ssimkd.add_ssimkd_config(cfg) first")
+        node = cfg.MODEL.DISTILL
+        return {
+            "teacher": TeacherSpec(node.TEACHER.CONFIG, node.TEACHER.WEIGHTS, tuple(node.TEACHER.OPTS)),
+            "losses": [build_loss(name, node) for name in node.LOSSES],
+            "in_features": node.IN_FEATURES,
+            "adapter": node.ADAPTER,
+            "mask_padding": node.MASK_PADDING,
+            "warmup_iters": node.WARMUP_ITERS,
+        }
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to distil."""
+        return len(self.losses) > 0
+
+    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
+        """Fits this distiller to a student's backbone; makes the adapters.
+
+        Raises:
+            ConfigError: the student lacks a level.
+        """
+        if not self.enabled:
+            return
+        for level in self.in_features:
+            if level not in student_shapes:
+                has = ", ".join(student_shapes)
+                raise ConfigError(f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}")
+        self.student_shapes = {level: student_shapes[level] for level in self.in_features}
+        if self.adapter == "none":
+            return
+        with torch.random.fork_rng(devices=[]):  # the detector's own draws stay the same
+            try:
+                teacher_shapes = self.spec.output_shape()
+            except ConfigError:
+                return  # no teacher is needed to evaluate; build_teacher says what is wrong with it
+            for level, name in match_levels(self.student_shapes, teacher_shapes).items():
+                student_channels = self.student_shapes[level].channels
+                self.adapters[level] = nn.Conv2d(student_channels, teacher_shapes[name].channels, 1)
+
+    def build_teacher(self, device: torch.device) -> None:
+        """Builds, loads and checks the teacher.
+
+        Raises:
+            ConfigError: it cannot be built, or has no level of a student level's stride, or its
+                channels differ and there is no adapter.
+        """
+        if not self.enabled:
+            return
+        teacher = Teacher(self.spec, device)
+        self.teacher_levels = match_levels(self.student_shapes, teacher.shapes)
+        for level, name in self.teacher_levels.items():
+            expected = teacher.shapes[name].channels
+            found = self.student_shapes[level].channels
+            if level in self.adapters:
+                found = self.adapters[level].out_channels
+            if found != expected:
+                raise ConfigError(
+                    f"MODEL.DISTILL.ADAPTER: {level} has {found} channels in the student and {expected} "
+                    "in the teacher; set it to conv1x1"
+                )
+        self.teacher = teacher
+
+    def forward(
+        self,
+        batched_inputs: List[Dict],
+        student_maps: Dict[str, Tensor],
+        padded_size: Tuple[int, int],
+        input_format: str,
+    ) -> Dict[str, Tensor]:
+        """The weighted losses of one batch; per-level values go to the event storage.
+
+        Args:
+            batched_inputs (list[dict]): what the student was given.
+            student_maps (dict[str, Tensor]): level -> (N, C, H, W), with gradient.
+            padded_size (int, int): height and width of the student's padded images, in pixels.
+            input_format (str): channel order of the images, "BGR" or "RGB".
+
+        Returns:
+            dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
+
+        Raises:
+            ConfigError: see :meth:`build_teacher`; or maps that do not agree cell by cell.
+            FloatingPointError: NaN or infinity, with the level and whose it is.
+        """
+        device = student_maps[self.in_features[0]].device
+        if self.teacher is None:
+            self.build_teacher(device)
+        assert self.teacher is not None
+        teacher_maps, teacher_padded = self.teacher(batched_inputs, input_format, device)
+        student, teacher = {}, {}
+        with torch.autocast(device.type, enabled=False):
+            for level, name in self.teacher_levels.items():
+                stride = self.student_shapes[level].stride
+                check_cells(f"the student's {level}", student_maps[level], stride, padded_size)
+                check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_padded)
+                s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
+                student[level] = self.adapters[level](s) if level in self.adapters else s
+                teacher[level] = t
+            return self._losses(student, teacher, self._context(batched_inputs))
+
+    def _context(self, batched_inputs: List[Dict]) -> Context:
+        has_targets = "instances" in batched_inputs[0]
+        return Context(
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            strides={level: shape.stride for level, shape in self.student_shapes.items()},
+            targets=[x["instances"] for x in batched_inputs] if has_targets else None,
+            mask_padding=self.mask_padding,
+        )
+
+    def _losses(self, student, teacher, context: Context) -> Dict[str, Tensor]:
+        storage = get_event_storage()
+        ramp = min(1.0, (storage.iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        weighted = {}
+        for loss in self.losses:
+            terms = loss(student, teacher, context)
+            values = torch.stack([term.detach() for term in terms.values()]).tolist()
+            for level, value in zip(terms, values):
+                if not math.isfinite(value):
+                    raise FloatingPointError(explain(loss.name, level, value, student, teacher))
+                storage.put_scalar(f"{loss.name}_kd/{level}", value)
+            weighted[f"{loss.name}_kd_loss"] = loss.weight * ramp * torch.stack(list(terms.values())).sum()
+        return weighted
+
+
+def build_loss(name: str, node) -> KDLoss:
+    """The loss `name` with the settings of its node in `cfg.MODEL.DISTILL`.
+
+    Raises:
+        ConfigError: no such loss or node, or a setting that it refuses.
+    """
+    if name not in KD_LOSS_REGISTRY:
+        known = ", ".join(sorted(key for key, _ in KD_LOSS_REGISTRY))
+        raise ConfigError(f"MODEL.DISTILL.LOSSES: there is no loss {name!r}; there are {known}")
+    key = name.upper()
+    if key not in node:
+        raise ConfigError(f"MODEL.DISTILL.{key} is missing: the loss {name!r} needs its settings there")
+    try:
+        return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"MODEL.DISTILL.{key}: {error}") from error
+
+
+def match_levels(student: Dict[str, ShapeSpec], teacher: Dict[str, ShapeSpec]) -> Dict[str, str]:
+    """Student level -> teacher level of equal stride.
+
+    Raises:
+        ConfigError: the teacher has none, or several and none of the student's name.
+    """
+    matched = {}
+    for level, shape in student.items():
+        names = [name for name, other in teacher.items() if other.stride == shape.stride]
+        if level in names:
+            names = [level]
+        if len(names) != 1:
+            has = ", ".join(f"{name} (stride {other.stride})" for name, other in teacher.items())
+            raise ConfigError(
+                f"MODEL.DISTILL.IN_FEATURES: {level} has stride {shape.stride}, and the teacher has "
+                f"{'several levels' if names else 'no level'} of it; it has {has}"
+            )
+        matched[level] = names[0]
+    return matched
+
+
+def check_cells(whose: str, maps: Tensor, stride: int, padded_size: Tuple[int, int]) -> None:
+    """Raises ConfigError unless a map has one cell per `stride` pixels of the padded image."""
+    expected = tuple(math.ceil(pixels / stride) for pixels in padded_size)
+    if tuple(maps.shape[-2:]) != expected:
+        raise ConfigError(
+            f"MODEL.DISTILL.IN_FEATURES: {whose} is {tuple(maps.shape[-2:])} cells for images of "
+            f"{padded_size} pixels, but stride {stride} gives {expected}: teacher and student would not "
+            "be compared cell by cell"
+        )
+
+
+def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
+    """Cuts off the cells that only one of two maps has: its own padding, right and below."""
+    h, w = (min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:]))
+    return student[..., :h, :w], teacher[..., :h, :w]
+
+
+def as_float(x: Tensor) -> Tensor:
+    """x in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def explain(name: str, level: str, value: float, student, teacher) -> str:
+    """One line that says where a value that is not finite comes from."""
+    source = "the loss itself"
+    for whose, maps in (("the student's map", student), ("the teacher's map", teacher)):
+        if level in maps and not torch.isfinite(maps[level]).all():
+            source = f"{whose} {level}, which holds NaN or infinity"
+    return f"{name}_kd/{level} is {value} at iteration {get_event_storage().iter}, from {source}"

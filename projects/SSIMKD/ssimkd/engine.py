@@ -1,0 +1,227 @@
+"""Training and evaluation with both of Detectron2's config systems.
+
+Detectron2's DefaultTrainer and its hooks do the work; what is added is a teacher that is there
+before the data, a stream of data that can be resumed, and the export of the student.
+"""
+
+import copy
+import json
+import logging
+import os
+from typing import Any, Dict, List
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import instantiate
+from detectron2.data.build import _train_loader_from_config, build_detection_train_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    default_writers,
+    hooks,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from .compat import has_compiled_ops
+from .export import export_student
+from .hooks import AfterTraining, ExactResume
+from .loader import ResumableLoader
+from .meta_arch import DistillMixin
+from .random_state import preserve_random_state
+
+logger = logging.getLogger(__name__)
+
+
+def build_teacher(model: nn.Module) -> None:
+    """Builds a student's teacher now, so that its failures come before the data is read."""
+    if isinstance(model, DistillMixin):
+        model.distiller.build_teacher(model.device)
+
+
+def save_results(results: Dict[str, Any], folder: str) -> None:
+    """Writes an evaluation's metrics to `results.json`, on the main process."""
+    if comm.is_main_process() and results:
+        with open(os.path.join(folder, "results.json"), "w") as f:
+            json.dump(results, f, indent=2)
+
+
+class DistillTrainer(DefaultTrainer):
+    """Detectron2's trainer of a YAML config, for students and plain detectors alike."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        """The model, with its teacher."""
+        model = super().build_model(cfg)
+        build_teacher(model)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """Detectron2's data, sampler and mapper in a stream that can be resumed."""
+        parts = _train_loader_from_config(cfg)
+        names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
+        return ResumableLoader(parts["dataset"], **{name: parts[name] for name in names})
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        """COCO's metrics; detections go to `inference/`."""
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluates, without a trace in the random state of the training around it."""
+        with preserve_random_state():
+            results = super().test(cfg, model, evaluators)
+        save_results(results, cfg.OUTPUT_DIR)
+        return results
+
+    def build_hooks(self):
+        """Detectron2's hooks, the state for an exact resume, and the export at the end."""
+        ret = super().build_hooks()
+        saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
+        ret.insert(place, ExactResume(self.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        ret.append(AfterTraining(self.export))
+        return ret
+
+    def export(self):
+        """Writes the student for stock Detectron2."""
+        export_student(self.cfg, unwrap(self.model).state_dict(), self.cfg.OUTPUT_DIR)
+
+    def state_dict(self):
+        """Optimizer and loss scale as well, which Detectron2 before 2022 left out."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        """Takes a checkpoint of any Detectron2; one without optimizer resumes inexactly."""
+        if "_trainer" not in state_dict:
+            logger.warning("The checkpoint holds no optimizer state: this resume is not exact")
+            state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, if it is in one."""
+    return model.module if hasattr(model, "module") else model
+
+
+def build_evaluator(dataset_name: str, folder: str) -> COCOEvaluator:
+    """COCO's metrics, by compiled code where Detectron2 has it."""
+    return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_compiled_ops())
+
+
+def train(cfg, resume: bool) -> Dict[str, Any]:
+    """Trains a YAML config.
+
+    Args:
+        cfg (CfgNode): with `MODEL.DISTILL`.
+        resume (bool): go on from the last checkpoint in `cfg.OUTPUT_DIR`.
+
+    Returns:
+        dict: metrics of the last evaluation, on the main process.
+    """
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return getattr(trainer, "_last_eval_results", {})
+
+
+def evaluate(cfg, resume: bool) -> Dict[str, Any]:
+    """Evaluates `MODEL.WEIGHTS` (or the last checkpoint) of a YAML config; no teacher is built."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DISTILL.LOSSES = ()
+    model = build_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return DistillTrainer.test(cfg, model)
+
+
+def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
+    """Trains a LazyConfig with Detectron2's fields: model, optimizer, lr_multiplier, dataloader, train.
+
+    Args:
+        cfg (DictConfig): see Detectron2's `configs/common/train.py`.
+        resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
+
+    Returns:
+        dict: metrics of the last evaluation, on the main process.
+    """
+    original, cfg = cfg, copy.deepcopy(cfg)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    logger.info("Model:\n%s", model)
+    build_teacher(model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    if cfg.dataloader.train._target_ is build_detection_train_loader:
+        cfg.dataloader.train._target_ = ResumableLoader
+    loader = instantiate(cfg.dataloader.train)
+    model = create_ddp_model(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    results: Dict[str, Any] = {}
+
+    def test() -> Dict[str, Any]:
+        results.update(lazy_test(cfg, model))
+        return results
+
+    def export() -> None:
+        export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
+
+    on_main: List[HookBase] = []
+    if comm.is_main_process():
+        on_main = [
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
+            ),
+        ]
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            ExactResume(loader, cfg.train.checkpointer.period),
+            *on_main[:1],
+            hooks.EvalHook(cfg.train.eval_period, test),
+            *on_main[1:],
+            AfterTraining(export),
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    return results
+
+
+def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
+    """Evaluates `train.init_checkpoint` (or the last checkpoint) of a LazyConfig; builds no teacher."""
+    cfg = copy.deepcopy(cfg)
+    if "distiller" in cfg.model:
+        cfg.model.distiller.losses = []
+    model = create_ddp_model(instantiate(cfg.model).to(cfg.train.device))
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    return lazy_test(cfg, model)
+
+
+def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
+    """Evaluates a model by `cfg.dataloader`, without a trace in the random state."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    evaluator = cfg.dataloader.evaluator
+    if evaluator.get("_target_") is COCOEvaluator:
+        evaluator.setdefault("use_fast_impl", has_compiled_ops())
+        evaluator.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
+    with preserve_random_state():
+        loader = instantiate(cfg.dataloader.test)
+        results = inference_on_dataset(model, loader, instantiate(evaluator))
+    if comm.is_main_process():
+        print_csv_format(results)
+    save_results(results, cfg.train.output_dir)
+    return results

@@ -1,0 +1,112 @@
+"""A student for stock Detectron2: its weights and config without a trace of the distillation."""
+
+import copy
+import logging
+import os
+from typing import Any, Dict, Tuple
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.registry import locate
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .meta_arch import DistillMixin
+
+logger = logging.getLogger(__name__)
+PREFIX = "distiller."
+
+
+def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
+    """Writes `student.pth` and `student.yaml`, which plain Detectron2 reads.
+
+    Args:
+        cfg (CfgNode or DictConfig): the config of the distilled run, or of a plain detector.
+        state_dict (dict[str, Tensor]): its model's.
+        folder (str): where the two files go.
+
+    Returns:
+        (str, str): paths of the checkpoint and the config. A CfgNode becomes a config for
+        `DefaultPredictor`, a DictConfig one for `LazyConfig.load`.
+
+    Raises:
+        ConfigError: the weights are not exactly those of the parent detector.
+    """
+    weights = {k: v.detach().cpu() for k, v in state_dict.items() if not k.startswith(PREFIX)}
+    paths = os.path.join(folder, "student.pth"), os.path.join(folder, "student.yaml")
+    plain = plain_config(cfg, os.path.abspath(paths[0]))
+    check_weights(plain, weights)
+    os.makedirs(folder, exist_ok=True)
+    # Written beside and renamed: an interrupted export leaves what was there.
+    torch.save({"model": weights, "__author__": "SSIMKD"}, paths[0] + ".tmp")
+    os.replace(paths[0] + ".tmp", paths[0])
+    if isinstance(plain, CfgNode):
+        with open(paths[1] + ".tmp", "w") as f:
+            f.write(plain.dump())
+    else:
+        LazyConfig.save(plain, paths[1] + ".tmp")
+    os.replace(paths[1] + ".tmp", paths[1])
+    logger.info("Student for stock Detectron2: %s and %s", *paths)
+    return paths
+
+
+def plain_config(cfg, weights: str):
+    """`cfg` with the parent meta-architecture, without distillation, and with `weights`."""
+    if isinstance(cfg, CfgNode):
+        plain = cfg.clone()
+        plain.defrost()
+        name = cfg.MODEL.META_ARCHITECTURE
+        plain.MODEL.META_ARCHITECTURE = parent_of(META_ARCH_REGISTRY.get(name)).__name__
+        plain.MODEL.WEIGHTS = weights
+        plain.MODEL.pop("DISTILL", None)
+        return plain
+    plain = copy.deepcopy(cfg)
+    target = plain.model._target_
+    plain.model._target_ = parent_of(locate(target) if isinstance(target, str) else target)
+    plain.model.pop("distiller", None)
+    plain.train.init_checkpoint = weights
+    return plain
+
+
+def parent_of(meta_arch: type) -> type:
+    """The detector that a student class distils; a plain detector is its own parent."""
+    return next(cls for cls in meta_arch.__mro__ if not issubclass(cls, DistillMixin))
+
+
+def check_weights(plain, weights: Dict[str, Tensor]) -> None:
+    """Raises ConfigError unless `weights` are the plain detector's, name by name and shape by shape."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_plain(plain)
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    found = {k: v.shape for k, v in weights.items()}
+    wrong = sorted(k for k in {**expected, **found} if expected.get(k) != found.get(k))
+    if wrong:
+        raise ConfigError(
+            f"the checkpoint is not one of this config: {len(wrong)} tensors are missing, left over or "
+            f"of another shape, such as {', '.join(wrong[:3])}"
+        )
+
+
+def build_plain(plain) -> nn.Module:
+    """The detector of a config, on the CPU."""
+    if isinstance(plain, CfgNode):
+        plain = plain.clone()
+        plain.defrost()
+        plain.MODEL.DEVICE = "cpu"
+        return build_model(plain)
+    return instantiate(plain.model)
+
+
+def read_weights(path: str) -> Dict[str, Any]:
+    """The model's tensors in a checkpoint file (`.pth` or `.pkl`), by name."""
+
+    class Reader(DetectionCheckpointer):
+        def _load_model(self, checkpoint):
+            self.found = checkpoint["model"]
+            self._convert_ndarray_to_tensor(self.found)
+
+    reader = Reader(nn.Module())
+    reader.load(path)
+    return reader.found

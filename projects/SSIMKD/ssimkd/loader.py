@@ -1,0 +1,124 @@
+"""A training stream that can be taken up where it was left.
+
+Detectron2's training loader is endless and forgets its place. Here order and augmentation are a
+function of (seed, position in the stream), whatever the number of workers, so a resumed run sees
+exactly the images, flips and sizes that it would have seen.
+"""
+
+import itertools
+import random
+from collections import defaultdict
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .random_state import preserve_random_state
+
+Position = Tuple[int, int]  # place in the stream, index in the data set
+
+
+class ResumableLoader:
+    """Endless batches, list[dict] each, of this process's share; with a `state_dict`.
+
+    The loader starts when the first batch is asked for, from the state at that moment, and leaves
+    the process's random generators alone.
+
+    Args:
+        dataset (list[dict] or Dataset): records in Detectron2's format.
+        mapper (callable): record -> what the model takes.
+        sampler (Sampler or None): endless indices, shared out among processes; None: TrainingSampler.
+        total_batch_size (int): images per iteration of all processes together.
+        aspect_ratio_grouping (bool): batches of images that all lie or all stand.
+        num_workers (int): processes that load images.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        mapper: Callable[[Dict], Any],
+        sampler: Optional[Sampler] = None,
+        total_batch_size: int,
+        aspect_ratio_grouping: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
+        self.dataset = MapDataset(records, mapper)
+        self.sampler = TrainingSampler(len(records)) if sampler is None else sampler
+        self.batch_size, left = divmod(total_batch_size, comm.get_world_size())
+        if left or not self.batch_size:
+            raise ValueError(
+                f"the batch of {total_batch_size} images cannot be shared by {comm.get_world_size()} "
+                "processes: change SOLVER.IMS_PER_BATCH (.yaml) or total_batch_size (.py)"
+            )
+        self.lies: Optional[List[bool]] = None
+        if aspect_ratio_grouping:
+            self.lies = [record["width"] > record["height"] for record in records]
+        self.num_workers = num_workers
+        self.batches = 0  # taken so far
+
+    def __iter__(self) -> Iterator[List[Dict]]:
+        batches = group_batches(self.sampler, self.batch_size, self.lies)
+        with preserve_random_state():
+            loader = iter(
+                DataLoader(
+                    SeededDataset(self.dataset, self.sampler._seed),  # type: ignore[attr-defined]
+                    batch_sampler=itertools.islice(batches, self.batches, None),  # type: ignore[arg-type]
+                    num_workers=self.num_workers,
+                    collate_fn=trivial_batch_collator,
+                    worker_init_fn=worker_init_reset_seed,
+                )
+            )
+        while True:
+            with preserve_random_state():
+                batch = next(loader)
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> Dict[str, int]:
+        """Seed of the stream and number of batches taken from it."""
+        return {"seed": self.sampler._seed, "batches": self.batches}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Dict[str, int]) -> None:
+        """Takes the stream up where the state was taken; before the first batch only."""
+        self.sampler._seed, self.batches = state["seed"], state["batches"]  # type: ignore[attr-defined]
+
+
+class SeededDataset(Dataset):
+    """Items of a data set, whose random augmentation depends on (seed, position) alone."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, place: Position) -> Any:
+        position, index = place
+        words = np.random.SeedSequence((self.seed, position)).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        torch.manual_seed(int(words[2]))
+        return self.dataset[index]
+
+
+def group_batches(
+    sampler: Sampler, batch_size: int, lies: Optional[List[bool]]
+) -> Iterator[List[Position]]:
+    """Batches of an endless sampler, in the order of Detectron2's AspectRatioGroupedDataset.
+
+    Args:
+        sampler (Sampler): indices of images.
+        batch_size (int): images in a batch.
+        lies (list[bool] or None): of each image, whether it is wider than high; None: no grouping.
+    """
+    waiting: Dict[bool, List[Position]] = defaultdict(list)
+    for position, index in enumerate(sampler):
+        group = waiting[lies[index] if lies else False]
+        group.append((position, index))
+        if len(group) == batch_size:
+            yield group[:]
+            group.clear()

@@ -1,0 +1,142 @@
+"""What every distillation loss is: a module called with maps by level and the batch's context.
+
+    maps      Dict[str, Tensor]   level -> (N, C, H, W), float32; student (after its adapter) and teacher alike
+    context   Context             image sizes, strides, targets of the same batch
+    returns   Dict[str, Tensor]   level -> scalar, not weighted; their sum is the loss
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterator, List, Optional, Tuple, Type
+
+import torch
+from detectron2.structures import Instances
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..normalize import check_options, normalize_maps
+
+KD_LOSS_REGISTRY = Registry("KD_LOSS")
+KD_LOSS_REGISTRY.__doc__ = "Losses by the name that `MODEL.DISTILL.LOSSES` and the training log use."
+
+Maps = Dict[str, Tensor]
+
+
+def register_loss(name: str) -> Callable[[Type["KDLoss"]], Type["KDLoss"]]:
+    """Class decorator: enters a loss as `name`; its settings are the node `MODEL.DISTILL.<NAME>`."""
+
+    def register(cls: Type["KDLoss"]) -> Type["KDLoss"]:
+        cls.name = name
+        KD_LOSS_REGISTRY._do_register(name, cls)
+        return cls
+
+    return register
+
+
+@dataclass
+class Context:
+    """The batch that the maps belong to.
+
+    Attributes:
+        image_sizes (list[(int, int)]): height and width of each image in pixels, unpadded.
+        strides (dict[str, int]): level -> pixels per cell.
+        targets (list[Instances] or None): ground truth of each image, boxes in pixels.
+        mask_padding (bool): whether cells outside an image are left out.
+    """
+
+    image_sizes: List[Tuple[int, int]]
+    strides: Dict[str, int]
+    targets: Optional[List[Instances]] = None
+    mask_padding: bool = True
+
+    def cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:
+        """Height and width, in cells of a level, of what each image covers of the padded map."""
+        height, width = maps.shape[-2:]
+        if not self.mask_padding:
+            return [(height, width)] * len(self.image_sizes)
+        stride = self.strides[level]
+        return [
+            (min(height, math.ceil(h / stride)), min(width, math.ceil(w / stride)))
+            for h, w in self.image_sizes
+        ]
+
+    def inside(self, level: str, maps: Tensor) -> Optional[Tensor]:
+        """(N, 1, H, W), true for the cells of the images; None where that is every cell."""
+        height, width = maps.shape[-2:]
+        cells = self.cells(level, maps)
+        if all(size == (height, width) for size in cells):
+            return None
+        limits = torch.tensor(cells, device=maps.device)
+        rows = torch.arange(height, device=maps.device) < limits[:, :1]
+        columns = torch.arange(width, device=maps.device) < limits[:, 1:]
+        return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+    def crops(self, level: str, *maps: Tensor) -> Iterator[Tuple[List[Tensor], float]]:
+        """Cuts maps to their images.
+
+        Yields:
+            (list of (n, C, h, w), float): the maps of n images that cover equally many cells, and
+            their share n / N of the batch.
+        """
+        groups = defaultdict(list)
+        for image, size in enumerate(self.cells(level, maps[0])):
+            groups[size].append(image)
+        for (h, w), images in groups.items():
+            whole = len(images) == len(self.image_sizes)  # spares a copy
+            yield (
+                [(m if whole else m[images])[..., :h, :w] for m in maps],
+                len(images) / len(self.image_sizes),
+            )
+
+
+class KDLoss(nn.Module):
+    """Base of the losses; keyword arguments are the keys of the loss's config node.
+
+    Args:
+        weight (float): lambda, >= 0; the caller applies it. 0 only watches the loss.
+    """
+
+    name: str
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
+        self.weight = float(weight)
+
+    def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
+        """See the head of this file."""
+        raise NotImplementedError
+
+
+class MapLoss(KDLoss):
+    """A loss that compares normalised maps of one image and level at a time.
+
+    Each image counts the same, however large it is, and gives the same value alone or in a batch
+    (but for `normalize_scope="batch"`).
+    """
+
+    def __init__(self, weight: float, normalize: str, normalize_scope: str) -> None:
+        super().__init__(weight)
+        check_options(normalize, normalize_scope)
+        self.normalize, self.normalize_scope = normalize, normalize_scope
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean loss of two stacks of maps, (n, C, h, w) each, over all of their elements."""
+        raise NotImplementedError
+
+    def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
+        """See the head of this file."""
+        losses = {}
+        for level in student:
+            s, t = normalize_maps(
+                student[level],
+                teacher[level],
+                self.normalize,
+                self.normalize_scope,
+                context.inside(level, student[level]),
+            )
+            crops = context.crops(level, s, t)
+            losses[level] = torch.stack([self.compare(*maps) * share for maps, share in crops]).sum()
+        return losses

@@ -1,0 +1,49 @@
+"""The pixel-wise losses that the paper compares with (FitNets, Romero et al., ICLR 2015)."""
+
+from torch import Tensor
+
+from .base import MapLoss, register_loss
+
+
+@register_loss("l1")
+class L1Loss(MapLoss):
+    """mean |S - T| per level.
+
+    Args:
+        weight (float): lambda.
+        normalize, normalize_scope (str): see `normalize.py`; "none" is the classic loss on raw features.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self, weight: float = 4.0, normalize: str = "minmax", normalize_scope: str = "channel"
+    ) -> None:
+        super().__init__(weight, normalize, normalize_scope)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar >= 0 for (n, C, h, w) maps."""
+        return (student - teacher).abs().mean()
+
+
+@register_loss("l2")
+class L2Loss(MapLoss):
+    """mean (S - T)^2 per level.
+
+    Args:
+        weight (float): lambda.
+        normalize, normalize_scope (str): see `normalize.py`; "none" is the classic loss on raw features.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self, weight: float = 100.0, normalize: str = "minmax", normalize_scope: str = "channel"
+    ) -> None:
+        super().__init__(weight, normalize, normalize_scope)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar >= 0 for (n, C, h, w) maps."""
+        return (student - teacher).square().mean()

@@ -1,0 +1,51 @@
+"""The paper's loss: structural similarity of normalised maps."""
+
+from typing import Sequence
+
+from torch import Tensor
+
+from .. import ssim
+from ..normalize import NORMALIZATIONS
+from .base import MapLoss, register_loss
+
+
+@register_loss("ssim")
+class SSIMLoss(MapLoss):
+    """(1 - SSIM) / 2 per level (de Rijk et al., NeurIPS 2022; SSIM of Wang et al., 2004).
+
+    Args:
+        weight (float): lambda.
+        normalize, normalize_scope (str): see `normalize.py`; SSIM's dynamic range L follows.
+        border, window_size, sigma, k1, k2, exponents: see :func:`ssimkd.ssim.ssim_map`.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 4.0,
+        normalize: str = "minmax",
+        normalize_scope: str = "channel",
+        border: str = "renormalize",
+        window_size: int = 11,
+        sigma: float = 1.5,
+        k1: float = 0.01,
+        k2: float = 0.03,
+        exponents: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__(weight, normalize, normalize_scope)
+        self.options = dict(
+            window_size=window_size,
+            sigma=sigma,
+            k1=k1,
+            k2=k2,
+            data_range=NORMALIZATIONS[normalize],
+            exponents=tuple(exponents),
+            border=border,
+        )
+        ssim.check_options(**self.options)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar in [0, 1] for (n, C, h, w) maps."""
+        return ssim.ssim_loss(student, teacher, **self.options)

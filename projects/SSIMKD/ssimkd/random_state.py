@@ -1,0 +1,42 @@
+"""Random number generators: of Python, NumPy and torch (CPU, and this process's GPU)."""
+
+import random
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator
+
+import numpy as np
+import torch
+
+
+def get_random_state() -> Dict[str, Any]:
+    """The state of every generator, as tensors and plain containers (loadable with weights_only)."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Restores what :func:`get_random_state` returned."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Whatever the block draws, the generators are afterwards as before."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,198 @@
+"""The embedded data set: textured shapes on cluttered backgrounds, drawn from a seed.
+
+Images are 8-bit BGR arrays (H, W, 3), masks are 8-bit arrays (H, W), boxes are [x, y, w, h] in
+pixels. On disk the set is COCO's: JPEG images and one `instances_<split>.json` per split, under
+`$DETECTRON2_DATASETS/ssimkd_shapes` (the variable's default is `datasets`).
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from typing import Dict, List, Tuple
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+logger = logging.getLogger(__name__)
+
+CLASSES = ("disk", "ring", "square", "triangle", "star", "cross")
+SPLITS = {"train": 2000, "val": 400}  # images
+SIZES = ((96, 96), (96, 128), (128, 96))  # (H, W); they differ, so that batches are padded
+FOLDER = "ssimkd_shapes"
+BACKGROUND_CONTRAST, OBJECT_CONTRAST = 0.3, 0.5
+FINEST = 4  # subpixel bits of OpenCV's drawing functions
+
+
+def polygon(name: str, radius: float) -> np.ndarray:
+    """Outline of a class without holes, (K, 2) points around the origin, in pixels."""
+    corners = {"square": 4, "triangle": 3, "star": 10, "cross": 12}[name]
+    if name == "cross":
+        arm = 0.35
+        one_arm = np.array([[arm, arm], [arm, 1.0], [-arm, 1.0]])
+        turns = [np.array([[0, -1], [1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, 1], [-1, 0]])]
+        return radius * np.concatenate([one_arm] + [one_arm @ turn.T for turn in turns])
+    angle = 2 * np.pi * np.arange(corners) / corners
+    reach = np.where(np.arange(corners) % 2 == 0, 1.0, 0.45) if name == "star" else np.ones(corners)
+    return radius * reach[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def draw_mask(rng: np.random.Generator, name: str, size: Tuple[int, int]) -> np.ndarray:
+    """One object of class `name` at a random place, size and rotation, as an antialiased mask."""
+    height, width = size
+    radius = np.exp(rng.uniform(np.log(8.0), np.log(30.0)))
+    center = rng.uniform([0.5 * radius, 0.5 * radius], [width - 0.5 * radius, height - 0.5 * radius])
+    mask = np.zeros(size, np.uint8)
+    scale = 1 << FINEST
+    if name in ("disk", "ring"):
+        where = tuple(int(v) for v in np.rint(center * scale))
+        cv2.circle(mask, where, int(radius * scale), 255, -1, cv2.LINE_AA, FINEST)
+        if name == "ring":
+            cv2.circle(mask, where, int(0.55 * radius * scale), 0, -1, cv2.LINE_AA, FINEST)
+        return mask
+    turn = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    points = polygon(name, radius) @ rotation.T + center
+    cv2.fillPoly(mask, [np.rint(points * scale).astype(np.int32)], 255, cv2.LINE_AA, FINEST)
+    return mask
+
+
+def draw_texture(
+    rng: np.random.Generator, size: Tuple[int, int], contrast: float
+) -> np.ndarray:
+    """A random texture, (H, W, 3) in [0, 255]: two colours mixed by waves, checks or blotches.
+
+    `contrast` in [0, 1] is how far the second colour may lie from the first.
+    """
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(3, 16)
+    along = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period)
+    across = (y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period)
+    kind = rng.integers(3)
+    if kind == 0:
+        mix = 0.5 + 0.5 * np.sin(along)
+    elif kind == 1:
+        mix = (np.sin(along) * np.sin(across) > 0).astype(np.float32)
+    else:
+        coarse = rng.random((height // 8 + 2, width // 8 + 2), dtype=np.float32)
+        mix = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    first, second = rng.uniform(0, 255, (2, 3))
+    return first + contrast * (second - first) * np.clip(mix, 0, 1)[:, :, None]
+
+
+def draw_background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
+    """Clutter without any object: a texture, patches of other textures, strokes."""
+    height, width = size
+    image = draw_texture(rng, size, BACKGROUND_CONTRAST)
+    for _ in range(rng.integers(1, 4)):
+        corners = rng.uniform(-40, [width + 40, height + 40], (rng.integers(4, 7), 2))
+        patch = np.zeros(size, np.uint8)
+        cv2.fillPoly(patch, [corners.astype(np.int32)], 255)
+        image = blend(image, draw_texture(rng, size, BACKGROUND_CONTRAST), patch)
+    for _ in range(rng.integers(0, 5)):
+        ends = rng.uniform(0, [width, height], (2, 2)).astype(int)
+        colour = tuple(rng.uniform(0, 255, 3))
+        cv2.line(image, tuple(ends[0].tolist()), tuple(ends[1].tolist()), colour, int(rng.integers(1, 4)))
+    return image
+
+
+def blend(image: np.ndarray, paint: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`paint` over `image` where `mask` is 255, mixed in between."""
+    alpha = mask[:, :, None] / 255.0
+    return image * (1 - alpha) + paint * alpha
+
+
+def draw_image(seed: Tuple[int, ...]) -> Tuple[np.ndarray, List[Tuple[int, List[int]]]]:
+    """One image and its objects.
+
+    Args:
+        seed (tuple[int]): the same seed draws the same image.
+
+    Returns:
+        (H, W, 3) uint8 image; list of (class index, [x, y, w, h]).
+    """
+    rng = np.random.default_rng(seed)
+    size = SIZES[rng.integers(len(SIZES))]
+    image = draw_background(rng, size)
+    taken = np.zeros(size, bool)
+    objects = []
+    for _ in range(rng.integers(1, 7)):
+        label = int(rng.integers(len(CLASSES)))
+        mask = draw_mask(rng, CLASSES[label], size)
+        inside = mask > 127
+        if (inside & taken).sum() > 0.2 * inside.sum():
+            continue  # mostly hidden objects would be noise in the annotation
+        taken |= inside
+        image = blend(image, draw_texture(rng, size, OBJECT_CONTRAST), mask)
+        objects.append((label, list(cv2.boundingRect(inside.astype(np.uint8)))))
+    image += rng.normal(0, 5, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8), objects
+
+
+def write_split(folder: str, split: str, count: int) -> None:
+    """Draws `count` images of a split into `folder`, with their COCO annotations."""
+    os.makedirs(os.path.join(folder, split))
+    images: List[Dict] = []
+    annotations: List[Dict] = []
+    for index in range(count):
+        image, objects = draw_image((list(SPLITS).index(split), index))
+        name = f"{index:06d}.jpg"
+        cv2.imwrite(os.path.join(folder, split, name), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        height, width = image.shape[:2]
+        images.append({"id": index, "file_name": name, "height": height, "width": width})
+        for label, box in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index,
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    with open(os.path.join(folder, f"instances_{split}.json"), "w") as f:
+        json.dump({"images": images, "annotations": annotations, "categories": categories}, f)
+
+
+def ensure_shapes(root: str) -> None:
+    """Draws the set into `root` unless it is there; a half-drawn one is never left behind."""
+    if os.path.isdir(root):
+        return
+    logger.info("Drawing the embedded data set into %s ...", root)
+    parent = os.path.dirname(os.path.abspath(root))
+    os.makedirs(parent, exist_ok=True)
+    draft = tempfile.mkdtemp(dir=parent, prefix=f".{FOLDER}-")
+    os.chmod(draft, 0o755)
+    for split, count in SPLITS.items():
+        write_split(draft, split, count)
+    try:
+        os.rename(draft, root)
+    except OSError:  # another process was first
+        shutil.rmtree(draft)
+        if not os.path.isdir(root):
+            raise
+
+
+def register_shapes() -> None:
+    """Registers `ssimkd_shapes_train` and `ssimkd_shapes_val`, drawn when first loaded."""
+    root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), FOLDER)
+
+    def load(split: str) -> List[Dict]:
+        ensure_shapes(root)
+        json_file = os.path.join(root, f"instances_{split}.json")
+        return load_coco_json(json_file, os.path.join(root, split), f"{FOLDER}_{split}")
+
+    for split in SPLITS:
+        DatasetCatalog.register(f"{FOLDER}_{split}", lambda split=split: load(split))
+        MetadataCatalog.get(f"{FOLDER}_{split}").set(
+            json_file=os.path.join(root, f"instances_{split}.json"),
+            image_root=os.path.join(root, split),
+            evaluator_type="coco",
+            thing_classes=list(CLASSES),
+        )
