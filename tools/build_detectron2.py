@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Builds a Detectron2 wheel from the source distribution that the package index carries.
 
-Detectron2 has no official release on the package index. `detectron2-cdo==0.5` is upstream's tag v0.5,
-Python files and model zoo, without the C++ sources. This script downloads it, checks its hash, applies
-REPLACEMENTS (what a five-year-old source needs on today's libraries), adds a Python stand-in for the
-compiled extension and builds the wheel. Nothing here is needed where Detectron2 is already installed.
+Detectron2 has no official release on the package index. `detectron2-cdo==0.5` is upstream's tag
+v0.5, Python files and model zoo, without the C++ sources. This script downloads it, checks its
+hash, applies REPLACEMENTS (what a five-year-old source needs on today's libraries), adds a Python
+stand-in for the compiled extension and builds the wheel. Nothing here is needed where Detectron2
+is installed already.
 
     python tools/build_detectron2.py --out build/wheels    # make the wheel
-    python tools/build_detectron2.py --install             # make and install it, unless there is one
+    python tools/build_detectron2.py --install             # and install it, unless there is one
 """
 
 import argparse
@@ -27,12 +28,12 @@ LOCAL_VERSION = "+python"  # pip list then tells this wheel from a compiled Dete
 
 
 class Replacement(NamedTuple):
-    """One edit of the source: `old` must occur exactly `count` times in `file`."""
+    """One edit of the source: `old` must occur exactly `times` times in `file`."""
 
     file: str
     old: str
     new: str
-    count: int
+    times: int
     reason: str
 
 
@@ -97,18 +98,18 @@ REPLACEMENTS = [
         2,
         NUMPY_124,
     ),
-    Replacement(
-        "detectron2/structures/masks.py", "astype(np.bool)", "astype(bool)", 1, NUMPY_124
-    ),
+    Replacement("detectron2/structures/masks.py", "astype(np.bool)", "astype(bool)", 1, NUMPY_124),
     Replacement("detectron2/structures/masks.py", "dtype=np.bool)", "dtype=bool)", 1, NUMPY_124),
-    Replacement(
-        "detectron2/utils/visualizer.py", "astype(np.bool)", "astype(bool)", 3, NUMPY_124
-    ),
+    Replacement("detectron2/utils/visualizer.py", "astype(np.bool)", "astype(bool)", 3, NUMPY_124),
     Replacement(
         "detectron2/utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)", 1, NUMPY_124
     ),
     Replacement(
-        "setup.py", 'name="detectron2_cdo"', 'name="detectron2"', 1, "the import name and upstream's"
+        "setup.py",
+        'name="detectron2_cdo"',
+        'name="detectron2"',
+        1,
+        "the import name and upstream's",
     ),
     Replacement(
         "setup.py",
@@ -126,7 +127,11 @@ REPLACEMENTS = [
         "the zoo's configs already lie inside the package",
     ),
     Replacement(
-        "setup.py", '        "black==21.4b2",\n', "", 1, "only LazyConfig.to_py uses it; too old today"
+        "setup.py",
+        '        "black==21.4b2",\n',
+        "",
+        1,
+        "only LazyConfig.to_py uses it; too old today",
     ),
     Replacement(
         "setup.py", '"iopath>=0.1.7,<0.1.10"', '"iopath>=0.1.7"', 1, "0.1.10 works and is current"
@@ -137,7 +142,7 @@ REPLACEMENTS = [
     ),
 ]
 
-C_STAND_IN = '''"""Stands in for the compiled extension; a compiled `_C` beside this file takes precedence."""
+C_STAND_IN = '''"""Stands in for the compiled extension; a compiled `_C` takes precedence."""
 
 
 def get_compiler_version():
@@ -189,8 +194,8 @@ def apply_replacements(source: Path, replacements: List[Replacement]) -> None:
         path = source / row.file
         text = path.read_text(encoding="utf-8")
         found = text.count(row.old)
-        if found != row.count:
-            raise SystemExit(f"{row.file}: {row.old!r} occurs {found} times, expected {row.count}")
+        if found != row.times:
+            raise SystemExit(f"{row.file}: {row.old!r} occurs {found} times, expected {row.times}")
         path.write_text(text.replace(row.old, row.new), encoding="utf-8")
 
 
@@ -238,7 +243,9 @@ def main() -> None:
     wheel = build_wheel(args.out)
     print(f"built {wheel}")
     if args.install:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", str(wheel)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--no-deps", str(wheel)], check=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where Detectron2's versions differ from each other or from today's libraries, and nothing else."""
+"""Where Detectron2's versions differ from each other or from today's libraries."""
 
 import importlib.resources
 import sys
@@ -8,8 +8,8 @@ import types
 def _import_model_zoo():
     """Imports detectron2.model_zoo where setuptools no longer brings pkg_resources.
 
-    Upstream (v0.5 to main) imports pkg_resources there, for `resource_filename` alone; setuptools 82
-    removed the module. A stand-in is shown to that one import and taken away again.
+    Upstream (v0.5 to main) imports pkg_resources there, for `resource_filename` alone;
+    setuptools 82 removed the module. A stand-in is shown to that one import and taken away again.
     """
     try:
         from detectron2 import model_zoo

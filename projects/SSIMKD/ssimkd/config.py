@@ -15,7 +15,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL = CN()
 
     cfg.MODEL.DISTILL.TEACHER = CN()
-    # Name in Detectron2's model zoo ("COCO-Detection/faster_rcnn_R_101_FPN_3x") or path, .yaml or .py
+    # Name in Detectron2's zoo ("COCO-Detection/faster_rcnn_R_101_FPN_3x") or path, .yaml or .py
     cfg.MODEL.DISTILL.TEACHER.CONFIG = ""
     # Path or URL (http(s)://, detectron2://), .pkl or .pth; "" is the zoo's checkpoint for CONFIG
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""

@@ -24,10 +24,12 @@ def check_datasets(names: Sequence[str], key: str) -> None:
             continue  # drawn on first use
         metadata = MetadataCatalog.get(name)
         paths = [metadata.get("json_file"), metadata.get("image_root")]
-        missing += [path for path in paths if path and "://" not in path and not os.path.exists(path)]
+        missing += [
+            path for path in paths if path and "://" not in path and not os.path.exists(path)
+        ]
     if missing:
         raise ConfigError(
-            f"{key}: the data is not where Detectron2 looks for it, {' and '.join(missing)} do not exist; "
-            "set the environment variable DETECTRON2_DATASETS to the folder that holds coco/ "
+            f"{key}: Detectron2 does not find the data, {' and '.join(missing)} do "
+            "not exist; set the environment variable DETECTRON2_DATASETS to the folder that holds coco/ "
             f"(it is {os.getenv('DETECTRON2_DATASETS', 'unset: ./datasets')})"
         )

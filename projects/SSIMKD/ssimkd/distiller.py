@@ -1,7 +1,7 @@
 """Adapters and losses over the levels that teacher and student share."""
 
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 from detectron2.config import configurable
@@ -47,14 +47,18 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         if adapter not in ADAPTERS:
-            raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}")
+            raise ConfigError(
+                f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}"
+            )
         if warmup_iters < 0:
             raise ConfigError(f"MODEL.DISTILL.WARMUP_ITERS must be >= 0, got {warmup_iters}")
         names = [loss.name for loss in losses]
         if len(set(names)) < len(names):
             raise ConfigError(f"MODEL.DISTILL.LOSSES names a loss twice: {', '.join(names)}")
         if not in_features:
-            raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
+            raise ConfigError(
+                "MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()"
+            )
         self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
         self.losses = nn.ModuleList(losses)
         self.in_features = list(in_features)
@@ -73,7 +77,9 @@ class Distiller(nn.Module):
             raise ConfigError("MODEL.DISTILL is missing: call ssimkd.add_ssimkd_config(cfg) first")
         node = cfg.MODEL.DISTILL
         return {
-            "teacher": TeacherSpec(node.TEACHER.CONFIG, node.TEACHER.WEIGHTS, tuple(node.TEACHER.OPTS)),
+            "teacher": TeacherSpec(
+                node.TEACHER.CONFIG, node.TEACHER.WEIGHTS, tuple(node.TEACHER.OPTS)
+            ),
             "losses": [build_loss(name, node) for name in node.LOSSES],
             "in_features": node.IN_FEATURES,
             "adapter": node.ADAPTER,
@@ -97,7 +103,9 @@ class Distiller(nn.Module):
         for level in self.in_features:
             if level not in student_shapes:
                 has = ", ".join(student_shapes)
-                raise ConfigError(f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}")
+                raise ConfigError(
+                    f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
+                )
         self.student_shapes = {level: student_shapes[level] for level in self.in_features}
         if self.adapter == "none":
             return
@@ -128,8 +136,8 @@ class Distiller(nn.Module):
                 found = self.adapters[level].out_channels
             if found != expected:
                 raise ConfigError(
-                    f"MODEL.DISTILL.ADAPTER: {level} has {found} channels in the student and {expected} "
-                    "in the teacher; set it to conv1x1"
+                    f"MODEL.DISTILL.ADAPTER: {level} has {found} channels in the student and "
+                    f"{expected} in the teacher; set it to conv1x1"
                 )
         self.teacher = teacher
 
@@ -184,14 +192,16 @@ class Distiller(nn.Module):
         storage = get_event_storage()
         ramp = min(1.0, (storage.iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
         weighted = {}
-        for loss in self.losses:
+        for loss in cast(Iterable[KDLoss], self.losses):
             terms = loss(student, teacher, context)
             values = torch.stack([term.detach() for term in terms.values()]).tolist()
             for level, value in zip(terms, values):
                 if not math.isfinite(value):
                     raise FloatingPointError(explain(loss.name, level, value, student, teacher))
                 storage.put_scalar(f"{loss.name}_kd/{level}", value)
-            weighted[f"{loss.name}_kd_loss"] = loss.weight * ramp * torch.stack(list(terms.values())).sum()
+            weighted[f"{loss.name}_kd_loss"] = (
+                loss.weight * ramp * torch.stack(list(terms.values())).sum()
+            )
         return weighted
 
 
@@ -206,7 +216,9 @@ def build_loss(name: str, node) -> KDLoss:
         raise ConfigError(f"MODEL.DISTILL.LOSSES: there is no loss {name!r}; there are {known}")
     key = name.upper()
     if key not in node:
-        raise ConfigError(f"MODEL.DISTILL.{key} is missing: the loss {name!r} needs its settings there")
+        raise ConfigError(
+            f"MODEL.DISTILL.{key} is missing: the loss {name!r} needs its settings there"
+        )
     try:
         return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})
     except (TypeError, ValueError) as error:
@@ -227,8 +239,8 @@ def match_levels(student: Dict[str, ShapeSpec], teacher: Dict[str, ShapeSpec]) -
         if len(names) != 1:
             has = ", ".join(f"{name} (stride {other.stride})" for name, other in teacher.items())
             raise ConfigError(
-                f"MODEL.DISTILL.IN_FEATURES: {level} has stride {shape.stride}, and the teacher has "
-                f"{'several levels' if names else 'no level'} of it; it has {has}"
+                f"MODEL.DISTILL.IN_FEATURES: {level} has stride {shape.stride}, and the teacher "
+                f"has {'several levels' if names else 'no level'} of it; it has {has}"
             )
         matched[level] = names[0]
     return matched
@@ -240,8 +252,8 @@ def check_cells(whose: str, maps: Tensor, stride: int, padded_size: Tuple[int, i
     if tuple(maps.shape[-2:]) != expected:
         raise ConfigError(
             f"MODEL.DISTILL.IN_FEATURES: {whose} is {tuple(maps.shape[-2:])} cells for images of "
-            f"{padded_size} pixels, but stride {stride} gives {expected}: teacher and student would not "
-            "be compared cell by cell"
+            f"{padded_size} pixels, but stride {stride} gives {expected}: teacher and student "
+            "would not be compared cell by cell"
         )
 
 
@@ -252,7 +264,7 @@ def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """x in float32; float64 stays."""
+    """X in float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -26,6 +26,7 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .compat import has_compiled_ops
 from .export import export_student
@@ -108,7 +109,7 @@ class DistillTrainer(DefaultTrainer):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, if it is in one."""
-    return model.module if hasattr(model, "module") else model
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def build_evaluator(dataset_name: str, folder: str) -> COCOEvaluator:
@@ -144,10 +145,10 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
 
 
 def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
-    """Trains a LazyConfig with Detectron2's fields: model, optimizer, lr_multiplier, dataloader, train.
+    """Trains a LazyConfig that has the fields of Detectron2's `tools/lazyconfig_train_net.py`.
 
     Args:
-        cfg (DictConfig): see Detectron2's `configs/common/train.py`.
+        cfg (DictConfig): model, optimizer, lr_multiplier, dataloader, train.
         resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
 
     Returns:
@@ -179,7 +180,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         on_main = [
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
             hooks.PeriodicWriter(
-                default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
+                default_writers(cfg.train.output_dir, cfg.train.max_iter),
+                period=cfg.train.log_period,
             ),
         ]
     trainer.register_hooks(
@@ -200,7 +202,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
 
 
 def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
-    """Evaluates `train.init_checkpoint` (or the last checkpoint) of a LazyConfig; builds no teacher."""
+    """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = copy.deepcopy(cfg)
     if "distiller" in cfg.model:
         cfg.model.distiller.losses = []

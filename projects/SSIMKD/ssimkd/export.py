@@ -76,7 +76,7 @@ def parent_of(meta_arch: type) -> type:
 
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:
-    """Raises ConfigError unless `weights` are the plain detector's, name by name and shape by shape."""
+    """Raises ConfigError unless `weights` are the plain detector's, by name and shape."""
     with torch.random.fork_rng(devices=[]):
         model = build_plain(plain)
     expected = {k: v.shape for k, v in model.state_dict().items()}
@@ -84,8 +84,8 @@ def check_weights(plain, weights: Dict[str, Tensor]) -> None:
     wrong = sorted(k for k in {**expected, **found} if expected.get(k) != found.get(k))
     if wrong:
         raise ConfigError(
-            f"the checkpoint is not one of this config: {len(wrong)} tensors are missing, left over or "
-            f"of another shape, such as {', '.join(wrong[:3])}"
+            f"the checkpoint is not one of this config: {len(wrong)} tensors are missing, left "
+            f"over or of another shape, such as {', '.join(wrong[:3])}"
         )
 
 

@@ -10,7 +10,7 @@ from .random_state import get_random_state, set_random_state
 
 
 class ExactResume(HookBase):
-    """Keeps place in the data and state of the random generators, of every process, in the checkpoint.
+    """Keeps, in the checkpoint, the place in the data and every process's random state.
 
     Stands before the hook that writes checkpoints.
 

@@ -32,7 +32,7 @@ class ResumableLoader:
     Args:
         dataset (list[dict] or Dataset): records in Detectron2's format.
         mapper (callable): record -> what the model takes.
-        sampler (Sampler or None): endless indices, shared out among processes; None: TrainingSampler.
+        sampler (Sampler or None): endless indices of this process; None: TrainingSampler.
         total_batch_size (int): images per iteration of all processes together.
         aspect_ratio_grouping (bool): batches of images that all lie or all stand.
         num_workers (int): processes that load images.
@@ -50,12 +50,13 @@ class ResumableLoader:
     ) -> None:
         records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         self.dataset = MapDataset(records, mapper)
-        self.sampler = TrainingSampler(len(records)) if sampler is None else sampler
+        self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
         self.batch_size, left = divmod(total_batch_size, comm.get_world_size())
         if left or not self.batch_size:
             raise ValueError(
-                f"the batch of {total_batch_size} images cannot be shared by {comm.get_world_size()} "
-                "processes: change SOLVER.IMS_PER_BATCH (.yaml) or total_batch_size (.py)"
+                f"the batch of {total_batch_size} images cannot be shared by "
+                f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
+                "or total_batch_size (.py)"
             )
         self.lies: Optional[List[bool]] = None
         if aspect_ratio_grouping:
@@ -68,7 +69,7 @@ class ResumableLoader:
         with preserve_random_state():
             loader = iter(
                 DataLoader(
-                    SeededDataset(self.dataset, self.sampler._seed),  # type: ignore[attr-defined]
+                    SeededDataset(self.dataset, self.sampler._seed),
                     batch_sampler=itertools.islice(batches, self.batches, None),  # type: ignore[arg-type]
                     num_workers=self.num_workers,
                     collate_fn=trivial_batch_collator,
@@ -83,11 +84,11 @@ class ResumableLoader:
 
     def state_dict(self) -> Dict[str, int]:
         """Seed of the stream and number of batches taken from it."""
-        return {"seed": self.sampler._seed, "batches": self.batches}  # type: ignore[attr-defined]
+        return {"seed": self.sampler._seed, "batches": self.batches}
 
     def load_state_dict(self, state: Dict[str, int]) -> None:
         """Takes the stream up where the state was taken; before the first batch only."""
-        self.sampler._seed, self.batches = state["seed"], state["batches"]  # type: ignore[attr-defined]
+        self.sampler._seed, self.batches = state["seed"], state["batches"]
 
 
 class SeededDataset(Dataset):

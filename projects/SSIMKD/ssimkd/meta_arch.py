@@ -1,10 +1,10 @@
-"""The detectors that learn from a teacher: Detectron2's own, plus one entry per distillation loss."""
+"""The detectors that learn from a teacher: Detectron2's own, plus the distillation losses."""
 
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
 from torch import nn
 
 from .distiller import Distiller
@@ -21,6 +21,9 @@ class DistillMixin:
         kwargs: the parent's arguments.
     """
 
+    backbone: Backbone
+    training: bool
+
     @configurable
     def __init__(self, *, distiller: Distiller, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -30,7 +33,7 @@ class DistillMixin:
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
         """The parent's arguments and the distiller of `cfg.MODEL.DISTILL`."""
-        ret = super().from_config(cfg)
+        ret = super().from_config(cfg)  # type: ignore[misc]
         ret["distiller"] = Distiller(cfg)
         return ret
 

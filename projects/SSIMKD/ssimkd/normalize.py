@@ -1,7 +1,7 @@
 """psi of the paper: what makes student and teacher maps comparable before a loss sees them.
 
-Maps are (N, C, H, W). `inside` is None or a boolean (N, 1, H, W): cells outside an image take no part
-in the statistics.
+Maps are (N, C, H, W). `inside` is None or a boolean (N, 1, H, W): cells outside an image take no
+part in the statistics.
 """
 
 from typing import Optional, Tuple
@@ -26,7 +26,9 @@ def check_options(normalize: str, normalize_scope: str) -> None:
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
     if normalize_scope not in SCOPES:
-        raise ValueError(f"normalize_scope must be one of {', '.join(SCOPES)}, got {normalize_scope!r}")
+        raise ValueError(
+            f"normalize_scope must be one of {', '.join(SCOPES)}, got {normalize_scope!r}"
+        )
 
 
 def normalize_maps(
@@ -63,7 +65,7 @@ def _range(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Tuple[
 
 
 def _standardize(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Tensor:
-    """x less its mean, over its (biased) standard deviation."""
+    """X less its mean, over its (biased) standard deviation."""
     weight = torch.ones_like(x[:, :1]) if inside is None else inside.to(x.dtype)
     weight = weight.expand_as(x)
     weight = weight / weight.sum(dims, keepdim=True)

@@ -2,15 +2,15 @@
 
 import random
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Tuple, cast
 
 import numpy as np
 import torch
 
 
 def get_random_state() -> Dict[str, Any]:
-    """The state of every generator, as tensors and plain containers (loadable with weights_only)."""
-    kind, keys, *rest = np.random.get_state()
+    """The state of every generator, as tensors and plain containers (for weights_only loading)."""
+    kind, keys, *rest = cast(Tuple, np.random.get_state())
     state = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),

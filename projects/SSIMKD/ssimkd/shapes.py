@@ -19,7 +19,7 @@ from detectron2.data.datasets import load_coco_json
 
 logger = logging.getLogger(__name__)
 
-CLASSES = ("disk", "ring", "square", "triangle", "star", "cross")
+CLASSES = ("disk", "ring", "triangle", "cross")
 SPLITS = {"train": 2000, "val": 400}  # images
 SIZES = ((96, 96), (96, 128), (128, 96))  # (H, W); they differ, so that batches are padded
 FOLDER = "ssimkd_shapes"
@@ -27,24 +27,25 @@ BACKGROUND_CONTRAST, OBJECT_CONTRAST = 0.3, 0.5
 FINEST = 4  # subpixel bits of OpenCV's drawing functions
 
 
-def polygon(name: str, radius: float) -> np.ndarray:
-    """Outline of a class without holes, (K, 2) points around the origin, in pixels."""
-    corners = {"square": 4, "triangle": 3, "star": 10, "cross": 12}[name]
-    if name == "cross":
-        arm = 0.35
-        one_arm = np.array([[arm, arm], [arm, 1.0], [-arm, 1.0]])
-        turns = [np.array([[0, -1], [1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, 1], [-1, 0]])]
-        return radius * np.concatenate([one_arm] + [one_arm @ turn.T for turn in turns])
-    angle = 2 * np.pi * np.arange(corners) / corners
-    reach = np.where(np.arange(corners) % 2 == 0, 1.0, 0.45) if name == "star" else np.ones(corners)
-    return radius * reach[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+def outline(name: str, radius: float) -> np.ndarray:
+    """Corners of a triangle or cross around the origin, (K, 2), in pixels."""
+    if name == "triangle":
+        angle = 2 * np.pi * np.arange(3) / 3
+        return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    arm = 0.35  # half the width of a beam, as a share of the radius
+    beam_end = np.array([[arm, arm], [arm, 1.0], [-arm, 1.0]])
+    quarter_turn = np.array([[0, -1], [1, 0]])
+    ends = [beam_end @ np.linalg.matrix_power(quarter_turn, k).T for k in range(4)]
+    return radius * np.concatenate(ends)
 
 
 def draw_mask(rng: np.random.Generator, name: str, size: Tuple[int, int]) -> np.ndarray:
     """One object of class `name` at a random place, size and rotation, as an antialiased mask."""
     height, width = size
-    radius = np.exp(rng.uniform(np.log(8.0), np.log(30.0)))
-    center = rng.uniform([0.5 * radius, 0.5 * radius], [width - 0.5 * radius, height - 0.5 * radius])
+    radius = np.exp(rng.uniform(np.log(9.0), np.log(30.0)))
+    center = rng.uniform(
+        [0.5 * radius, 0.5 * radius], [width - 0.5 * radius, height - 0.5 * radius]
+    )
     mask = np.zeros(size, np.uint8)
     scale = 1 << FINEST
     if name in ("disk", "ring"):
@@ -55,14 +56,12 @@ def draw_mask(rng: np.random.Generator, name: str, size: Tuple[int, int]) -> np.
         return mask
     turn = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    points = polygon(name, radius) @ rotation.T + center
+    points = outline(name, radius) @ rotation.T + center
     cv2.fillPoly(mask, [np.rint(points * scale).astype(np.int32)], 255, cv2.LINE_AA, FINEST)
     return mask
 
 
-def draw_texture(
-    rng: np.random.Generator, size: Tuple[int, int], contrast: float
-) -> np.ndarray:
+def draw_texture(rng: np.random.Generator, size: Tuple[int, int], contrast: float) -> np.ndarray:
     """A random texture, (H, W, 3) in [0, 255]: two colours mixed by waves, checks or blotches.
 
     `contrast` in [0, 1] is how far the second colour may lie from the first.
@@ -96,7 +95,9 @@ def draw_background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarr
     for _ in range(rng.integers(0, 5)):
         ends = rng.uniform(0, [width, height], (2, 2)).astype(int)
         colour = tuple(rng.uniform(0, 255, 3))
-        cv2.line(image, tuple(ends[0].tolist()), tuple(ends[1].tolist()), colour, int(rng.integers(1, 4)))
+        cv2.line(
+            image, tuple(ends[0].tolist()), tuple(ends[1].tolist()), colour, int(rng.integers(1, 4))
+        )
     return image
 
 

@@ -1,17 +1,18 @@
 """Structural similarity of feature maps: torch only, nothing of Detectron2.
 
-    symbol         name                                  equation
-    x, y           student and teacher map               (N, C, H, W), C channels of H x W cells
-    mu_x, mu_y     local mean under a Gaussian window    mu_x = B[x],  B = window average
-    var_x, cov_xy  local variance and covariance         var_x = B[x^2] - mu_x^2,  cov_xy = B[xy] - mu_x mu_y
-    l              luminance                             (2 mu_x mu_y + C1) / (mu_x^2 + mu_y^2 + C1)
-    c              contrast                              (2 sd_x sd_y + C2) / (var_x + var_y + C2)
-    s              structure                             (cov_xy + C3) / (sd_x sd_y + C3),  C3 = C2 / 2
-    SSIM           similarity                            l^alpha c^beta s^gamma
+    symbol      name                      equation
+    x, y        student and teacher map   (N, C, H, W), C channels of H x W cells
+    mu_x        local mean                B[x], the average under a Gaussian window
+    var_x       local variance            B[x^2] - mu_x^2, its root is sd_x
+    cov_xy      local covariance          B[x y] - mu_x mu_y
+    l           luminance                 (2 mu_x mu_y + C1) / (mu_x^2 + mu_y^2 + C1)
+    c           contrast                  (2 sd_x sd_y + C2) / (var_x + var_y + C2)
+    s           structure                 (cov_xy + C3) / (sd_x sd_y + C3), C3 = C2 / 2
+    SSIM        structural similarity     l^alpha c^beta s^gamma
 
-Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 2004,
-equations 6, 9, 10 and 12; used on feature maps by de Rijk et al., "Structural Knowledge Distillation for
-Object Detection", NeurIPS 2022. (Wang et al. print c with sd_x^2 for var_x.)
+Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP
+2004, equations 6, 9, 10 and 12; used on feature maps by de Rijk et al., "Structural Knowledge
+Distillation for Object Detection", NeurIPS 2022.
 """
 
 from typing import Tuple
@@ -35,7 +36,7 @@ def ssim_map(
     exponents: Tuple[float, float, float] = (1.0, 1.0, 1.0),
     border: str = "renormalize",
 ) -> Tensor:
-    """Local structural similarity, computed in float32 (float64 stays float64), also under autocast.
+    """Local structural similarity, in float32 also under autocast; float64 stays float64.
 
     Args:
         student (Tensor): (N, C, H, W), gradient flows.
@@ -171,7 +172,7 @@ def _combine(mu_x, mu_y, var_sum, cov_xy, var_product, c1, c2, exponents) -> Ten
 
 
 def _clamp(x: Tensor, bound: Tensor) -> Tensor:
-    """x within [-bound, bound], where it lies but for rounding; so SSIM stays within [-1, 1]."""
+    """X within [-bound, bound], where it lies but for rounding; so SSIM stays within [-1, 1]."""
     return torch.maximum(torch.minimum(x, bound), -bound)
 
 

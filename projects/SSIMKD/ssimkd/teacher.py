@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .compat import model_zoo
 from .config import add_ssimkd_config
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +127,16 @@ class Teacher:
         with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
             model = _build(cfg, device)
         if not hasattr(model, "backbone"):
-            raise ConfigError(f"MODEL.DISTILL.TEACHER.CONFIG: {spec.config} has no backbone to learn from")
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.CONFIG: {spec.config} has no backbone to learn from"
+            )
         _load(model, weights)
         self.input_format = _input_format(cfg, model)
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         for name, _ in list(model.named_children()):
             if name != "backbone":
                 delattr(model, name)  # the heads never run: their memory is free
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         logger.info("Teacher %s with weights %s", spec.config, weights)
 
     def __deepcopy__(self, memo) -> "Teacher":
@@ -164,13 +166,7 @@ class Teacher:
         return self.model.backbone(batch), tuple(batch.shape[-2:])
 
 
-def one_line(error: BaseException) -> str:
-    """An exception as one line: its type and the first line of its message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _build(cfg, device: torch.device) -> nn.Module:
+def _build(cfg, device: torch.device) -> Any:
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()
         cfg.MODEL.DEVICE = str(device)
@@ -187,8 +183,8 @@ def _input_format(cfg, model: nn.Module) -> str:
         found = found or getattr(model, "input_format", None)
     if found not in ("BGR", "RGB"):
         raise ConfigError(
-            f"MODEL.DISTILL.TEACHER.OPTS: the teacher's image format is {found!r}; set INPUT.FORMAT "
-            "(.yaml) or dataloader.train.mapper.image_format (.py) to BGR or RGB"
+            f"MODEL.DISTILL.TEACHER.OPTS: the teacher's image format is {found!r}; set "
+            "INPUT.FORMAT (.yaml) or dataloader.train.mapper.image_format (.py) to BGR or RGB"
         )
     return found
 
@@ -213,7 +209,7 @@ class _WholeBackbone(DetectionCheckpointer):
             raise ConfigError(f"does not fit the teacher's backbone: {'; '.join(wrong[:3])}{more}")
 
 
-def _load(model: nn.Module, weights: str) -> None:
+def _load(model: Any, weights: str) -> None:
     key = "MODEL.DISTILL.TEACHER.WEIGHTS"
     try:
         _WholeBackbone(model).load(weights)

@@ -1,8 +1,9 @@
 """What every distillation loss is: a module called with maps by level and the batch's context.
 
-    maps      Dict[str, Tensor]   level -> (N, C, H, W), float32; student (after its adapter) and teacher alike
-    context   Context             image sizes, strides, targets of the same batch
-    returns   Dict[str, Tensor]   level -> scalar, not weighted; their sum is the loss
+    student   Dict[str, Tensor]   level -> (N, C, H, W), float32, after the adapter
+    teacher   Dict[str, Tensor]   the same levels and shapes, without gradient
+context   Context             image sizes, strides, targets of the same batch
+returns   Dict[str, Tensor]   level -> scalar, not weighted; their sum is the loss
 """
 
 import math
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from ..normalize import check_options, normalize_maps
 
 KD_LOSS_REGISTRY = Registry("KD_LOSS")
-KD_LOSS_REGISTRY.__doc__ = "Losses by the name that `MODEL.DISTILL.LOSSES` and the training log use."
+KD_LOSS_REGISTRY.__doc__ = (
+    "Losses by the name that `MODEL.DISTILL.LOSSES` and the training log use."
+)
 
 Maps = Dict[str, Tensor]
 
 
 def register_loss(name: str) -> Callable[[Type["KDLoss"]], Type["KDLoss"]]:
-    """Class decorator: enters a loss as `name`; its settings are the node `MODEL.DISTILL.<NAME>`."""
+    """Class decorator: enters a loss as `name`; `MODEL.DISTILL.<NAME>` holds its settings."""
 
     def register(cls: Type["KDLoss"]) -> Type["KDLoss"]:
         cls.name = name
@@ -138,5 +141,7 @@ class MapLoss(KDLoss):
                 context.inside(level, student[level]),
             )
             crops = context.crops(level, s, t)
-            losses[level] = torch.stack([self.compare(*maps) * share for maps, share in crops]).sum()
+            losses[level] = torch.stack(
+                [self.compare(*maps) * share for maps, share in crops]
+            ).sum()
         return losses

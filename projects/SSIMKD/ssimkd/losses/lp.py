@@ -11,7 +11,7 @@ class L1Loss(MapLoss):
 
     Args:
         weight (float): lambda.
-        normalize, normalize_scope (str): see `normalize.py`; "none" is the classic loss on raw features.
+        normalize, normalize_scope (str): see `normalize.py`; "none": the classic, raw features.
 
     Raises:
         ValueError: an option is out of its range.
@@ -33,7 +33,7 @@ class L2Loss(MapLoss):
 
     Args:
         weight (float): lambda.
-        normalize, normalize_scope (str): see `normalize.py`; "none" is the classic loss on raw features.
+        normalize, normalize_scope (str): see `normalize.py`; "none": the classic, raw features.
 
     Raises:
         ValueError: an option is out of its range.

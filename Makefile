@@ -1,0 +1,32 @@
+# Every target does its own set-up: .venv with the pinned set, Detectron2 and this package.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: train test lint format clean
+
+train: $(READY)  ## distil a small student on the embedded data and print the table
+	$(BIN)/python tools/train_shapes.py
+
+test: lint  ## lint, types and all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): requirements.txt pyproject.toml tools/build_detectron2.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip --disable-pip-version-check install -q -r requirements.txt
+	$(BIN)/python tools/build_detectron2.py --out build/wheels --install
+	$(BIN)/pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv build

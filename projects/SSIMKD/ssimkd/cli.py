@@ -1,0 +1,56 @@
+"""From a command line to a config that can run."""
+
+from typing import List
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+
+from .config import add_ssimkd_config
+from .data import check_datasets
+from .errors import ConfigError, one_line
+
+
+def load_config(path: str, overrides: List[str]):
+    """The config of a file: a CfgNode (`.yaml`) or a DictConfig (`.py`).
+
+    Args:
+        path (str): the file.
+        overrides (list[str]): "KEY", "value", ... for `.yaml`; "key=value", ... for `.py`.
+
+    Raises:
+        ConfigError: it cannot be read, or an override does not apply.
+    """
+    if not path:
+        raise ConfigError(
+            "--config-file is missing, for example --config-file configs/ssimkd_R50.yaml"
+        )
+    try:
+        if path.endswith(".py"):
+            return LazyConfig.apply_overrides(LazyConfig.load(path), overrides)
+        cfg = get_cfg()
+        add_ssimkd_config(cfg)
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(overrides)
+        cfg.freeze()
+        return cfg
+    except Exception as error:
+        extra = f" with {' '.join(overrides)}" if overrides else ""
+        raise ConfigError(f"{path}{extra}: {one_line(error)}") from error
+
+
+def check_config(cfg, *, eval_only: bool, num_gpus: int) -> None:
+    """Raises ConfigError for what would fail later and less clearly: missing data and devices."""
+    if isinstance(cfg, CfgNode):
+        used = {"DATASETS.TEST": cfg.DATASETS.TEST, "DATASETS.TRAIN": cfg.DATASETS.TRAIN}
+        device, use_cpu = cfg.MODEL.DEVICE, "MODEL.DEVICE cpu"
+    else:
+        splits = ("test", "train")
+        used = {f"dataloader.{s}.dataset.names": cfg.dataloader[s].dataset.names for s in splits}
+        device, use_cpu = cfg.train.device, "train.device=cpu"
+    for key, names in list(used.items())[: 1 if eval_only else 2]:
+        check_datasets([names] if isinstance(names, str) else names, key)
+    gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and num_gpus > gpus:
+        raise ConfigError(
+            f"--num-gpus is {num_gpus}, this machine has {gpus}; without any: {use_cpu}"
+        )

@@ -1,0 +1,77 @@
+"""The Detectron2 wheel: every replacement fits the source, the wheel holds what it should."""
+
+import importlib.metadata
+import importlib.util
+import sys
+import tarfile
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location(
+    "build_detectron2", ROOT / "tools/build_detectron2.py"
+)
+build = importlib.util.module_from_spec(spec)
+sys.modules["build_detectron2"] = build
+spec.loader.exec_module(build)
+
+from_index = importlib.metadata.version("detectron2").endswith(build.LOCAL_VERSION)
+ours = pytest.mark.skipif(not from_index, reason="another Detectron2 is installed, and kept")
+
+
+def test_a_row_that_does_not_fit_is_an_error(tmp_path):
+    (tmp_path / "a.py").write_text("one two two")
+    row = build.Replacement("a.py", "two", "three", 2, "")
+    build.apply_replacements(tmp_path, [row])
+    assert (tmp_path / "a.py").read_text() == "one three three"
+    with pytest.raises(SystemExit, match=r"a.py: 'two' occurs 0 times, expected 2"):
+        build.apply_replacements(tmp_path, [row])
+
+
+def test_another_download_is_refused(tmp_path, monkeypatch):
+    """The file that the package index would have to send is hashed, whatever it calls itself."""
+
+    def send(command, check):
+        folder = command[command.index("-d") + 1]
+        with tarfile.open(f"{folder}/detectron2_cdo-0.5.tar.gz", "w:gz"):
+            pass
+
+    monkeypatch.setattr(build.subprocess, "run", send)
+    with pytest.raises(SystemExit, match="sha256"):
+        build.download(tmp_path)
+
+
+@ours
+def test_each_row_is_in_the_installed_package():
+    import detectron2
+
+    root = detectron2.__path__[0]
+    rows = [row for row in build.REPLACEMENTS if row.file.startswith("detectron2/")]
+    assert len(rows) > 10
+    for row in rows:
+        text = open(root + row.file[len("detectron2") :]).read()
+        assert row.old not in text
+        assert text.count(row.new) >= row.times
+
+
+@ours
+def test_the_wheel_holds_zoo_projects_and_the_stand_in():
+    import detectron2._C
+    from detectron2 import model_zoo
+
+    for project in ("deeplab", "panoptic_deeplab", "point_rend"):
+        assert importlib.util.find_spec(f"detectron2.projects.{project}")
+    assert model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml")
+    assert model_zoo.get_config_file("new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py")
+    with pytest.raises(ImportError, match="nms_rotated is compiled code"):
+        detectron2._C.nms_rotated()
+
+
+@ours
+def test_the_class_table_is_printed(caplog):
+    """Its AttributeError was swallowed on today's NumPy, and the table missing."""
+    from detectron2.data.build import print_instances_class_histogram
+
+    caplog.set_level("INFO")
+    print_instances_class_histogram([{"annotations": [{"category_id": 1}]}], ["disk", "ring"])
+    assert "disk    | 0" in caplog.text and "ring    | 1" in caplog.text

@@ -1,0 +1,137 @@
+"""The student: the stock detector plus one loss per distillation loss."""
+
+import copy
+
+import pytest
+import torch
+from conftest import image_batch, shapes_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+BATCH = image_batch((96, 96), (96, 128))
+
+
+def losses_of(model, batch=BATCH, seed=5):
+    torch.manual_seed(seed)
+    with EventStorage(0) as storage:
+        return model(batch), storage
+
+
+def test_a_loss_beside_the_parents(student):
+    losses, storage = losses_of(student())
+    names = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "ssim_kd_loss"}
+    assert set(losses) == names
+    levels = [storage.latest()[f"ssim_kd/{level}"][0] for level in ("p2", "p3", "p4", "p5")]
+    # SSIM.WEIGHT is 16 in configs/shapes/ssimkd.yaml
+    assert losses["ssim_kd_loss"].item() == pytest.approx(16 * sum(levels), rel=1e-5)
+
+
+@pytest.mark.parametrize("opts", [("MODEL.DISTILL.SSIM.WEIGHT", 0.0), ("MODEL.DISTILL.LOSSES", ())])
+def test_weight_zero_and_no_loss_are_the_stock_detector(student, opts):
+    model = student(*opts)
+    torch.manual_seed(1)
+    stock = build_model(shapes_cfg("vanilla")).train()
+    for (name, a), (other, b) in zip(model.named_parameters(), stock.named_parameters()):
+        assert name == other and torch.equal(a, b)
+    losses, _ = losses_of(model)
+    expected, _ = losses_of(stock)
+    for name, value in expected.items():
+        assert torch.equal(losses[name], value)
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    for a, b in zip(model.parameters(), stock.parameters()):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_the_teacher_and_its_adapter_draw_no_random_numbers(student):
+    plain, _ = losses_of(student("MODEL.DISTILL.LOSSES", ()))
+    adapted, _ = losses_of(student("MODEL.DISTILL.ADAPTER", "conv1x1"))
+    assert torch.equal(plain["loss_cls"], adapted["loss_cls"])
+
+
+def test_the_teacher_is_no_part_of_the_module(student):
+    model = student()
+    losses_of(model)
+    stock = build_model(shapes_cfg("vanilla"))
+    assert model.distiller.teacher is not None
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    # the distiller, its lists of losses and of adapters, the one loss
+    assert len(list(model.modules())) == len(list(stock.modules())) + 4
+    teacher = model.distiller.teacher.model
+    before = copy.deepcopy(teacher.state_dict())
+    model.train()
+    losses, _ = losses_of(model)
+    sum(losses.values()).backward()
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_adapters_live_under_distiller(student):
+    model = student("MODEL.DISTILL.ADAPTER", "conv1x1")
+    stock = build_model(shapes_cfg("vanilla")).state_dict()
+    extra = set(model.state_dict()) - set(stock)
+    assert extra == {
+        f"distiller.adapters.{level}.{part}"
+        for level in ("p2", "p3", "p4", "p5")
+        for part in ("weight", "bias")
+    }
+    losses, _ = losses_of(model)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.distiller.parameters())
+
+
+def test_every_student_parameter_gets_a_gradient_from_ssim_that_it_can(student):
+    model = student()
+    losses, _ = losses_of(model)
+    losses["ssim_kd_loss"].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == name.startswith("backbone."), name
+
+
+def test_nothing_stays_registered_even_after_an_error(student):
+    model = student()
+    losses_of(model)
+    assert not model.backbone._forward_hooks
+    model.proposal_generator = None  # the parent's forward now fails
+    with pytest.raises(AssertionError):
+        losses_of(model)
+    assert not model.backbone._forward_hooks
+
+
+def test_inference_builds_no_teacher(student):
+    model = student(
+        "MODEL.DISTILL.TEACHER.CONFIG", "nowhere.yaml", "MODEL.DISTILL.ADAPTER", "conv1x1"
+    )
+    with torch.no_grad():
+        model.eval()(image_batch((96, 96)))
+    assert model.distiller.teacher is None
+
+
+def test_no_objects_and_a_single_image(student):
+    losses, _ = losses_of(student(), image_batch((96, 96), boxes=0))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert losses["ssim_kd_loss"] > 0
+
+
+def test_maps_of_a_single_cell(student):
+    losses, _ = losses_of(student(), image_batch((32, 32), (20, 32)))  # p5 is 1 x 1
+    assert torch.isfinite(losses["ssim_kd_loss"])
+
+
+def test_autocast_trains_in_float32_losses(student):
+    model = student()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = losses_of(model)
+    assert losses["ssim_kd_loss"].dtype == torch.float32
+    full, _ = losses_of(student())
+    # bfloat16 maps carry 8 bits: the loss may move in its second digit
+    assert losses["ssim_kd_loss"].item() == pytest.approx(full["ssim_kd_loss"].item(), rel=0.05)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_copy_of_a_student_shares_its_teacher(student):
+    model = student()
+    losses_of(model)
+    assert copy.deepcopy(model).distiller.teacher is model.distiller.teacher

@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Distils a small student on the embedded data set and compares it with its teacher and its twin.
+
+    python tools/train_shapes.py                     # one seed, as `make train` does
+    python tools/train_shapes.py --seeds 1 2 3
+
+Each row is a run of train_net.py, whose command is printed. The table is written to
+output/shapes/table.md as well.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+from detectron2.modeling import build_model
+from ssimkd.cli import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    "vanilla student": "configs/shapes/vanilla.yaml",
+    "SSIM student": "configs/shapes/ssimkd.yaml",
+    "teacher": "configs/shapes/teacher.yaml",
+}
+METRICS = ("AP", "AP50", "AP75")
+
+
+def run(name: str, seed: int, opts: List[str]) -> Dict[str, float]:
+    """Trains a student, or evaluates the teacher that the repository keeps; returns its metrics."""
+    out = Path("output/shapes") / f"{name.replace(' ', '_')}_seed{seed}"
+    command = [sys.executable, "train_net.py", "--config-file", CONFIGS[name]]
+    if name == "teacher":
+        command += ["--eval-only", "MODEL.WEIGHTS", "configs/shapes/teacher.pth"]
+    command += ["OUTPUT_DIR", str(out), "SEED", str(seed), *opts]
+    print(f"\n== {name}: {shlex.join(['python', *command[1:]])}", flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((ROOT / out / "results.json").read_text())["bbox"]
+
+
+def parameters(name: str) -> int:
+    """Number of parameters of the detector of a row, without what only distillation needs."""
+    cfg = load_config(str(ROOT / CONFIGS[name]), ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
+    return sum(p.numel() for p in build_model(cfg).parameters())
+
+
+def table(results: Dict[str, List[Dict[str, float]]]) -> str:
+    """Markdown table: a row per detector; mean and standard deviation of several runs."""
+    lines = [f"| | {' | '.join(METRICS)} | parameters |", "|---|" + "---|" * (len(METRICS) + 1)]
+    for name, runs in results.items():
+        cells = []
+        for metric in METRICS:
+            values = [r[metric] for r in runs]
+            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} | {parameters(name) / 1e6:.2f} M |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="one run of each per seed"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- and overrides for every run")
+    args = parser.parse_args()
+    opts = [word for word in args.opts if word != "--"]
+    start = time.perf_counter()
+    results: Dict[str, List[Dict[str, float]]] = {}
+    for name in CONFIGS:
+        seeds = args.seeds[:1] if name == "teacher" else args.seeds
+        results[name] = [run(name, seed, opts) for seed in seeds]
+    text = table(results)
+    (ROOT / "output/shapes/table.md").write_text(text + "\n")
+    print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
