@@ -60,6 +60,10 @@ def test_missing_coco(tmp_path, args, expected):
             ],
             "--num-gpus is 99",
         ),
+        (
+            ["--config-file", "configs/shapes/vanilla.yaml", "SOLVER.AMP.ENABLED", "True"],
+            "SOLVER.AMP",
+        ),
     ],
 )
 def test_wrong_input(tmp_path, args, expected):

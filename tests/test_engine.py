@@ -29,7 +29,8 @@ def yaml_run(out, teacher, *opts, flags=()):
         "--config-file", "configs/shapes/ssimkd.yaml", *flags,
         f"{KEY}.TEACHER.WEIGHTS", teacher, f"{KEY}.ADAPTER", "conv1x1",
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1,
-        "DATALOADER.NUM_WORKERS", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 5, "OUTPUT_DIR", out, *opts,
+        "DATALOADER.NUM_WORKERS", 2, "MODEL.RPN.POST_NMS_TOPK_TEST", 5,
+        "TEST.EVAL_PERIOD", 2, "OUTPUT_DIR", out, *opts,
     )  # fmt: skip
 
 
@@ -83,13 +84,14 @@ def test_checkpoints_hold_the_student_and_its_adapters_only(trained):
     assert all(k.startswith("distiller.adapters.") for k in names if k.startswith("distiller."))
 
 
-@pytest.mark.parametrize("iteration", [0, 2])
+@pytest.mark.parametrize("iteration", [0, 1])
 def test_resume_is_exact(trained, teacher_file, tmp_path, iteration):
     run, out, _ = trained
     name = f"model_{iteration:07d}.pth"
     shutil.copy(out / name, tmp_path)
     (tmp_path / "last_checkpoint").write_text(name)
-    # another number of workers, and random numbers drawn by evaluation on the way, change nothing
+    # Neither another number of workers changes anything, nor the evaluation (after iteration 1)
+    # that the first run did between this checkpoint and its next step.
     workers = {
         yaml_run: ("DATALOADER.NUM_WORKERS", 0),
         lazy_run: ("dataloader.train.num_workers=0",),

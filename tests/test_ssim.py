@@ -404,3 +404,14 @@ def test_options_out_of_range_raise(option, value):
     for function in (ssim_map, ssim_loss):
         with pytest.raises(ValueError, match=option):
             function(maps, maps, **{option: value})
+
+
+@pytest.mark.parametrize("offset", [10.0, 100.0, 1e3, 1e4])
+@pytest.mark.parametrize("exponents", [(0, 1, 1), (0, 0, 1)], ids=str)
+def test_an_offset_of_one_map_costs_no_precision(exponents, offset):
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 1, 4, 20, 20, generator=generator)
+    student, teacher = x + offset, x + 0.3 * noise
+    single = ssim_map(student, teacher, exponents=exponents)
+    double = ssim_map(student.double(), teacher.double(), exponents=exponents)
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)

@@ -43,10 +43,12 @@ def check_config(cfg, *, eval_only: bool, num_gpus: int) -> None:
     if isinstance(cfg, CfgNode):
         used = {"DATASETS.TEST": cfg.DATASETS.TEST, "DATASETS.TRAIN": cfg.DATASETS.TRAIN}
         device, use_cpu = cfg.MODEL.DEVICE, "MODEL.DEVICE cpu"
+        amp, amp_key = cfg.SOLVER.AMP.ENABLED, "SOLVER.AMP.ENABLED"
     else:
         splits = ("test", "train")
         used = {f"dataloader.{s}.dataset.names": cfg.dataloader[s].dataset.names for s in splits}
         device, use_cpu = cfg.train.device, "train.device=cpu"
+        amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
     for key, names in list(used.items())[: 1 if eval_only else 2]:
         check_datasets([names] if isinstance(names, str) else names, key)
     gpus = torch.cuda.device_count()
@@ -54,3 +56,5 @@ def check_config(cfg, *, eval_only: bool, num_gpus: int) -> None:
         raise ConfigError(
             f"--num-gpus is {num_gpus}, this machine has {gpus}; without any: {use_cpu}"
         )
+    if amp and not gpus and not eval_only:
+        raise ConfigError(f"{amp_key}: Detectron2 trains with mixed precision on a GPU only")

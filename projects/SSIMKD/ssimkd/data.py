@@ -29,7 +29,7 @@ def check_datasets(names: Sequence[str], key: str) -> None:
         ]
     if missing:
         raise ConfigError(
-            f"{key}: Detectron2 does not find the data, {' and '.join(missing)} do "
-            "not exist; set the environment variable DETECTRON2_DATASETS to the folder that holds coco/ "
+            f"{key}: Detectron2 does not find the data, {' and '.join(missing)} do not exist; "
+            "set the environment variable DETECTRON2_DATASETS to the folder that holds coco/ "
             f"(it is {os.getenv('DETECTRON2_DATASETS', 'unset: ./datasets')})"
         )

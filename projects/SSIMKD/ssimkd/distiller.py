@@ -264,7 +264,7 @@ def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """X in float32; float64 stays."""
+    """x in float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -22,14 +22,20 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from omegaconf import ListConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .compat import has_compiled_ops
-from .export import export_student
+from .export import export_student, target_of
 from .hooks import AfterTraining, ExactResume
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
@@ -141,7 +147,10 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = build_model(cfg)
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return DistillTrainer.test(cfg, model)
+    results = DistillTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
 def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
@@ -160,7 +169,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     build_teacher(model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    if cfg.dataloader.train._target_ is build_detection_train_loader:
+    if target_of(cfg.dataloader.train) is build_detection_train_loader:
         cfg.dataloader.train._target_ = ResumableLoader
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **cfg.train.ddp)
@@ -217,9 +226,10 @@ def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     if "evaluator" not in cfg.dataloader:
         return {}
     evaluator = cfg.dataloader.evaluator
-    if evaluator.get("_target_") is COCOEvaluator:
-        evaluator.setdefault("use_fast_impl", has_compiled_ops())
-        evaluator.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
+    for node in evaluator if isinstance(evaluator, ListConfig) else [evaluator]:
+        if target_of(node) is COCOEvaluator:
+            node.setdefault("use_fast_impl", has_compiled_ops())
+            node.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
     with preserve_random_state():
         loader = instantiate(cfg.dataloader.test)
         results = inference_on_dataset(model, loader, instantiate(evaluator))

@@ -63,11 +63,15 @@ def plain_config(cfg, weights: str):
         plain.MODEL.pop("DISTILL", None)
         return plain
     plain = copy.deepcopy(cfg)
-    target = plain.model._target_
-    plain.model._target_ = parent_of(locate(target) if isinstance(target, str) else target)
+    plain.model._target_ = parent_of(target_of(plain.model))
     plain.model.pop("distiller", None)
     plain.train.init_checkpoint = weights
     return plain
+
+
+def target_of(node) -> Any:
+    """What a lazy node calls; a config that was saved names it by a string."""
+    return locate(node._target_) if isinstance(node._target_, str) else node._target_
 
 
 def parent_of(meta_arch: type) -> type:

@@ -1,5 +1,6 @@
 """What both drivers add to Detectron2's training loop."""
 
+import logging
 from typing import Any, Callable, Dict, List
 
 from detectron2.engine import HookBase
@@ -8,6 +9,8 @@ from detectron2.utils import comm
 from .loader import ResumableLoader
 from .random_state import get_random_state, set_random_state
 
+logger = logging.getLogger(__name__)
+
 
 class ExactResume(HookBase):
     """Keeps, in the checkpoint, the place in the data and every process's random state.
@@ -15,18 +18,26 @@ class ExactResume(HookBase):
     Stands before the hook that writes checkpoints.
 
     Args:
-        loader (ResumableLoader): the training data.
+        loader (ResumableLoader or iterable): the data; another kind starts anew.
         period (int): iterations between checkpoints.
     """
 
-    def __init__(self, loader: ResumableLoader, period: int) -> None:
+    def __init__(self, loader: Any, period: int) -> None:
         self.loader, self.period = loader, period
         self.states: List[Dict[str, Any]] = []
 
     def before_train(self) -> None:
         """Restores this process's generators, now that everything is built."""
-        if self.states:
-            set_random_state(self.states[comm.get_rank() % len(self.states)])
+        if not self.states:
+            return
+        if len(self.states) != comm.get_world_size():
+            logger.warning(
+                "The checkpoint is one of %d processes, not of %d: this resume is not exact",
+                len(self.states),
+                comm.get_world_size(),
+            )
+            return
+        set_random_state(self.states[comm.get_rank()])
 
     def after_step(self) -> None:
         """Collects the generators of all processes where a checkpoint is about to be written."""
@@ -36,12 +47,18 @@ class ExactResume(HookBase):
 
     def state_dict(self) -> Dict[str, Any]:
         """What the checkpoint keeps."""
-        return {"random": self.states, "data": self.loader.state_dict()}
+        state: Dict[str, Any] = {"random": self.states}
+        if isinstance(self.loader, ResumableLoader):
+            state["data"] = self.loader.state_dict()
+        return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Takes back what the checkpoint kept; it acts when training starts."""
         self.states = state["random"]
-        self.loader.load_state_dict(state["data"])
+        if "data" in state and isinstance(self.loader, ResumableLoader):
+            self.loader.load_state_dict(state["data"])
+        else:
+            logger.warning("The training data starts anew: this resume is not exact")
 
 
 class AfterTraining(HookBase):

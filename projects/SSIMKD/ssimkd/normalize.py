@@ -46,6 +46,7 @@ def normalize_maps(
     Returns:
         (Tensor, Tensor): (N, C, H, W) each.
     """
+    check_options(normalize, normalize_scope)
     dims = SCOPES[normalize_scope]
     if normalize == "none":
         return student, teacher
@@ -65,12 +66,14 @@ def _range(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Tuple[
 
 
 def _standardize(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Tensor:
-    """X less its mean, over its (biased) standard deviation."""
+    """x less its mean, over its (biased) standard deviation."""
+    x = x - _range(x.detach(), dims, inside)[0]  # flat maps become 0 exactly, whatever their level
+    known = x if inside is None else x.masked_fill(~inside, 0)
     weight = torch.ones_like(x[:, :1]) if inside is None else inside.to(x.dtype)
     weight = weight.expand_as(x)
     weight = weight / weight.sum(dims, keepdim=True)
-    mean = (x * weight).sum(dims, keepdim=True)
-    variance = ((x - mean) ** 2 * weight).sum(dims, keepdim=True)
+    mean = (known * weight).sum(dims, keepdim=True)
+    variance = ((known - mean) ** 2 * weight).sum(dims, keepdim=True)
     flat = variance <= TINY**2
     deviation = torch.where(flat, torch.ones_like(variance), variance).sqrt()
     return _rescale(x, mean, torch.where(flat, torch.zeros_like(variance), deviation))

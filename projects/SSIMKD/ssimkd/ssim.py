@@ -70,12 +70,15 @@ def ssim_map(
         c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
         window = Window(x.shape[-2:], window_size, sigma, border, x)
         x, y = window.pad(x), window.pad(y)
-        # Variances do not change when both maps are shifted, their rounding does: E[x^2] - E[x]^2
-        # cancels where the mean is large. One shift for both keeps the covariance, too.
-        shift = y.mean(dim=(2, 3), keepdim=True)
-        x, y = x - shift, y - shift
+        # Local (co)variances do not change when a map is shifted, but their rounding does:
+        # E[x^2] - E[x]^2 cancels where the mean is large.
+        shift_x = x.detach().mean(dim=(2, 3), keepdim=True)
+        shift_y = y.mean(dim=(2, 3), keepdim=True)
+        x, y = x - shift_x, y - shift_y
         mu_x, mu_y, var_sum, cov_xy, var_product = _local_statistics(x, y, window, exponents)
-        return _combine(mu_x + shift, mu_y + shift, var_sum, cov_xy, var_product, c1, c2, exponents)
+        return _combine(
+            mu_x + shift_x, mu_y + shift_y, var_sum, cov_xy, var_product, c1, c2, exponents
+        )
 
 
 def ssim_loss(student: Tensor, teacher: Tensor, **options) -> Tensor:
@@ -112,9 +115,10 @@ class Window:
         radii = [min(window_size // 2, r) for r in limit.get(border, [window_size // 2] * 2)]
         self.border, self.radii = border, radii
         self.weights = [_gaussian(radius, sigma, like) for radius in radii]
-        self.inside = None  # share of each window that lies inside the map, (1, 1, H, W)
+        self.inside = None  # share of each window that lies inside the map, (H, W)
         if border == "renormalize":
-            self.inside = self._filter(like.new_ones(1, 1, *size))
+            rows, columns = (_coverage(n, w) for n, w in zip(size, self.weights))
+            self.inside = rows[:, None] * columns
 
     def pad(self, x: Tensor) -> Tensor:
         """What the border adds around a map, (N, C, H, W) -> (N, C, H + 2 ry, W + 2 rx)."""
@@ -140,6 +144,14 @@ def _gaussian(radius: int, sigma: float, like: Tensor) -> Tensor:
     cells = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
     weights = torch.exp(-(cells**2) / (2 * sigma**2))
     return weights / weights.sum()
+
+
+def _coverage(size: int, weights: Tensor) -> Tensor:
+    """Sum of the weights inside a line of cells, the window centred on each of them, (size,)."""
+    radius = len(weights) // 2
+    cells = torch.arange(size, device=weights.device)
+    seen = cells[:, None] + torch.arange(-radius, radius + 1, device=weights.device)
+    return (weights * ((seen >= 0) & (seen < size))).sum(dim=1)
 
 
 def _local_statistics(x, y, window, exponents):
@@ -172,7 +184,7 @@ def _combine(mu_x, mu_y, var_sum, cov_xy, var_product, c1, c2, exponents) -> Ten
 
 
 def _clamp(x: Tensor, bound: Tensor) -> Tensor:
-    """X within [-bound, bound], where it lies but for rounding; so SSIM stays within [-1, 1]."""
+    """x within [-bound, bound], where it lies but for rounding; so SSIM stays within [-1, 1]."""
     return torch.maximum(torch.minimum(x, bound), -bound)
 
 
