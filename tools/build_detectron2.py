@@ -174,9 +174,12 @@ def __getattr__(name):
 
 def download(folder: Path) -> Path:
     """Fetches the pinned source distribution into `folder` and checks its hash."""
+    # pip runs the file's setup.py to read its metadata: it must know the hash before that
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     source = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(folder)]
-    subprocess.run([*pip, "download", *source, f"{NAME}=={VERSION}"], check=True)
+    subprocess.run([*pip, "download", *source, "--require-hashes", "-r", str(pinned)], check=True)
     (archive,) = folder.glob("*.tar.gz")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SHA256:

@@ -24,14 +24,15 @@ def main() -> None:
     parser.add_argument("--config-file", required=True, help="config of the distilled run")
     parser.add_argument("--weights", required=True, help="its checkpoint, path or URL")
     parser.add_argument("--out", required=True, help="folder of the two files")
-    parser.add_argument("--half", action="store_true", help="store float16: half the size")
+    parser.add_argument("--half", action="store_true", help="store kernels and matrices in float16: half the size")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
     args = parser.parse_args()
     setup_logger(name="ssimkd")
     with exit_in_one_line():
         weights = read_weights(args.weights)
         if args.half:
-            weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+            # Vectors stay as they are: a running variance can leave float16's range.
+            weights = {k: v.half() if v.dim() > 1 else v for k, v in weights.items()}
         export_student(load_config(args.config_file, args.opts), weights, args.out)
 
 
