@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--config-file", required=True, help="config of the distilled run")
     parser.add_argument("--weights", required=True, help="its checkpoint, path or URL")
     parser.add_argument("--out", required=True, help="folder of the two files")
-    parser.add_argument("--half", action="store_true", help="store kernels and matrices in float16: half the size")
+    parser.add_argument(
+        "--half", action="store_true", help="store kernels and matrices in float16: half the size"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
     args = parser.parse_args()
     setup_logger(name="ssimkd")

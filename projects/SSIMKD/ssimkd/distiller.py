@@ -128,6 +128,11 @@ class Distiller(nn.Module):
         if not self.enabled:
             return
         teacher = Teacher(self.spec, device)
+        if self.adapter != "none" and not self.adapters:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.CONFIG could not be read when the student was built, so that "
+                "it has no adapters: build it again"
+            )
         self.teacher_levels = match_levels(self.student_shapes, teacher.shapes)
         for level, name in self.teacher_levels.items():
             expected = teacher.shapes[name].channels
