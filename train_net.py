@@ -8,11 +8,16 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     python train_net.py --config-file configs/ssimkd_R50.yaml --eval-only MODEL.WEIGHTS x.pth
 """
 
+import sys
+
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from ssimkd import engine
 from ssimkd.cli import check_config, load_config
 from ssimkd.errors import exit_in_one_line
+from torch.multiprocessing import ProcessExitedException
 
 
 @exit_in_one_line()
@@ -20,7 +25,10 @@ def main(args) -> None:
     """One process of a run."""
     cfg = load_config(args.config_file, args.opts)
     default_setup(cfg, args)
-    if isinstance(cfg, CfgNode):
+    lazy = not isinstance(cfg, CfgNode)
+    folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+    if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
@@ -31,12 +39,15 @@ if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     with exit_in_one_line():  # before any process is started or folder made
         cfg = load_config(args.config_file, args.opts)
-        check_config(cfg, eval_only=args.eval_only, num_gpus=args.num_gpus)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+        check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:  # the process has said why
+        sys.exit(error.exit_code)

@@ -4,7 +4,7 @@
 from detectron2.config import LazyCall as L
 from ssimkd.losses import L1Loss
 
-from .ssimkd_R50 import model, train
+from .ssimkd_R50 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.distiller.losses = [L(L1Loss)()]
 train.output_dir = "output/l1kd_R50"

@@ -1,7 +1,7 @@
 # ssimkd_R50 without its teacher: the zoo's faster_rcnn_R_50_FPN_1x (box AP 37.9).
 #
 #   python train_net.py --config-file configs/vanilla_R50.py --num-gpus 8
-from .ssimkd_R50 import model, train
+from .ssimkd_R50 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.distiller.losses = []
 train.output_dir = "output/vanilla_R50"

@@ -15,6 +15,7 @@ def run(tmp_path, *args):
 
 
 YAML, LAZY = "configs/ssimkd_R50.yaml", "configs/ssimkd_R50.py"
+SHAPES = "configs/shapes/vanilla.yaml"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_missing_coco(tmp_path, args, expected):
         (
             [
                 "--config-file",
-                "configs/shapes/vanilla.yaml",
+                SHAPES,
                 "--num-gpus",
                 "99",
                 "MODEL.DEVICE",

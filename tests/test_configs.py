@@ -63,6 +63,14 @@ def test_a_twin_differs_in_its_loss_alone(name):
     assert changed == {"MODEL.DISTILL.LOSSES", "OUTPUT_DIR"}
 
 
+@pytest.mark.parametrize("path", LAZY)
+def test_a_lazy_config_has_all_that_a_run_needs(path):
+    cfg = load_config(path, [])
+    assert set(cfg) >= {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
+    name = Path(path).stem
+    assert cfg.train.output_dir == f"output/{name}"
+
+
 @pytest.mark.parametrize("path", ALL + LAZY)
 def test_a_config_opens_with_its_purpose(path):
     assert Path(path).read_text().startswith("# ")

@@ -68,6 +68,7 @@ def test_channels_that_differ_need_an_adapter(student):
         ((f"{KEY}.SSIM.WEIGHT", -1.0), f"{KEY}.SSIM: weight must be a finite number >= 0"),
         ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be >= 0"),
         ((f"{KEY}.IN_FEATURES", []), f"{KEY}.IN_FEATURES is empty"),
+        ((f"{KEY}.L1.NORMALIZE", "max"), f"{KEY}.L1: normalize must be"),  # though ssim is used
     ],
 )
 def test_wrong_settings_fail_at_construction(student, opts, message):

@@ -186,7 +186,7 @@ def test_evaluation_needs_no_teacher(trained, tmp_path):
         opts = [f"train.init_checkpoint={checkpoint}", f"model.distiller.teacher.config={nowhere}"]
     run(tmp_path, nowhere, *opts, flags=["--eval-only"])
     expected = json.loads((out / "results.json").read_text())
-    assert str(json.loads((tmp_path / "results.json").read_text())) == str(expected)  # NaN included
+    assert json.loads((tmp_path / "results.json").read_text()) == expected
 
 
 def test_a_checkpoint_of_detectron2_without_optimizer_state_still_resumes(teacher_file, tmp_path):
@@ -197,6 +197,79 @@ def test_a_checkpoint_of_detectron2_without_optimizer_state_still_resumes(teache
     trainer = DistillTrainer(cfg)
     trainer.load_state_dict({"iteration": 7})
     assert trainer.iter == 7
+
+
+class Trainer:
+    """What the hooks look at."""
+
+    max_iter = 4
+
+    def __init__(self, iteration, start_iter=0):
+        self.iter, self.start_iter = iteration, start_iter
+
+
+def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
+    from ssimkd.hooks import AfterTraining
+
+    called = []
+    hook = AfterTraining(lambda: called.append(1))
+    for iteration, expected in ((3, []), (4, [1])):  # 4: counted up after the last step
+        hook.trainer = Trainer(iteration)
+        hook.after_train()
+        assert called == expected
+
+
+def test_a_resume_that_is_not_exact_says_so(caplog):
+    from ssimkd.hooks import ExactResume
+
+    hook = ExactResume([], 10)
+    hook.trainer = Trainer(3, start_iter=3)
+    hook.before_train()
+    hook.load_state_dict({"random": [None, None]})
+    hook.before_train()
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 3 and all("not exact" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.distiller.losses.0.border=wrap", "border must be one of"),
+        ("+model.distiller.teacher.weight=x", "MODEL.DISTILL.TEACHER: "),
+        ("model.distiller.in_features=p2", "MODEL.DISTILL.IN_FEATURES must be a list"),
+    ],
+)
+def test_a_wrong_setting_of_a_lazy_config_is_named(override, message):
+    from ssimkd import ConfigError
+    from ssimkd.cli import load_config
+    from ssimkd.engine import lazy_model
+
+    with pytest.raises(ConfigError, match=message):
+        lazy_model(load_config("configs/ssimkd_R50.py", [override, "train.device=cpu"]))
+
+
+def test_mapper_and_student_must_agree_on_the_channel_order():
+    from ssimkd import ConfigError
+    from ssimkd.cli import load_config
+    from ssimkd.engine import check_image_format, lazy_model
+
+    key = "dataloader.train.mapper.image_format"
+    cfg = load_config("configs/ssimkd_R50.py", [f"{key}=RGB", "train.device=cpu"])
+    with pytest.raises(ConfigError, match=f"{key} is RGB"):
+        check_image_format(cfg, lazy_model(cfg))
+
+
+def test_a_config_that_yaml_cannot_express_is_no_exported_student(tmp_path):
+    from ssimkd import ConfigError
+    from ssimkd.cli import load_config
+    from ssimkd.engine import lazy_model
+    from ssimkd.export import export_student
+
+    cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"])
+    cfg.model.backbone.norm = lambda channels: torch.nn.Identity()
+    with pytest.raises(ConfigError, match="YAML cannot express"):
+        export_student(cfg, lazy_model(cfg).state_dict(), str(tmp_path))
+    assert not (tmp_path / "student.yaml").exists()
 
 
 def test_the_teachers_failure_comes_before_the_first_iteration(teacher_file, tmp_path):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from ssimkd import ConfigError
 from ssimkd.loader import ResumableLoader, group_batches
 from ssimkd.random_state import get_random_state, preserve_random_state, set_random_state
 
@@ -67,8 +69,45 @@ def test_augmentation_differs_from_position_to_position_and_seed_to_seed():
     assert not drawn & other
 
 
+def test_processes_draw_apart_and_share_the_images(monkeypatch):
+    shares = []
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        batches = take(loader(aspect_ratio_grouping=False), 10)
+        shares.append([record for batch in batches for record in batch])
+    assert [len(share) for share in shares] == [20, 20]  # 4 images per batch, 2 of each process
+    assert not {r["drawn"] for r in shares[0]} & {r["drawn"] for r in shares[1]}
+    monkeypatch.undo()
+    together = [record["index"] for pair in zip(*shares) for record in pair]
+    assert together == take(TrainingSampler(len(RECORDS), seed=3), 40)
+
+
+def test_detectron2s_no_seed_is_a_seed():
+    assert len(take(loader(seed=-1), 2)) == 2
+
+
+def test_images_of_unknown_size_are_not_grouped():
+    records = [{"index": 0}]
+    with pytest.raises(ConfigError, match="ASPECT_RATIO_GROUPING.*no 'width'"):
+        ResumableLoader(records, mapper=mapper, total_batch_size=1)
+    ungrouped = ResumableLoader(
+        records, mapper=mapper, total_batch_size=1, aspect_ratio_grouping=False
+    )
+    assert take(ungrouped, 1)[0][0]["index"] == 0
+
+
+def test_every_draw_of_a_sampler_is_kept():
+    sampler = TrainingSampler(len(RECORDS), seed=3)
+    sampler._indexes_subset = torch.tensor([1, 2])  # of RandomSubsetTrainingSampler
+    first = ResumableLoader(RECORDS, mapper=mapper, sampler=sampler, total_batch_size=4)
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.sampler._indexes_subset, torch.tensor([1, 2]))
+
+
 def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH"):
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH"):
         loader(total_batch_size=0)
 
 

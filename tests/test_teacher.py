@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import image_batch, shapes_cfg
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 from ssimkd import ConfigError
 from ssimkd.compat import model_zoo
 from ssimkd.teacher import Teacher, TeacherSpec
@@ -199,6 +200,24 @@ def test_its_own_mean_deviation_and_channel_order(tmp_path, state, teacher_file)
     flipped = [{"image": x["image"].flip(0)} for x in BATCH]  # an RGB student's images
     for level, value in maps_of(twin, flipped, "RGB").items():
         torch.testing.assert_close(value, expected[level], rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_of_another_image_format_is_refused(teacher_file):
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
+    with pytest.raises(ConfigError, match="INPUT.FORMAT .* 'YUV-BT.601'"):
+        maps_of(teacher, input_format="YUV-BT.601")
+
+
+def test_a_teacher_that_cannot_be_built_is_named(teacher_file):
+    opts = ["MODEL.META_ARCHITECTURE", "NoSuchNet"]
+    with pytest.raises(ConfigError, match=f"{KEY}.CONFIG: cannot build .*NoSuchNet"):
+        Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU)
+
+
+def test_lists_in_the_overrides_of_a_lazy_config(teacher_file):
+    opts = OmegaConf.create({"opts": ["MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]]}).opts
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU)
+    assert teacher.model.pixel_mean.flatten().tolist() == [1, 2, 3]
 
 
 def test_other_image_formats_are_refused(teacher_file):

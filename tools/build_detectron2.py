@@ -13,6 +13,7 @@ is installed already.
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -232,6 +233,16 @@ def build_wheel(out: Path) -> Path:
     return out / f"detectron2-{VERSION}{LOCAL_VERSION}-py3-none-any.whl"
 
 
+def replaceable() -> bool:
+    """Whether there is no Detectron2 here, or one that an earlier run of this script made."""
+    if importlib.util.find_spec("detectron2") is None:
+        return True
+    try:
+        return importlib.metadata.version("detectron2").endswith(LOCAL_VERSION)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return False
+
+
 def main() -> None:
     """Command line of this script."""
     parser = argparse.ArgumentParser(
@@ -240,15 +251,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/wheels"), help="where it is put")
     parser.add_argument("--install", action="store_true", help="also install it, unless present")
     args = parser.parse_args()
-    if args.install and importlib.util.find_spec("detectron2") is not None:
+    if args.install and not replaceable():
         print("Detectron2 is already installed: kept as it is.")
         return
     wheel = build_wheel(args.out)
     print(f"built {wheel}")
     if args.install:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--no-deps", str(wheel)], check=True
-        )
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+        subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
 
 
 if __name__ == "__main__":

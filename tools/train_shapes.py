@@ -38,7 +38,9 @@ def run(name: str, seed: int, opts: List[str]) -> Dict[str, float]:
         command += ["--eval-only", "MODEL.WEIGHTS", "configs/shapes/teacher.pth"]
     command += ["OUTPUT_DIR", str(out), "SEED", str(seed), *opts]
     print(f"\n== {name}: {shlex.join(['python', *command[1:]])}", flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
     return json.loads((ROOT / out / "results.json").read_text())["bbox"]
 
 

@@ -1,9 +1,11 @@
 """From a command line to a config that can run."""
 
+import os
 from typing import List
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from omegaconf import OmegaConf
 
 from .config import add_ssimkd_config
 from .data import check_datasets
@@ -38,19 +40,32 @@ def load_config(path: str, overrides: List[str]):
         raise ConfigError(f"{path}{extra}: {one_line(error)}") from error
 
 
-def check_config(cfg, *, eval_only: bool, num_gpus: int) -> None:
-    """Raises ConfigError for what would fail later and less clearly: missing data and devices."""
+def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
+    """Raises ConfigError for what would fail later and less clearly: missing files and devices."""
     if isinstance(cfg, CfgNode):
         used = {"DATASETS.TEST": cfg.DATASETS.TEST, "DATASETS.TRAIN": cfg.DATASETS.TRAIN}
         device, use_cpu = cfg.MODEL.DEVICE, "MODEL.DEVICE cpu"
         amp, amp_key = cfg.SOLVER.AMP.ENABLED, "SOLVER.AMP.ENABLED"
+        weights, weights_key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
     else:
-        splits = ("test", "train")
-        used = {f"dataloader.{s}.dataset.names": cfg.dataloader[s].dataset.names for s in splits}
+        keys = [f"dataloader.{split}.dataset.names" for split in ("test", "train")]
+        used = {key: OmegaConf.select(cfg, key) or [] for key in keys}
         device, use_cpu = cfg.train.device, "train.device=cpu"
         amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
+        weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"
     for key, names in list(used.items())[: 1 if eval_only else 2]:
         check_datasets([names] if isinstance(names, str) else names, key)
+    if (
+        weights
+        and "://" not in weights
+        and not resume
+        and not os.path.isfile(weights.split("?")[0])
+    ):
+        raise ConfigError(f"{weights_key}: there is no file {weights}")
+    if num_gpus > 1 and not device.startswith("cuda"):
+        raise ConfigError(
+            f"--num-gpus is {num_gpus} and the device is {device}: leave one of them out"
+        )
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and num_gpus > gpus:
         raise ConfigError(

@@ -55,11 +55,16 @@ class Distiller(nn.Module):
         names = [loss.name for loss in losses]
         if len(set(names)) < len(names):
             raise ConfigError(f"MODEL.DISTILL.LOSSES names a loss twice: {', '.join(names)}")
+        if isinstance(in_features, str):
+            raise ConfigError(f"MODEL.DISTILL.IN_FEATURES must be a list, got {in_features!r}")
         if not in_features:
             raise ConfigError(
                 "MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()"
             )
-        self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
+        try:
+            self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
+        except TypeError as error:
+            raise ConfigError(f"MODEL.DISTILL.TEACHER: {error}") from error
         self.losses = nn.ModuleList(losses)
         self.in_features = list(in_features)
         self.adapter = adapter
@@ -76,6 +81,9 @@ class Distiller(nn.Module):
         if "DISTILL" not in cfg.MODEL:
             raise ConfigError("MODEL.DISTILL is missing: call ssimkd.add_ssimkd_config(cfg) first")
         node = cfg.MODEL.DISTILL
+        for name, _ in KD_LOSS_REGISTRY:
+            if name.upper() in node:
+                build_loss(name, node)  # a wrong setting is wrong whether it is used or not
         return {
             "teacher": TeacherSpec(
                 node.TEACHER.CONFIG, node.TEACHER.WEIGHTS, tuple(node.TEACHER.OPTS)
@@ -130,8 +138,8 @@ class Distiller(nn.Module):
         teacher = Teacher(self.spec, device)
         if self.adapter != "none" and not self.adapters:
             raise ConfigError(
-                "MODEL.DISTILL.TEACHER.CONFIG could not be read when the student was built, so that "
-                "it has no adapters: build it again"
+                "MODEL.DISTILL.TEACHER.CONFIG could not be read when the student was built, so "
+                "that it has no adapters: build it again"
             )
         self.teacher_levels = match_levels(self.student_shapes, teacher.shapes)
         for level, name in self.teacher_levels.items():

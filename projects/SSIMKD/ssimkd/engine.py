@@ -7,6 +7,7 @@ before the data, a stream of data that can be resumed, and the export of the stu
 import copy
 import json
 import logging
+import math
 import os
 from typing import Any, Dict, List
 
@@ -30,11 +31,12 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from omegaconf import ListConfig
+from omegaconf import ListConfig, OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .compat import has_compiled_ops
+from .errors import ConfigError, one_line
 from .export import export_student, target_of
 from .hooks import AfterTraining, ExactResume
 from .loader import ResumableLoader
@@ -54,7 +56,14 @@ def save_results(results: Dict[str, Any], folder: str) -> None:
     """Writes an evaluation's metrics to `results.json`, on the main process."""
     if comm.is_main_process() and results:
         with open(os.path.join(folder, "results.json"), "w") as f:
-            json.dump(results, f, indent=2)
+            json.dump(without_nan(results), f, indent=2)
+
+
+def without_nan(value: Any) -> Any:
+    """Nested metrics with None for NaN, which JSON does not know (no object of a size, say)."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class DistillTrainer(DefaultTrainer):
@@ -164,8 +173,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         dict: metrics of the last evaluation, on the main process.
     """
     original, cfg = cfg, copy.deepcopy(cfg)
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = lazy_model(cfg)
     logger.info("Model:\n%s", model)
+    check_image_format(cfg, model)
     build_teacher(model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -210,12 +220,34 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     return results
 
 
+def lazy_model(cfg) -> nn.Module:
+    """The model of a LazyConfig on its device.
+
+    Raises:
+        ConfigError: an argument is unknown or out of its range.
+    """
+    try:
+        return instantiate(cfg.model).to(cfg.train.device)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {one_line(error)}") from error
+
+
+def check_image_format(cfg, model: nn.Module) -> None:
+    """Raises ConfigError unless mapper and student agree on the images' channel order."""
+    key = "dataloader.train.mapper.image_format"
+    found, expected = OmegaConf.select(cfg, key), getattr(model, "input_format", None)
+    if isinstance(model, DistillMixin) and found and expected and found != expected:
+        raise ConfigError(f"{key} is {found}, model.input_format {expected}: make them equal")
+
+
 def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = copy.deepcopy(cfg)
     if "distiller" in cfg.model:
         cfg.model.distiller.losses = []
-    model = create_ddp_model(instantiate(cfg.model).to(cfg.train.device))
+    model = create_ddp_model(lazy_model(cfg))
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)

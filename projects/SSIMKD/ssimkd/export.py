@@ -10,9 +10,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.registry import locate
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .meta_arch import DistillMixin
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,27 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     # Written beside and renamed: an interrupted export leaves what was there.
     torch.save({"model": weights, "__author__": "SSIMKD"}, paths[0] + ".tmp")
     os.replace(paths[0] + ".tmp", paths[0])
+    draft = os.path.join(folder, "student.tmp.yaml")
     if isinstance(plain, CfgNode):
-        with open(paths[1] + ".tmp", "w") as f:
+        with open(draft, "w") as f:
             f.write(plain.dump())
     else:
-        LazyConfig.save(plain, paths[1] + ".tmp")
-    os.replace(paths[1] + ".tmp", paths[1])
+        LazyConfig.save(plain, draft)
+        check_loadable(draft)
+    os.replace(draft, paths[1])
     logger.info("Student for stock Detectron2: %s and %s", *paths)
     return paths
+
+
+def check_loadable(path: str) -> None:
+    """Raises ConfigError unless LazyConfig reads the file that it wrote."""
+    try:
+        LazyConfig.load(path)
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: the model's config holds what YAML cannot express, such as a lambda; "
+            "student.pth is complete, build its model from the config that trained it"
+        ) from error
 
 
 def plain_config(cfg, weights: str):
@@ -62,7 +76,9 @@ def plain_config(cfg, weights: str):
         plain.MODEL.WEIGHTS = weights
         plain.MODEL.pop("DISTILL", None)
         return plain
-    plain = copy.deepcopy(cfg)
+    # The model alone: schedules and data may hold functions, which no YAML can express.
+    plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
+    plain.model = copy.deepcopy(cfg.model)
     plain.model._target_ = parent_of(target_of(plain.model))
     plain.model.pop("distiller", None)
     plain.train.init_checkpoint = weights
@@ -112,5 +128,8 @@ def read_weights(path: str) -> Dict[str, Any]:
             self._convert_ndarray_to_tensor(self.found)
 
     reader = Reader(nn.Module())
-    reader.load(path)
+    try:
+        reader.load(path)
+    except Exception as error:
+        raise ConfigError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
     return reader.found

@@ -29,6 +29,8 @@ class ExactResume(HookBase):
     def before_train(self) -> None:
         """Restores this process's generators, now that everything is built."""
         if not self.states:
+            if self.trainer.start_iter > 0:
+                logger.warning("The checkpoint has no random state: this resume is not exact")
             return
         if len(self.states) != comm.get_world_size():
             logger.warning(
@@ -73,5 +75,6 @@ class AfterTraining(HookBase):
 
     def after_train(self) -> None:
         """Not after a failure."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter and comm.is_main_process():
+        # only a run that succeeded counts up to max_iter
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             self.function()

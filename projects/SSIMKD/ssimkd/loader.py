@@ -1,8 +1,8 @@
 """A training stream that can be taken up where it was left.
 
 Detectron2's training loader is endless and forgets its place. Here order and augmentation are a
-function of (seed, position in the stream), whatever the number of workers, so a resumed run sees
-exactly the images, flips and sizes that it would have seen.
+function of (seed, process, position in the stream), whatever the number of workers, so a resumed
+run sees exactly the images, flips and sizes that it would have seen.
 """
 
 import itertools
@@ -13,13 +13,16 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList, MapDataset
-from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .errors import ConfigError
 from .random_state import preserve_random_state
 
+# Attributes of Detectron2's samplers that hold random draws.
+DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
 Position = Tuple[int, int]  # place in the stream, index in the data set
 
 
@@ -36,6 +39,10 @@ class ResumableLoader:
         total_batch_size (int): images per iteration of all processes together.
         aspect_ratio_grouping (bool): batches of images that all lie or all stand.
         num_workers (int): processes that load images.
+        options: further arguments of torch's DataLoader.
+
+    Raises:
+        ConfigError: the batch cannot be shared out, or images of unknown size cannot be grouped.
     """
 
     def __init__(
@@ -47,21 +54,28 @@ class ResumableLoader:
         total_batch_size: int,
         aspect_ratio_grouping: bool = True,
         num_workers: int = 0,
+        **options,
     ) -> None:
+        self.lies: Optional[List[bool]] = None
+        if aspect_ratio_grouping:
+            try:
+                self.lies = [record["width"] > record["height"] for record in dataset]
+            except KeyError as error:
+                raise ConfigError(
+                    "DATALOADER.ASPECT_RATIO_GROUPING (.yaml) or aspect_ratio_grouping (.py): a "
+                    f"record of the data set has no {error}; set it to False"
+                ) from error
         records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         self.dataset = MapDataset(records, mapper)
         self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
         self.batch_size, left = divmod(total_batch_size, comm.get_world_size())
         if left or not self.batch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"the batch of {total_batch_size} images cannot be shared by "
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
                 "or total_batch_size (.py)"
             )
-        self.lies: Optional[List[bool]] = None
-        if aspect_ratio_grouping:
-            self.lies = [record["width"] > record["height"] for record in records]
-        self.num_workers = num_workers
+        self.options = {"collate_fn": trivial_batch_collator, "num_workers": num_workers, **options}
         self.batches = 0  # taken so far
 
     def __iter__(self) -> Iterator[List[Dict]]:
@@ -69,11 +83,9 @@ class ResumableLoader:
         with preserve_random_state():
             loader = iter(
                 DataLoader(
-                    SeededDataset(self.dataset, self.sampler._seed),
+                    SeededDataset(self.dataset, getattr(self.sampler, "_seed", 0)),
                     batch_sampler=itertools.islice(batches, self.batches, None),  # type: ignore[arg-type]
-                    num_workers=self.num_workers,
-                    collate_fn=trivial_batch_collator,
-                    worker_init_fn=worker_init_reset_seed,
+                    **self.options,
                 )
             )
         while True:
@@ -82,24 +94,27 @@ class ResumableLoader:
             self.batches += 1
             yield batch
 
-    def state_dict(self) -> Dict[str, int]:
-        """Seed of the stream and number of batches taken from it."""
-        return {"seed": self.sampler._seed, "batches": self.batches}
+    def state_dict(self) -> Dict[str, Any]:
+        """What the sampler drew when it was made, and the number of batches taken from it."""
+        drawn = {name: vars(self.sampler)[name] for name in DRAWN if name in vars(self.sampler)}
+        return {"sampler": drawn, "batches": self.batches}
 
-    def load_state_dict(self, state: Dict[str, int]) -> None:
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Takes the stream up where the state was taken; before the first batch only."""
-        self.sampler._seed, self.batches = state["seed"], state["batches"]
+        vars(self.sampler).update(state["sampler"])
+        self.batches = state["batches"]
 
 
 class SeededDataset(Dataset):
-    """Items of a data set, whose random augmentation depends on (seed, position) alone."""
+    """Items of a data set, whose random augmentation depends on (seed, process, position) alone."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+        self.dataset = dataset
+        self.seed = (seed % 2**64, comm.get_rank())  # Detectron2's "no seed" is -1
 
     def __getitem__(self, place: Position) -> Any:
         position, index = place
-        words = np.random.SeedSequence((self.seed, position)).generate_state(3)
+        words = np.random.SeedSequence((*self.seed, position)).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))

@@ -170,14 +170,15 @@ def ensure_shapes(root: str) -> None:
     os.makedirs(parent, exist_ok=True)
     draft = tempfile.mkdtemp(dir=parent, prefix=f".{FOLDER}-")
     os.chmod(draft, 0o755)
-    for split, count in SPLITS.items():
-        write_split(draft, split, count)
     try:
+        for split, count in SPLITS.items():
+            write_split(draft, split, count)
         os.rename(draft, root)
-    except OSError:  # another process was first
-        shutil.rmtree(draft)
-        if not os.path.isdir(root):
+    except OSError:
+        if not os.path.isdir(root):  # else another process was first
             raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # gone already where it was renamed
 
 
 def register_shapes() -> None:

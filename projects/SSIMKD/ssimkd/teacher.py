@@ -2,8 +2,9 @@
 
 import logging
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, cast
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -11,7 +12,7 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.file_io import PathManager
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from .compat import model_zoo
@@ -34,6 +35,10 @@ class TeacherSpec:
     config: str
     weights: str = ""
     opts: Sequence = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.opts, ListConfig):  # from a LazyConfig
+            self.opts = cast(List, OmegaConf.to_container(self.opts))
 
     def load_config(self):
         """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
@@ -73,9 +78,27 @@ class TeacherSpec:
     def output_shape(self) -> Dict[str, ShapeSpec]:
         """Channels and stride of the teacher's maps, by level, without its weights."""
         cfg = self.load_config()
-        if isinstance(cfg, CfgNode):
-            return build_backbone(cfg).output_shape()
-        return instantiate(cfg.model.backbone).output_shape()
+        with self._building():
+            if isinstance(cfg, CfgNode):
+                return build_backbone(cfg).output_shape()
+            return instantiate(cfg.model.backbone).output_shape()
+
+    def build(self, cfg, device: torch.device) -> Any:
+        """The detector of `cfg` with random weights."""
+        with self._building():
+            if isinstance(cfg, CfgNode):
+                cfg = cfg.clone()
+                cfg.MODEL.DEVICE = str(device)
+                return build_model(cfg)
+            return instantiate(cfg.model).to(device)
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = f"cannot build {self.config}: {one_line(error)}"
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.CONFIG: {reason}") from error
 
     def _find_config(self) -> str:
         if not self.config:
@@ -125,7 +148,7 @@ class Teacher:
         cfg = spec.load_config()
         weights = spec.find_weights()
         with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
-            model = _build(cfg, device)
+            model = spec.build(cfg, device)
         if not hasattr(model, "backbone"):
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHER.CONFIG: {spec.config} has no backbone to learn from"
@@ -160,18 +183,15 @@ class Teacher:
         if self.model.pixel_mean.device != device:
             self.model.to(device)
         images = [x["image"] for x in batched_inputs]
+        if input_format not in ("BGR", "RGB"):
+            raise ConfigError(
+                f"INPUT.FORMAT (.yaml) or model.input_format (.py): images in {input_format!r} "
+                f"cannot be shown to a teacher for {self.input_format}; use BGR or RGB"
+            )
         if input_format != self.input_format:
             images = [image.flip(0) for image in images]
         batch = self.model.preprocess_image([{"image": image} for image in images]).tensor
         return self.model.backbone(batch), tuple(batch.shape[-2:])
-
-
-def _build(cfg, device: torch.device) -> Any:
-    if isinstance(cfg, CfgNode):
-        cfg = cfg.clone()
-        cfg.MODEL.DEVICE = str(device)
-        return build_model(cfg)
-    return instantiate(cfg.model).to(device)
 
 
 def _input_format(cfg, model: nn.Module) -> str:
