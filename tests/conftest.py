@@ -8,7 +8,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from ssimkd import add_ssimkd_config
+from ssimkd import add_ssimkd_config, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 os.chdir(ROOT)  # configs name files relative to the repository
@@ -44,6 +44,16 @@ def teacher_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save({"model": build_model(shapes_cfg("teacher")).state_dict()}, path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def few_shapes(tmp_path_factory):
+    """A folder for DETECTRON2_DATASETS with a few images of the embedded data set."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"train": 40, "val": 12})
+        shapes.ensure_shapes(str(folder / shapes.FOLDER))
+    return str(folder)
 
 
 @pytest.fixture

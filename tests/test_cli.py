@@ -8,68 +8,56 @@ import pytest
 from conftest import ROOT
 
 
-def run(tmp_path, *args):
+def run(tmp_path, config, *args):
+    """Runs the entry point with an empty data folder; returns the last line of its complaint."""
+    command = [sys.executable, "train_net.py", "--config-file", config, *args]
     env = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-    command = [sys.executable, "train_net.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and not os.listdir(tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last[len("error: ") :]
 
 
 YAML, LAZY = "configs/ssimkd_R50.yaml", "configs/ssimkd_R50.py"
 SHAPES = "configs/shapes/vanilla.yaml"
+LAZY_TEST = "dataloader.test.dataset.names"
 
 
 @pytest.mark.parametrize(
-    "args, expected",
+    "config, args, key",
     [
-        (["--config-file", YAML, "--eval-only", "MODEL.DEVICE", "cpu"], "DATASETS.TEST"),
-        (
-            ["--config-file", LAZY, "--eval-only", "train.device=cpu"],
-            "dataloader.test.dataset.names",
-        ),
-        (["--config-file", YAML, "DATASETS.TEST", "()"], "DATASETS.TRAIN"),
+        (YAML, ["--eval-only", "MODEL.DEVICE", "cpu"], "DATASETS.TEST"),
+        (YAML, ["DATASETS.TEST", "()"], "DATASETS.TRAIN"),
+        (LAZY, ["--eval-only", "train.device=cpu"], LAZY_TEST),
+        ("configs/vanilla_R50.py", ["--eval-only", "train.device=cpu"], LAZY_TEST),
+        ("configs/l2kd_R50.py", ["train.device=cpu"], LAZY_TEST),
     ],
 )
-def test_missing_coco(tmp_path, args, expected):
-    done = run(tmp_path, *args, *([] if "py" in args[1] else ["OUTPUT_DIR", str(tmp_path / "out")]))
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {expected}: ") and "DETECTRON2_DATASETS" in last
-    split = "train2017" if "TRAIN" in expected else "val2017"
+def test_missing_coco(tmp_path, config, args, key):
+    said = run(tmp_path, config, *args)
+    assert said.startswith(f"{key}: ") and "DETECTRON2_DATASETS" in said
+    split = "train2017" if "TRAIN" in key else "val2017"
     for path in (f"coco/annotations/instances_{split}.json", f"coco/{split}"):
-        assert str(tmp_path / path) in last
-    assert "Traceback" not in done.stderr and not os.listdir(tmp_path)
+        assert str(tmp_path / path) in said
 
 
 @pytest.mark.parametrize(
-    "args, expected",
+    "config, args, expected",
     [
-        ([], "--config-file is missing"),
-        (["--config-file", "no.yaml"], "no.yaml"),
-        (["--config-file", "no.py"], "no.py"),
-        (["--config-file", YAML, "MODEL.NO_KEY", "1"], "MODEL.NO_KEY"),
-        (["--config-file", YAML, "MODEL.DISTILL.SSIM.WEIGHT", "heavy"], "heavy"),
-        (["--config-file", LAZY, "no key"], "no key"),
-        (["--config-file", YAML, "DATASETS.TEST", "('nowhere',)"], "'nowhere'"),
-        (
-            [
-                "--config-file",
-                SHAPES,
-                "--num-gpus",
-                "99",
-                "MODEL.DEVICE",
-                "cuda",
-            ],
-            "--num-gpus is 99",
-        ),
-        (
-            ["--config-file", "configs/shapes/vanilla.yaml", "SOLVER.AMP.ENABLED", "True"],
-            "SOLVER.AMP",
-        ),
+        ("", [], "--config-file is missing"),
+        ("no.yaml", [], "no.yaml"),
+        ("no.py", [], "no.py"),
+        (YAML, ["MODEL.NO_KEY", "1"], "MODEL.NO_KEY"),
+        (YAML, ["MODEL.DISTILL.SSIM.WEIGHT", "heavy"], "heavy"),
+        (LAZY, ["no key"], "no key"),
+        (YAML, ["DATASETS.TEST", "('nowhere',)"], "DATASETS.TEST: no data set 'nowhere'"),
+        (SHAPES, ["--num-gpus", "99", "MODEL.DEVICE", "cuda"], "--num-gpus is 99"),
+        (SHAPES, ["--num-gpus", "2"], "--num-gpus is 2 and the device is cpu"),
+        (SHAPES, ["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+        (SHAPES, ["--eval-only", "MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS: there is no file"),
     ],
 )
-def test_wrong_input(tmp_path, args, expected):
-    done = run(tmp_path, *args)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and expected in last
-    assert "Traceback" not in done.stderr and not os.listdir(tmp_path)
+def test_wrong_input(tmp_path, config, args, expected):
+    assert expected in run(tmp_path, config, *args)

@@ -14,10 +14,17 @@ from detectron2.modeling import build_model
 KEY = "MODEL.DISTILL"
 
 
-def train_net(*args, check=True):
+@pytest.fixture(scope="module", autouse=True)
+def few_images(few_shapes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", few_shapes)
+        yield
+
+
+def train_net(*args, check=True, **env):
     """Runs the entry point as a user does."""
     command = [sys.executable, "train_net.py", *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}  # one thread: sums in one order
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -45,6 +52,7 @@ def lazy_run(out, teacher, *opts, flags=()):
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64,96]",
         "dataloader.test.mapper.augmentations.0.short_edge_length=32",
         "dataloader.train.total_batch_size=2", "dataloader.train.num_workers=2",
+        "dataloader.test.num_workers=0",
         "model.proposal_generator.post_nms_topk=[50,5]", "train.max_iter=4",
         "train.checkpointer.period=1", "train.device=cpu", "+train.seed=1",
         f"train.output_dir={out}", *opts,
@@ -291,7 +299,7 @@ def test_the_kept_teacher_is_as_good_as_the_readme_says(tmp_path):
     assert os.path.getsize(ROOT / weights_file) <= 4_000_000  # bytes
     train_net(
         "--config-file", "configs/shapes/teacher.yaml", "--eval-only",
-        "MODEL.WEIGHTS", weights_file, "OUTPUT_DIR", tmp_path,
+        "MODEL.WEIGHTS", weights_file, "OUTPUT_DIR", tmp_path, DETECTRON2_DATASETS="datasets",
     )  # fmt: skip
     found = json.loads((tmp_path / "results.json").read_text())["bbox"]["AP"]
     (line,) = [row for row in (ROOT / "README.md").read_text().splitlines() if "| teacher |" in row]
