@@ -53,6 +53,6 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.L1.NORMALIZE_SCOPE = "channel"
 
     cfg.MODEL.DISTILL.L2 = CN()
-    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # the best of 20, 100, 400 on a set like [shapes]
+    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # not tuned
     cfg.MODEL.DISTILL.L2.NORMALIZE = "minmax"
     cfg.MODEL.DISTILL.L2.NORMALIZE_SCOPE = "channel"
