@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -17,7 +17,6 @@ from detectron2.data.build import _train_loader_from_config, build_detection_tra
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
-    HookBase,
     SimpleTrainer,
     default_writers,
     hooks,
@@ -194,23 +193,19 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     def export() -> None:
         export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
 
-    on_main: List[HookBase] = []
+    checkpoints = writer = None  # on the main process alone
     if comm.is_main_process():
-        on_main = [
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-            hooks.PeriodicWriter(
-                default_writers(cfg.train.output_dir, cfg.train.max_iter),
-                period=cfg.train.log_period,
-            ),
-        ]
+        checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ExactResume(loader, cfg.train.checkpointer.period),
-            *on_main[:1],
+            checkpoints,
             hooks.EvalHook(cfg.train.eval_period, test),
-            *on_main[1:],
+            writer,
             AfterTraining(export),
         ]
     )
