@@ -65,7 +65,7 @@ class Distiller(nn.Module):
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
         except TypeError as error:
             raise ConfigError(f"MODEL.DISTILL.TEACHER: {error}") from error
-        self.losses = nn.ModuleList(losses)
+        self.losses = nn.ModuleDict({loss.name: loss for loss in losses})
         self.in_features = list(in_features)
         self.adapter = adapter
         self.mask_padding = mask_padding
@@ -115,16 +115,19 @@ class Distiller(nn.Module):
                     f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
                 )
         self.student_shapes = {level: student_shapes[level] for level in self.in_features}
-        if self.adapter == "none":
-            return
+        channels = {level: shape.channels for level, shape in self.student_shapes.items()}
         with torch.random.fork_rng(devices=[]):  # the detector's own draws stay the same
-            try:
-                teacher_shapes = self.spec.output_shape()
-            except ConfigError:
-                return  # no teacher is needed to evaluate; build_teacher says what is wrong with it
-            for level, name in match_levels(self.student_shapes, teacher_shapes).items():
-                student_channels = self.student_shapes[level].channels
-                self.adapters[level] = nn.Conv2d(student_channels, teacher_shapes[name].channels, 1)
+            if self.adapter != "none":
+                try:
+                    teacher_shapes = self.spec.output_shape()
+                except ConfigError:
+                    return  # nothing is trained without it; build_teacher says what is wrong
+                for level, name in match_levels(self.student_shapes, teacher_shapes).items():
+                    wide = teacher_shapes[name].channels
+                    self.adapters[level] = nn.Conv2d(channels[level], wide, 1)
+                    channels[level] = wide
+            for loss in self._losses():
+                loss.attach(channels)
 
     def build_teacher(self, device: torch.device) -> None:
         """Builds, loads and checks the teacher.
@@ -190,7 +193,7 @@ class Distiller(nn.Module):
                 s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
                 student[level] = self.adapters[level](s) if level in self.adapters else s
                 teacher[level] = t
-            return self._losses(student, teacher, self._context(batched_inputs))
+            return self._compare(student, teacher, self._context(batched_inputs))
 
     def _context(self, batched_inputs: List[Dict]) -> Context:
         has_targets = "instances" in batched_inputs[0]
@@ -201,11 +204,14 @@ class Distiller(nn.Module):
             mask_padding=self.mask_padding,
         )
 
-    def _losses(self, student, teacher, context: Context) -> Dict[str, Tensor]:
+    def _losses(self) -> Iterable[KDLoss]:
+        return cast(Iterable[KDLoss], self.losses.values())
+
+    def _compare(self, student, teacher, context: Context) -> Dict[str, Tensor]:
         storage = get_event_storage()
         ramp = min(1.0, (storage.iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
         weighted = {}
-        for loss in cast(Iterable[KDLoss], self.losses):
+        for loss in self._losses():
             terms = loss(student, teacher, context)
             values = torch.stack([term.detach() for term in terms.values()]).tolist()
             for level, value in zip(terms, values):

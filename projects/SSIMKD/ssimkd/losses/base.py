@@ -108,6 +108,16 @@ class KDLoss(nn.Module):
             raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
         self.weight = float(weight)
 
+    def attach(self, channels: Dict[str, int]) -> None:
+        """Makes the trainable parts, if a loss has any, once the levels are known.
+
+        They are trained with the student and kept under `distiller.` in its checkpoint. Each must
+        take part in every step, whatever the batch holds: DistributedDataParallel waits for it.
+
+        Args:
+            channels (dict[str, int]): level -> channels of both maps, after the adapter.
+        """
+
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """See the head of this file."""
         raise NotImplementedError
