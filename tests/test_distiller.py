@@ -66,7 +66,7 @@ def test_channels_that_differ_need_an_adapter(student):
         ((f"{KEY}.SSIM.NORMALIZE_SCOPE", "row"), f"{KEY}.SSIM: normalize_scope must be one of"),
         ((f"{KEY}.SSIM.WINDOW_SIZE", 4), f"{KEY}.SSIM: window_size must be an odd"),
         ((f"{KEY}.SSIM.WEIGHT", -1.0), f"{KEY}.SSIM: weight must be a finite number >= 0"),
-        ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be >= 0"),
+        ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be a finite number >= 0"),
         ((f"{KEY}.IN_FEATURES", []), f"{KEY}.IN_FEATURES is empty"),
         ((f"{KEY}.L1.NORMALIZE", "max"), f"{KEY}.L1: normalize must be"),  # though ssim is used
     ],

@@ -5,17 +5,21 @@ Importing it registers the meta-architectures, the losses and the embedded data 
 
 from .config import add_ssimkd_config
 from .distiller import Distiller
+from .distillers import Distillers
 from .errors import ConfigError
 from .losses import KD_LOSS_REGISTRY
-from .meta_arch import DistillMixin, DistillRCNN
+from .meta_arch import DistillMixin, DistillPanopticFPN, DistillRCNN, DistillRetinaNet
 from .shapes import register_shapes
 
 __all__ = [
     "KD_LOSS_REGISTRY",
     "ConfigError",
     "DistillMixin",
+    "DistillPanopticFPN",
     "DistillRCNN",
+    "DistillRetinaNet",
     "Distiller",
+    "Distillers",
     "add_ssimkd_config",
 ]
 

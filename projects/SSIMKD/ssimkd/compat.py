@@ -30,6 +30,11 @@ def _import_model_zoo():
 
 model_zoo = _import_model_zoo()
 
+try:
+    from detectron2.modeling.meta_arch.fcos import FCOS
+except ImportError:  # v0.5
+    FCOS = None
+
 
 def has_compiled_ops() -> bool:
     """Whether Detectron2's C++ extension is there: v0.5's fast COCO evaluation does not ask."""

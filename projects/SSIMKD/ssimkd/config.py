@@ -1,17 +1,23 @@
 """`cfg.MODEL.DISTILL`: every key, its default and where the default comes from.
 
-The nodes of the losses hold the keyword arguments of their classes, in capitals.
+The nodes of the losses hold the keyword arguments of their classes, in capitals. Two keys stand
+under `cfg.DATASETS`: a user's own data.
 """
 
 from detectron2.config import CfgNode as CN
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL` to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL` and two keys of `DATASETS` to a Detectron2 config, in place.
 
     [paper]: de Rijk et al., NeurIPS 2022. [shapes]: measured here on the embedded data set, see
     projects/SSIMKD/README.md.
     """
+    # Your own data in COCO's format: a list of {NAME, JSON, IMAGES}; TRAIN and TEST then use NAME
+    cfg.DATASETS.COCO = []
+    # Set the heads' NUM_CLASSES to the number of classes in the first data set of TRAIN
+    cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
+
     cfg.MODEL.DISTILL = CN()
 
     cfg.MODEL.DISTILL.TEACHER = CN()
@@ -21,6 +27,11 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
     # Overrides of CONFIG: ["KEY", value, ...] for .yaml, ["key=value", ...] for .py
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
+    # Factor of all losses of this teacher
+    cfg.MODEL.DISTILL.TEACHER.LOSS_WEIGHT = 1.0
+    # Several teachers at once, instead of TEACHER: a list of mappings with TEACHER's keys, NAME
+    # ("teacher1", ... unless given) and, where they differ, IN_FEATURES, ADAPTER, LOSSES, INHERIT
+    cfg.MODEL.DISTILL.TEACHERS = []
 
     # Levels of the student; the teacher's level of equal stride answers
     cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
@@ -30,6 +41,11 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.MASK_PADDING = True
     # Names in KD_LOSS_REGISTRY; () trains the plain detector, without a teacher
     cfg.MODEL.DISTILL.LOSSES = ("ssim",)
+    # Modules of the student that start from the teacher's weights: "neck" (the backbone less its
+    # bottom-up part), "proposal_generator", "roi_heads", "head", or any other module's name
+    cfg.MODEL.DISTILL.INHERIT = []
+    # Training images on which teacher and student are checked before the first iteration; 0 = none
+    cfg.MODEL.DISTILL.CHECK_IMAGES = 8
     # Iterations over which all weights grow linearly from 0; 0 = none
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
 

@@ -29,6 +29,11 @@ class Distiller(nn.Module):
         adapter (str): "none" or "conv1x1", a convolution to the teacher's channels per level.
         mask_padding (bool): leave out the cells that only pad an image to its batch's size.
         warmup_iters (int): iterations over which the weights grow linearly from 0.
+        loss_weight (float): factor of all losses, to balance several teachers.
+        inherit (sequence[str]): modules of the student that start from the teacher's weights, see
+            `inherit.py`.
+        check_images (int): training images on which teacher and student are checked before the
+            first iteration, see `preflight.py`; 0: no check.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -44,23 +49,13 @@ class Distiller(nn.Module):
         adapter: str = "none",
         mask_padding: bool = True,
         warmup_iters: int = 0,
+        loss_weight: float = 1.0,
+        inherit: Sequence[str] = (),
+        check_images: int = 8,
     ) -> None:
         super().__init__()
-        if adapter not in ADAPTERS:
-            raise ConfigError(
-                f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}"
-            )
-        if warmup_iters < 0:
-            raise ConfigError(f"MODEL.DISTILL.WARMUP_ITERS must be >= 0, got {warmup_iters}")
-        names = [loss.name for loss in losses]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"MODEL.DISTILL.LOSSES names a loss twice: {', '.join(names)}")
-        if isinstance(in_features, str):
-            raise ConfigError(f"MODEL.DISTILL.IN_FEATURES must be a list, got {in_features!r}")
-        if not in_features:
-            raise ConfigError(
-                "MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()"
-            )
+        check_numbers(warmup_iters=warmup_iters, loss_weight=loss_weight, check_images=check_images)
+        check_names(adapter, losses, in_features, inherit)
         try:
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
         except TypeError as error:
@@ -70,6 +65,9 @@ class Distiller(nn.Module):
         self.adapter = adapter
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
+        self.loss_weight = float(loss_weight)
+        self.inherit = list(inherit)
+        self.check_images = check_images
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}
@@ -93,6 +91,9 @@ class Distiller(nn.Module):
             "adapter": node.ADAPTER,
             "mask_padding": node.MASK_PADDING,
             "warmup_iters": node.WARMUP_ITERS,
+            "loss_weight": node.TEACHER.LOSS_WEIGHT,
+            "inherit": node.INHERIT,
+            "check_images": node.CHECK_IMAGES,
         }
 
     @property
@@ -180,20 +181,36 @@ class Distiller(nn.Module):
             FloatingPointError: NaN or infinity, with the level and whose it is.
         """
         device = student_maps[self.in_features[0]].device
+        with torch.autocast(device.type, enabled=False):
+            student, teacher = self.pair(batched_inputs, student_maps, padded_size, input_format)
+            return self._compare(student, teacher, self._context(batched_inputs))
+
+    def pair(
+        self,
+        batched_inputs: List[Dict],
+        student_maps: Dict[str, Tensor],
+        padded_size: Tuple[int, int],
+        input_format: str,
+    ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+        """The maps of student (after the adapter) and teacher, cell by cell; see :meth:`forward`.
+
+        Returns:
+            (dict, dict): level -> (N, C, H, W) in float32 or float64, equal shapes.
+        """
+        device = student_maps[self.in_features[0]].device
         if self.teacher is None:
             self.build_teacher(device)
         assert self.teacher is not None
         teacher_maps, teacher_padded = self.teacher(batched_inputs, input_format, device)
         student, teacher = {}, {}
-        with torch.autocast(device.type, enabled=False):
-            for level, name in self.teacher_levels.items():
-                stride = self.student_shapes[level].stride
-                check_cells(f"the student's {level}", student_maps[level], stride, padded_size)
-                check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_padded)
-                s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
-                student[level] = self.adapters[level](s) if level in self.adapters else s
-                teacher[level] = t
-            return self._compare(student, teacher, self._context(batched_inputs))
+        for level, name in self.teacher_levels.items():
+            stride = self.student_shapes[level].stride
+            check_cells(f"the student's {level}", student_maps[level], stride, padded_size)
+            check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_padded)
+            s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
+            student[level] = self.adapters[level](s) if level in self.adapters else s
+            teacher[level] = t
+        return student, teacher
 
     def _context(self, batched_inputs: List[Dict]) -> Context:
         has_targets = "instances" in batched_inputs[0]
@@ -218,10 +235,33 @@ class Distiller(nn.Module):
                 if not math.isfinite(value):
                     raise FloatingPointError(explain(loss.name, level, value, student, teacher))
                 storage.put_scalar(f"{loss.name}_kd/{level}", value)
-            weighted[f"{loss.name}_kd_loss"] = (
-                loss.weight * ramp * torch.stack(list(terms.values())).sum()
-            )
+            factor = loss.weight * self.loss_weight * ramp
+            weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(list(terms.values())).sum()
         return weighted
+
+
+def check_numbers(**options: float) -> None:
+    """Raises ConfigError unless every option is a finite number >= 0."""
+    for name, value in options.items():
+        if not (math.isfinite(value) and value >= 0):
+            key = "TEACHER.LOSS_WEIGHT" if name == "loss_weight" else name.upper()
+            raise ConfigError(f"MODEL.DISTILL.{key} must be a finite number >= 0, got {value}")
+
+
+def check_names(
+    adapter: str, losses: Sequence[KDLoss], in_features: Sequence[str], inherit: Sequence[str]
+) -> None:
+    """Raises ConfigError where an option of these is unknown, empty, doubled or no list."""
+    if adapter not in ADAPTERS:
+        raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}")
+    names = [loss.name for loss in losses]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"MODEL.DISTILL.LOSSES names a loss twice: {', '.join(names)}")
+    for key, value in (("IN_FEATURES", in_features), ("INHERIT", inherit)):
+        if isinstance(value, str):
+            raise ConfigError(f"MODEL.DISTILL.{key} must be a list, got {value!r}")
+    if not in_features:
+        raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
 
 
 def build_loss(name: str, node) -> KDLoss:

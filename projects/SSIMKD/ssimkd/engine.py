@@ -34,12 +34,16 @@ from omegaconf import ListConfig, OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .cli import lazy_data
 from .compat import has_compiled_ops
+from .data import check_classes
 from .errors import ConfigError, one_line
+from .evaluation import build_evaluator
 from .export import export_student, target_of
 from .hooks import AfterTraining, ExactResume
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
+from .preflight import prepare
 from .random_state import preserve_random_state
 
 logger = logging.getLogger(__name__)
@@ -47,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 def build_teacher(model: nn.Module) -> None:
     """Builds a student's teacher now, so that its failures come before the data is read."""
-    if isinstance(model, DistillMixin):
+    if isinstance(model, DistillMixin) and model.distiller is not None:
         model.distiller.build_teacher(model.device)
 
 
@@ -84,8 +88,8 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        """COCO's metrics; detections go to `inference/`."""
-        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        """The data set's own metrics; detections go to `inference/`."""
+        return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -95,12 +99,21 @@ class DistillTrainer(DefaultTrainer):
         save_results(results, cfg.OUTPUT_DIR)
         return results
 
+    def resume_or_load(self, resume=True):
+        """Loads the weights, then what the student inherits, and checks the pair."""
+        super().resume_or_load(resume=resume)
+        resumed = resume and self.checkpointer.has_checkpoint()
+        model = unwrap(self.model)
+        check_classes(model, self.cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        prepare(model, self.data_loader, resumed=resumed)
+
     def build_hooks(self):
         """Detectron2's hooks, the state for an exact resume, and the export at the end."""
         ret = super().build_hooks()
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
-        ret.insert(place, ExactResume(self.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
+        ret.insert(place, ExactResume(self.data_loader, model, period))
         ret.append(AfterTraining(self.export))
         return ret
 
@@ -126,11 +139,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def build_evaluator(dataset_name: str, folder: str) -> COCOEvaluator:
-    """COCO's metrics, by compiled code where Detectron2 has it."""
-    return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_compiled_ops())
-
-
 def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a YAML config.
 
@@ -153,6 +161,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg.defrost()
     cfg.MODEL.DISTILL.LOSSES = ()
     model = build_model(cfg)
+    check_classes(model, cfg.DATASETS.TEST, "DATASETS.TEST")
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
@@ -202,7 +211,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            ExactResume(loader, cfg.train.checkpointer.period),
+            ExactResume(loader, unwrap(model), cfg.train.checkpointer.period),
             checkpoints,
             hooks.EvalHook(cfg.train.eval_period, test),
             writer,
@@ -211,6 +220,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
+    check_classes(unwrap(model), *lazy_data(cfg, "train"))
+    prepare(unwrap(model), loader, resumed=resumed)
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     return results
 
@@ -230,19 +241,26 @@ def lazy_model(cfg) -> nn.Module:
 
 
 def check_image_format(cfg, model: nn.Module) -> None:
-    """Raises ConfigError unless mapper and student agree on the images' channel order."""
+    """Raises ConfigError unless mapper and student agree on the images' channel order.
+
+    A student that does not say which order it takes (FCOS) takes the mapper's.
+    """
     key = "dataloader.train.mapper.image_format"
     found, expected = OmegaConf.select(cfg, key), getattr(model, "input_format", None)
-    if isinstance(model, DistillMixin) and found and expected and found != expected:
+    if not (isinstance(model, DistillMixin) and found):
+        return
+    if expected and found != expected:
         raise ConfigError(f"{key} is {found}, model.input_format {expected}: make them equal")
+    model.input_format = found
 
 
 def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = copy.deepcopy(cfg)
     if "distiller" in cfg.model:
-        cfg.model.distiller.losses = []
+        cfg.model.distiller = None
     model = create_ddp_model(lazy_model(cfg))
+    check_classes(unwrap(model), *lazy_data(cfg, "test"))
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)

@@ -5,25 +5,29 @@ from typing import Any, Callable, Dict, List
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import nn
 
 from .loader import ResumableLoader
 from .random_state import get_random_state, set_random_state
 
 logger = logging.getLogger(__name__)
+RUNNING = ("loss_normalizer",)  # attributes of models that training moves, outside state_dict
 
 
 class ExactResume(HookBase):
-    """Keeps, in the checkpoint, the place in the data and every process's random state.
+    """Keeps, in the checkpoint, the place in the data and every process's own state.
 
-    Stands before the hook that writes checkpoints.
+    That is its random generators, and the running number of foreground anchors by which RetinaNet
+    and FCOS divide their losses. Stands before the hook that writes checkpoints.
 
     Args:
         loader (ResumableLoader or iterable): the data; another kind starts anew.
+        model (nn.Module): without DistributedDataParallel around it.
         period (int): iterations between checkpoints.
     """
 
-    def __init__(self, loader: Any, period: int) -> None:
-        self.loader, self.period = loader, period
+    def __init__(self, loader: Any, model: nn.Module, period: int) -> None:
+        self.loader, self.model, self.period = loader, model, period
         self.states: List[Dict[str, Any]] = []
 
     def before_train(self) -> None:
@@ -39,13 +43,16 @@ class ExactResume(HookBase):
                 comm.get_world_size(),
             )
             return
-        set_random_state(self.states[comm.get_rank()])
+        state = self.states[comm.get_rank()]
+        set_random_state(state)
+        vars(self.model).update(state.get("model", {}))
 
     def after_step(self) -> None:
         """Collects the generators of all processes where a checkpoint is about to be written."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
-            self.states = comm.gather(get_random_state())
+            own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
+            self.states = comm.gather({**get_random_state(), "model": own})
 
     def state_dict(self) -> Dict[str, Any]:
         """What the checkpoint keeps."""

@@ -5,9 +5,10 @@ function of (seed, process, position in the stream), whatever the number of work
 run sees exactly the images, flips and sizes that it would have seen.
 """
 
-import itertools
+import math
 import random
 from collections import defaultdict
+from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -79,12 +80,11 @@ class ResumableLoader:
         self.batches = 0  # taken so far
 
     def __iter__(self) -> Iterator[List[Dict]]:
-        batches = group_batches(self.sampler, self.batch_size, self.lies)
         with preserve_random_state():
             loader = iter(
                 DataLoader(
-                    SeededDataset(self.dataset, getattr(self.sampler, "_seed", 0)),
-                    batch_sampler=itertools.islice(batches, self.batches, None),  # type: ignore[arg-type]
+                    self._seeded(),
+                    batch_sampler=self._places(),  # type: ignore[arg-type]
                     **self.options,
                 )
             )
@@ -93,6 +93,20 @@ class ResumableLoader:
                 batch = next(loader)
             self.batches += 1
             yield batch
+
+    def peek(self, images: int) -> List[List[Dict]]:
+        """The next batches, until they hold so many images, without taking them."""
+        count = math.ceil(images / self.batch_size)
+        with preserve_random_state():
+            dataset = self._seeded()
+            return [[dataset[p] for p in batch] for batch in islice(self._places(), count)]
+
+    def _seeded(self) -> "SeededDataset":
+        return SeededDataset(self.dataset, getattr(self.sampler, "_seed", 0))
+
+    def _places(self) -> Iterator[List[Position]]:
+        """Batches of places that were not taken yet."""
+        return islice(group_batches(self.sampler, self.batch_size, self.lies), self.batches, None)
 
     def state_dict(self) -> Dict[str, Any]:
         """What the sampler drew when it was made, and the number of batches taken from it."""

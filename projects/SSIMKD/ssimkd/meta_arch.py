@@ -1,13 +1,21 @@
 """The detectors that learn from a teacher: Detectron2's own, plus the distillation losses."""
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional, Union
 
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    Backbone,
+    GeneralizedRCNN,
+    PanopticFPN,
+    RetinaNet,
+)
 from torch import nn
 
+from .compat import FCOS
 from .distiller import Distiller
+from .distillers import Distillers, build_distiller
 
 
 class DistillMixin:
@@ -17,7 +25,8 @@ class DistillMixin:
     parent's names, those of the distillation alone begin with `distiller.`.
 
     Args:
-        distiller (Distiller): what compares the maps with the teacher's.
+        distiller (Distiller, Distillers or None): what compares the maps with the teacher's, or
+            with several teachers'; None: the plain detector.
         kwargs: the parent's arguments.
     """
 
@@ -25,29 +34,36 @@ class DistillMixin:
     training: bool
 
     @configurable
-    def __init__(self, *, distiller: Distiller, **kwargs) -> None:
+    def __init__(
+        self, *, distiller: Optional[Union[Distiller, Distillers]] = None, **kwargs
+    ) -> None:
         super().__init__(**kwargs)
-        distiller.attach(self.backbone.output_shape())
+        if distiller is not None:
+            distiller.attach(self.backbone.output_shape())
         self.distiller = distiller
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
         """The parent's arguments and the distiller of `cfg.MODEL.DISTILL`."""
         ret = super().from_config(cfg)  # type: ignore[misc]
-        ret["distiller"] = Distiller(cfg)
+        ret["distiller"] = build_distiller(cfg)
         return ret
 
     def forward(self, batched_inputs):
         """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
-        if not (self.training and self.distiller.enabled):
+        if not (self.training and self.distiller is not None and self.distiller.enabled):
             return super().forward(batched_inputs)
         with output_of(self.backbone) as backbone:
             losses = super().forward(batched_inputs)
-        image_format = getattr(self, "input_format", None) or "BGR"
         kd_losses = self.distiller(
-            batched_inputs, backbone["maps"], backbone["padded_size"], image_format
+            batched_inputs, backbone["maps"], backbone["padded_size"], image_format_of(self)
         )
         return {**losses, **kd_losses}
+
+
+def image_format_of(detector: Any) -> str:
+    """Channel order of a detector's images: BGR, Detectron2's own, where it does not say."""
+    return getattr(detector, "input_format", None) or "BGR"
 
 
 @contextmanager
@@ -73,3 +89,25 @@ def output_of(backbone: nn.Module) -> Iterator[Dict[str, Any]]:
 @META_ARCH_REGISTRY.register()
 class DistillRCNN(DistillMixin, GeneralizedRCNN):
     """Faster, Mask, Cascade or Keypoint R-CNN as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistillPanopticFPN(DistillMixin, PanopticFPN):
+    """Panoptic FPN as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRetinaNet(DistillMixin, RetinaNet):
+    """RetinaNet as a student."""
+
+
+if FCOS is not None:
+
+    class DistillFCOS(DistillMixin, FCOS):
+        """FCOS as a student, in LazyConfig: Detectron2's FCOS has no YAML config."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistillFCOS":
+        raise ImportError("the installed Detectron2 has no FCOS: it came with v0.6")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

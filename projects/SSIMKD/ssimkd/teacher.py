@@ -92,6 +92,28 @@ class TeacherSpec:
                 return build_model(cfg)
             return instantiate(cfg.model).to(device)
 
+    def load(self, device: torch.device) -> Tuple[Any, Any, List[str]]:
+        """The whole detector with its weights.
+
+        Returns:
+            nn.Module: the detector.
+            CfgNode or DictConfig: its config.
+            list[str]: tensors of the heads that the checkpoint does not hold.
+
+        Raises:
+            ConfigError: the config or checkpoint cannot be read, or the checkpoint does not hold
+                every tensor of the backbone in its shape and finite.
+        """
+        cfg = self.load_config()
+        weights = self.find_weights()
+        with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
+            model = self.build(cfg, device)
+        if not hasattr(model, "backbone"):
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.CONFIG: {self.config} has no backbone to learn from"
+            )
+        return model.eval().requires_grad_(False), cfg, _load(model, weights)
+
     @contextmanager
     def _building(self) -> Iterator[None]:
         try:
@@ -145,22 +167,13 @@ class Teacher:
     """
 
     def __init__(self, spec: TeacherSpec, device: torch.device) -> None:
-        cfg = spec.load_config()
-        weights = spec.find_weights()
-        with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
-            model = spec.build(cfg, device)
-        if not hasattr(model, "backbone"):
-            raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.CONFIG: {spec.config} has no backbone to learn from"
-            )
-        _load(model, weights)
-        self.input_format = _input_format(cfg, model)
+        model, cfg, _ = spec.load(device)
+        self.input_format = trained_format(cfg, model)
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         for name, _ in list(model.named_children()):
             if name != "backbone":
                 delattr(model, name)  # the heads never run: their memory is free
-        self.model: Any = model.eval().requires_grad_(False)
-        logger.info("Teacher %s with weights %s", spec.config, weights)
+        self.model = model
 
     def __deepcopy__(self, memo) -> "Teacher":
         return self  # constant: copies of a student share it
@@ -182,20 +195,31 @@ class Teacher:
         """
         if self.model.pixel_mean.device != device:
             self.model.to(device)
-        images = [x["image"] for x in batched_inputs]
-        if input_format not in ("BGR", "RGB"):
-            raise ConfigError(
-                f"INPUT.FORMAT (.yaml) or model.input_format (.py): images in {input_format!r} "
-                f"cannot be shown to a teacher for {self.input_format}; use BGR or RGB"
-            )
-        if input_format != self.input_format:
-            images = [image.flip(0) for image in images]
+        images = as_seen([x["image"] for x in batched_inputs], input_format, self.input_format)
         batch = self.model.preprocess_image([{"image": image} for image in images]).tensor
         return self.model.backbone(batch), tuple(batch.shape[-2:])
 
 
-def _input_format(cfg, model: nn.Module) -> str:
-    """Channel order of the images that the teacher was trained on."""
+def as_seen(images: List[Tensor], shown: str, wanted: str) -> List[Tensor]:
+    """Images (3, H, W) in the channel order `shown` ("BGR" or "RGB"), turned to that of `wanted`.
+
+    Raises:
+        ConfigError: `shown` is another format.
+    """
+    if shown not in ("BGR", "RGB"):
+        raise ConfigError(
+            f"INPUT.FORMAT (.yaml) or model.input_format (.py): images in {shown!r} cannot be "
+            f"shown to a teacher for {wanted}; use BGR or RGB"
+        )
+    return images if shown == wanted else [image.flip(0) for image in images]
+
+
+def trained_format(cfg, model: nn.Module) -> str:
+    """Channel order of the images that a detector was trained on.
+
+    Raises:
+        ConfigError: its config does not say, or names another format than BGR and RGB.
+    """
     if isinstance(cfg, CfgNode):
         found: Optional[str] = cfg.INPUT.FORMAT
     else:
@@ -210,29 +234,38 @@ def _input_format(cfg, model: nn.Module) -> str:
 
 
 class _WholeBackbone(DetectionCheckpointer):
-    """Loads a checkpoint and raises unless it covers the backbone; the heads may differ."""
+    """Loads a checkpoint and raises unless it covers the backbone; the heads may differ.
+
+    Attributes:
+        absent (list[str]): tensors of the heads that keep their random values.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.absent: List[str] = []
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = [
-            f"{key} is missing"
-            for key in incompatible.missing_keys
-            # a counter of training steps, without effect on a frozen network
-            if key.startswith("backbone.") and not key.endswith("num_batches_tracked")
-        ]
-        wrong += [
-            f"{key} is {tuple(found)} instead of {tuple(expected)}"
-            for key, found, expected in incompatible.incorrect_shapes
-            if key.startswith("backbone.")
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ConfigError(f"does not fit the teacher's backbone: {'; '.join(wrong[:3])}{more}")
+        wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
+        wrong.update(
+            (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
+            for name, found, expected in incompatible.incorrect_shapes
+        )
+        # counters of training steps have no effect on a frozen network
+        wrong = {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
+        backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
+        if backbone:
+            more = f" and {len(backbone) - 3} more" if len(backbone) > 3 else ""
+            raise ConfigError(
+                f"does not fit the teacher's backbone: {'; '.join(backbone[:3])}{more}"
+            )
+        self.absent = list(wrong)
 
 
-def _load(model: Any, weights: str) -> None:
+def _load(model: Any, weights: str) -> List[str]:
     key = "MODEL.DISTILL.TEACHER.WEIGHTS"
+    checkpointer = _WholeBackbone(model)
     try:
-        _WholeBackbone(model).load(weights)
+        checkpointer.load(weights)
     except ConfigError as error:
         raise ConfigError(f"{key}: {weights} {error}") from None
     except Exception as error:
@@ -240,3 +273,5 @@ def _load(model: Any, weights: str) -> None:
     for name, tensor in model.backbone.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{key}: {weights} holds NaN or infinity in backbone.{name}")
+    logger.info("Teacher's weights: %s", weights)
+    return checkpointer.absent

@@ -1,0 +1,131 @@
+"""Several teachers at once: a Distiller for each."""
+
+from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union, cast
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .distiller import Distiller
+from .errors import ConfigError
+
+# What an entry of MODEL.DISTILL.TEACHERS may hold: TEACHER's keys, and those of a pair.
+TEACHER_KEYS = ("CONFIG", "WEIGHTS", "OPTS", "LOSS_WEIGHT")
+PAIR_KEYS = ("IN_FEATURES", "ADAPTER", "LOSSES", "INHERIT")
+
+
+class Distillers(nn.ModuleDict):
+    """Teaches one student by several teachers; each has its own entries in the training losses.
+
+    A teacher called x gives "<loss>_kd_loss_x", logs `x/<loss>_kd/<level>`, and keeps its trainable
+    parts under `distiller.x.`.
+
+    Args:
+        distillers (Distiller): by the name of the teacher.
+
+    Raises:
+        ConfigError: no teacher, a name that a module cannot have, or two that would give their
+            weights to the same module of the student.
+    """
+
+    def __init__(self, **distillers: Distiller) -> None:
+        if not distillers:
+            raise ConfigError("MODEL.DISTILL.TEACHERS is empty")
+        try:
+            super().__init__(distillers)
+        except KeyError as error:
+            raise ConfigError(f"MODEL.DISTILL.TEACHERS: a NAME cannot be used: {error}") from error
+        inherited = [module for _, distiller in self.named() for module in distiller.inherit]
+        if len(set(inherited)) < len(inherited):
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHERS: two teachers name the same module in INHERIT: "
+                + ", ".join(sorted(inherited))
+            )
+
+    def named(self) -> Iterator[Tuple[str, Distiller]]:
+        """The teachers' names with their distillers."""
+        return cast(Iterator[Tuple[str, Distiller]], iter(self.items()))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to distil."""
+        return any(distiller.enabled for _, distiller in self.named())
+
+    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
+        """See :meth:`Distiller.attach`."""
+        for _, distiller in self.named():
+            distiller.attach(student_shapes)
+
+    def build_teacher(self, device: torch.device) -> None:
+        """See :meth:`Distiller.build_teacher`."""
+        for _, distiller in self.named():
+            distiller.build_teacher(device)
+
+    def forward(
+        self,
+        batched_inputs: List[Dict],
+        student_maps: Dict[str, Tensor],
+        padded_size: Tuple[int, int],
+        input_format: str,
+    ) -> Dict[str, Tensor]:
+        """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
+        losses = {}
+        for name, distiller in self.named():
+            if distiller.enabled:
+                with get_event_storage().name_scope(name):
+                    own = distiller(batched_inputs, student_maps, padded_size, input_format)
+                losses.update({f"{key}_{name}": value for key, value in own.items()})
+        return losses
+
+
+def build_distiller(cfg) -> Union[Distiller, Distillers]:
+    """What `cfg.MODEL.DISTILL` describes: one teacher, or the several of TEACHERS.
+
+    Raises:
+        ConfigError: an option is unknown or out of its range, or both kinds are set.
+    """
+    node = cfg.MODEL.get("DISTILL")
+    if not (node and node.TEACHERS and node.LOSSES):
+        return Distiller(cfg)
+    if node.TEACHER.CONFIG or node.INHERIT:
+        set_too = "TEACHER.CONFIG" if node.TEACHER.CONFIG else "INHERIT"
+        raise ConfigError(
+            f"MODEL.DISTILL.{set_too} and .TEACHERS are both set: with several teachers it stands "
+            "in the entries of TEACHERS"
+        )
+    distillers: Dict[str, Distiller] = {}
+    for number, entry in enumerate(node.TEACHERS, start=1):
+        name, one = of_entry(cfg, entry, number)
+        if name in distillers:
+            raise ConfigError(f"MODEL.DISTILL.TEACHERS: the NAME {name} is there twice")
+        distillers[name] = Distiller(one)
+    return Distillers(**distillers)
+
+
+def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
+    """An entry of TEACHERS: its name, and `cfg` with this teacher alone.
+
+    Raises:
+        ConfigError: the entry is no mapping, or a key is unknown or of the wrong type.
+    """
+    if not isinstance(entry, Mapping):
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHERS: an entry is a mapping such as {{CONFIG: ...}}, got {entry!r}"
+        )
+    settings: List[Any] = []
+    for key, value in entry.items():
+        if key in TEACHER_KEYS:
+            settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
+        elif key in PAIR_KEYS:
+            settings += [f"MODEL.DISTILL.{key}", value]
+        elif key != "NAME":
+            known = ", ".join(("NAME", *TEACHER_KEYS, *PAIR_KEYS))
+            raise ConfigError(f"MODEL.DISTILL.TEACHERS: unknown key {key}; there are {known}")
+    one = cfg.clone()
+    one.defrost()
+    try:
+        one.merge_from_list(settings)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.DISTILL.TEACHERS: {error}") from error
+    return str(entry.get("NAME", f"teacher{number}")), one

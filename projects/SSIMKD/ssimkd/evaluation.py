@@ -1,0 +1,69 @@
+"""The metrics of each kind of data set that Detectron2 knows."""
+
+import os
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from .compat import has_compiled_ops
+from .errors import ConfigError
+
+
+def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
+    """The evaluator that the data set's metadata asks for, as in Detectron2's `train_net.py`.
+
+    Args:
+        cfg (CfgNode): OUTPUT_DIR/inference takes the detections.
+        dataset_name (str): a registered data set.
+
+    Raises:
+        ConfigError: its kind is unknown.
+    """
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    kinds = {
+        "coco": [coco],
+        "coco_panoptic_seg": [sem_seg, coco, panoptic],
+        "sem_seg": [sem_seg],
+        "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
+        "pascal_voc": [lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)],
+        "cityscapes_instance": [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
+        "cityscapes_sem_seg": [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
+    }
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in kinds:
+        known = ", ".join(kinds)
+        raise ConfigError(
+            f"DATASETS.TEST: {dataset_name} has the evaluator_type {kind!r}; known are {known}"
+        )
+    evaluators = [build(cfg, dataset_name, folder) for build in kinds[kind]]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def coco(cfg, name: str, folder: str) -> DatasetEvaluator:
+    """Boxes, masks and keypoints, by compiled code where Detectron2 has it."""
+    return COCOEvaluator(
+        name,
+        output_dir=folder,
+        use_fast_impl=has_compiled_ops(),
+        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+    )
+
+
+def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
+    """Semantic segmentation."""
+    return SemSegEvaluator(name, distributed=True, output_dir=folder)
+
+
+def panoptic(cfg, name: str, folder: str) -> DatasetEvaluator:
+    """Panoptic segmentation, by COCO's panopticapi."""
+    return COCOPanopticEvaluator(name, folder)

@@ -1,0 +1,75 @@
+"""INHERIT: modules of a student that start from their teacher's weights (ICD, Kang et al. 2021)."""
+
+import logging
+from typing import Dict, Sequence
+
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
+KEY = "MODEL.DISTILL.INHERIT"
+NECK = "neck"  # the backbone less its bottom-up part
+BOTTOM_UP = "backbone.bottom_up."
+
+
+def tensors_of(detector: nn.Module, module: str) -> Dict[str, Tensor]:
+    """Parameters and buffers of a module, by their names in the detector.
+
+    Args:
+        detector (nn.Module): teacher or student.
+        module (str): "neck", or a name as in `named_modules`, such as "roi_heads.box_head".
+    """
+    prefix = "backbone." if module == NECK else module + "."
+    return {
+        name: tensor
+        for name, tensor in detector.state_dict().items()
+        if name.startswith(prefix) and not (module == NECK and name.startswith(BOTTOM_UP))
+    }
+
+
+def inherit(
+    student: nn.Module, teacher: nn.Module, modules: Sequence[str], absent: Sequence[str]
+) -> None:
+    """Copies the teacher's weights into modules of the student, in place.
+
+    Args:
+        student (nn.Module): its modules change.
+        teacher (nn.Module): the whole detector, heads included.
+        modules (sequence[str]): see :func:`tensors_of`.
+        absent (sequence[str]): tensors of the teacher that its checkpoint did not hold.
+
+    Raises:
+        ConfigError: the student has no such module, or its tensors are not all the teacher's by
+            name and shape. Nothing has been copied then.
+    """
+    pairs = []
+    for module in modules:
+        own, given = tensors_of(student, module), tensors_of(teacher, module)
+        if not own:
+            has = [name for name, child in student.named_children() if name != "distiller"]
+            raise ConfigError(
+                f"{KEY}: the student has no weights in {module!r}; it has neck, {', '.join(has)}"
+            )
+        lost = sorted(set(absent) & set(given))
+        if lost:
+            raise ConfigError(
+                f"{KEY}: {module}: the teacher's checkpoint does not hold {', '.join(lost[:3])}"
+            )
+        wrong = [
+            f"{name} is {shape_of(own, name)} in the student and {shape_of(given, name)} in the "
+            "teacher"
+            for name in sorted({**own, **given})
+            if shape_of(own, name) != shape_of(given, name)
+        ]
+        if wrong:
+            raise ConfigError(f"{KEY}: {module} does not fit: {'; '.join(wrong)}")
+        pairs += [(tensor, given[name]) for name, tensor in own.items()]
+    for tensor, value in pairs:  # state_dict shares its tensors with the module
+        tensor.copy_(value)
+    logger.info("The student starts with the teacher's %s", ", ".join(modules))
+
+
+def shape_of(tensors: Dict[str, Tensor], name: str) -> str:
+    """A tensor's shape in words."""
+    return str(tuple(tensors[name].shape)) if name in tensors else "absent"

@@ -1,0 +1,145 @@
+"""What happens once before the first iteration: INHERIT, and a look at teacher and student.
+
+A teacher that was loaded wrongly trains without an error and teaches noise. So its maps must agree
+with the student's cell by cell on real images, and it should find the objects in them.
+"""
+
+import logging
+from itertools import chain
+from typing import Any, Dict, Iterator, List, Tuple, Union
+
+import torch
+from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils import comm
+from torch import nn
+
+from .distiller import Distiller
+from .distillers import Distillers
+from .errors import ConfigError, one_line
+from .inherit import inherit
+from .meta_arch import DistillMixin, image_format_of
+from .random_state import preserve_random_state
+from .teacher import as_seen, trained_format
+
+logger = logging.getLogger(__name__)
+FOUND_IOU = 0.5  # overlap from which a detection has found an object
+LEAST_FOUND = 0.3  # share of the objects; trained detectors find about twice as many
+
+
+def prepare(model: nn.Module, loader: Any, *, resumed: bool) -> None:
+    """Lets a student inherit its teachers' weights and checks the pairs on training images.
+
+    The model's mode, the stream of data and the random generators stay as they are.
+
+    Args:
+        model (nn.Module): a student with its weights; another model is left alone.
+        loader (ResumableLoader or iterable): only the former can show images without taking them.
+        resumed (bool): the weights are a checkpoint's: nothing is inherited.
+
+    Raises:
+        ConfigError: a module cannot be inherited, or maps do not agree cell by cell.
+    """
+    with preserve_random_state():
+        for name, distiller in distillers_of(model):
+            if distiller.enabled:
+                prepare_pair(model, name, distiller, loader, resumed)
+
+
+def prepare_pair(model: Any, name: str, distiller: Distiller, loader: Any, resumed: bool) -> None:
+    """:func:`prepare` for one teacher."""
+    modules = [] if resumed else distiller.inherit
+    check = distiller.check_images > 0 and comm.is_main_process()
+    if not (modules or check):
+        return
+    detector, cfg, absent = distiller.spec.load(model.device)
+    if modules:
+        inherit(model, detector, modules, absent)
+    if not check:
+        return
+    if not hasattr(loader, "peek"):
+        kind = type(loader).__name__
+        logger.warning("Teacher and student are not checked: a %s shows no images", kind)
+        return
+    batches = loader.peek(distiller.check_images)
+    check_maps(model, distiller, batches[0])
+    if absent:
+        logger.warning(
+            "Detections of %s cannot be checked: its checkpoint does not hold %s", name, absent[0]
+        )
+        return
+    shown, wanted = image_format_of(model), trained_format(cfg, detector)
+    check_detections(name, detector, list(chain(*batches)), shown, wanted)
+
+
+def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
+    """Each teacher's name and Distiller; a single one is called "teacher"."""
+    distiller: Union[Distiller, Distillers, None]
+    distiller = model.distiller if isinstance(model, DistillMixin) else None
+    if isinstance(distiller, Distillers):
+        yield from distiller.named()
+    elif distiller is not None:
+        yield "teacher", distiller
+
+
+@torch.no_grad()
+def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> None:
+    """Raises ConfigError unless teacher and student give the same cells for a batch."""
+    training = model.training
+    model.eval()  # batch statistics must not move
+    try:
+        images = model.preprocess_image(batch).tensor
+        maps, size = model.backbone(images), tuple(images.shape[-2:])
+        student, _ = distiller.pair(batch, maps, size, image_format_of(model))
+    except (ImportError, NotImplementedError) as error:  # operators that Detectron2 compiles
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} cannot run here: "
+            f"{one_line(error)}"
+        ) from error
+    finally:
+        model.train(training)
+    shapes = ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
+    logger.info("Teacher and student agree cell by cell: %s", shapes)
+
+
+@torch.no_grad()
+def check_detections(
+    name: str, detector: nn.Module, batch: List[Dict], shown: str, wanted: str
+) -> None:
+    """Logs how many objects of a batch a teacher finds; warns where they are few.
+
+    Args:
+        name (str): of the teacher.
+        detector (nn.Module): the whole teacher.
+        batch (list[dict]): images with "instances".
+        shown, wanted (str): channel order of the images, and of those that it was trained on.
+    """
+    found = total = 0
+    try:
+        for x in batch:
+            image = as_seen([x["image"]], shown, wanted)[0]
+            detections = detector([{"image": image}])[0]["instances"]
+            found += count_found(detections, x["instances"].to(detections.scores.device))
+            total += len(x["instances"])
+    except Exception as error:  # not every teacher has boxes, and it trains without them
+        logger.warning("Detections of %s cannot be checked: %s", name, one_line(error))
+        return
+    if not total:
+        logger.warning("Detections of %s cannot be checked: no objects in the images", name)
+        return
+    text = f"{name} finds {found} of {total} objects in {len(batch)} training images"
+    if found >= LEAST_FOUND * total:
+        logger.info("%s", text[0].upper() + text[1:])
+    else:
+        logger.warning(
+            "%s, fewer than %.0f %%. Do MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and are "
+            "these images of its kind? What it teaches may be noise",
+            text,
+            100 * LEAST_FOUND,
+        )
+
+
+def count_found(detections: Instances, targets: Instances) -> int:
+    """Objects that a detection overlaps, of the as many best scored ones as there are objects."""
+    best = detections.scores.argsort(descending=True)[: len(targets)]
+    iou = pairwise_iou(targets.gt_boxes, detections.pred_boxes[best])
+    return int((iou >= FOUND_IOU).any(dim=1).sum())
