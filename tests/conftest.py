@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from ssimkd import add_ssimkd_config, shapes
+from ssimkd.compat import model_zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 os.chdir(ROOT)  # configs name files relative to the repository
@@ -35,6 +37,70 @@ def image_batch(*sizes, seed=0, boxes=1):
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
+
+
+# Cuts the width of any YAML config of the zoo.
+NARROW = (
+    ("MODEL.RESNETS.STEM_OUT_CHANNELS", 8),
+    ("MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
+    ("MODEL.RESNETS.NUM_GROUPS", 1),
+    ("MODEL.RESNETS.WIDTH_PER_GROUP", 4),
+    ("MODEL.FPN.OUT_CHANNELS", 16),
+    ("MODEL.RPN.CONV_DIMS", [16]),
+    ("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50),
+    ("MODEL.RPN.PRE_NMS_TOPK_TEST", 50),
+    ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
+    ("MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    ("MODEL.ROI_BOX_HEAD.CONV_DIM", 16),
+    ("MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+    ("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (16, 16)),
+    ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 16),
+    ("MODEL.SEM_SEG_HEAD.NORM", ""),
+)
+
+
+def narrow_opts(name):
+    """NARROW as overrides for a zoo config, for the keys that the installed Detectron2 has."""
+    cfg = get_cfg()
+    opts = []
+    for key, value in NARROW:
+        _, node, leaf = key.split(".")
+        if leaf in cfg.MODEL[node]:
+            if "_gn" in name and isinstance(value, int) and value < 32:
+                value = 32  # group norm has 32 groups
+            opts += [key, value]
+    return opts
+
+
+def zoo_cfg(name, *opts):
+    """A YAML config of the zoo, narrow, on the CPU."""
+    cfg = get_cfg()
+    add_ssimkd_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    cfg.merge_from_list([*narrow_opts(name), "MODEL.DEVICE", "cpu", *opts])
+    return cfg
+
+
+def rich_batch(*sizes, seed=0):
+    """image_batch with masks, keypoints and a semantic segmentation as well."""
+    batch = image_batch(*sizes, seed=seed)
+    for x in batch:
+        instances = x["instances"]
+        square = [8.0, 8.0, 40.0, 8.0, 40.0, 40.0, 8.0, 40.0]
+        instances.gt_masks = PolygonMasks([[np.array(square)] for _ in range(len(instances))])
+        points = torch.full((len(instances), 17, 3), 20.0)
+        points[..., 2] = 2  # visible
+        instances.gt_keypoints = Keypoints(points)
+        x["sem_seg"] = torch.zeros(x["image"].shape[-2:], dtype=torch.long)
+    return batch
+
+
+def save_teacher(cfg, path, seed=0):
+    """Writes random weights for a config, a CfgNode or a lazy model node; returns the path."""
+    torch.manual_seed(seed)
+    model = build_model(cfg) if isinstance(cfg, CfgNode) else instantiate(cfg)
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")
