@@ -1,7 +1,7 @@
 """INHERIT: modules of a student that start from their teacher's weights (ICD, Kang et al. 2021)."""
 
 import logging
-from typing import Dict, Sequence
+from typing import Dict, List, Sequence
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 KEY = "MODEL.DISTILL.INHERIT"
 NECK = "neck"  # the backbone less its bottom-up part
 BOTTOM_UP = "backbone.bottom_up."
+MOST = 8  # tensors that an error lists
 
 
 def tensors_of(detector: nn.Module, module: str) -> Dict[str, Tensor]:
@@ -56,20 +57,24 @@ def inherit(
             raise ConfigError(
                 f"{KEY}: {module}: the teacher's checkpoint does not hold {', '.join(lost[:3])}"
             )
-        wrong = [
-            f"{name} is {shape_of(own, name)} in the student and {shape_of(given, name)} in the "
-            "teacher"
-            for name in sorted({**own, **given})
-            if shape_of(own, name) != shape_of(given, name)
-        ]
+        wrong = differences(own, given)
         if wrong:
-            raise ConfigError(f"{KEY}: {module} does not fit: {'; '.join(wrong)}")
+            more = f" and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
+            raise ConfigError(f"{KEY}: {module} does not fit: {'; '.join(wrong[:MOST])}{more}")
         pairs += [(tensor, given[name]) for name, tensor in own.items()]
     for tensor, value in pairs:  # state_dict shares its tensors with the module
         tensor.copy_(value)
     logger.info("The student starts with the teacher's %s", ", ".join(modules))
 
 
-def shape_of(tensors: Dict[str, Tensor], name: str) -> str:
-    """A tensor's shape in words."""
-    return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+def differences(student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> List[str]:
+    """In words, the tensors that are not in both or not of one shape."""
+
+    def shape(tensors: Dict[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+    return [
+        f"{name} is {shape(student, name)} in the student and {shape(teacher, name)} in the teacher"
+        for name in sorted({**student, **teacher})
+        if shape(student, name) != shape(teacher, name)
+    ]

@@ -1,0 +1,131 @@
+"""Several teachers at once: a loss term each, weights and trainable parts per teacher."""
+
+import pytest
+import torch
+from conftest import image_batch, shapes_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from ssimkd import ConfigError, Distiller, Distillers
+from ssimkd.losses import SSIMLoss
+
+KEY = "MODEL.DISTILL"
+CONFIG = "configs/shapes/teacher.yaml"
+BATCH = image_batch((96, 96), (96, 128))
+ALONE = (f"{KEY}.TEACHER.CONFIG", "", f"{KEY}.TEACHER.WEIGHTS", "")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints of two teachers: the shapes teacher, and one with half as many channels."""
+    folder, paths = tmp_path_factory.mktemp("teachers"), []
+    for seed, channels in ((0, 64), (1, 32)):
+        torch.manual_seed(seed)
+        model = build_model(shapes_cfg("teacher", "MODEL.FPN.OUT_CHANNELS", channels))
+        paths.append(str(folder / f"{channels}.pth"))
+        torch.save({"model": model.state_dict()}, paths[-1])
+    return paths
+
+
+def entries(files, **second):
+    wide = {"CONFIG": CONFIG, "WEIGHTS": files[0]}
+    narrow = {"CONFIG": CONFIG, "WEIGHTS": files[1], "OPTS": ["MODEL.FPN.OUT_CHANNELS", 32]}
+    return [wide, {**narrow, "ADAPTER": "conv1x1", **second}]
+
+
+def build(teachers, *opts):
+    torch.manual_seed(1)
+    cfg = shapes_cfg("ssimkd", *ALONE, f"{KEY}.TEACHERS", teachers, *opts)
+    return build_model(cfg).train()
+
+
+def run(model):
+    torch.manual_seed(5)
+    with EventStorage(0) as storage:
+        return model(BATCH), storage
+
+
+def test_each_term_is_that_of_the_teacher_alone(files, student):
+    model = build(entries(files, NAME="narrow", LOSS_WEIGHT=0.5))
+    losses, storage = run(model)
+    assert {"ssim_kd_loss_teacher1", "ssim_kd_loss_narrow"} <= set(losses)
+    assert {"teacher1/ssim_kd/p2", "narrow/ssim_kd/p5"} <= set(storage.latest())
+    alone, _ = run(student(f"{KEY}.TEACHER.WEIGHTS", files[0]))
+    assert torch.equal(losses["ssim_kd_loss_teacher1"], alone["ssim_kd_loss"])
+    second = model.distiller["narrow"]
+    torch.manual_seed(5)
+    with EventStorage(0) as storage:
+        maps = model.backbone(model.preprocess_image(BATCH).tensor)
+        second(BATCH, maps, (96, 128), "BGR")
+    levels = [storage.latest()[f"ssim_kd/{level}"][0] for level in ("p2", "p3", "p4", "p5")]
+    expected = 16 * 0.5 * sum(levels)  # SSIM.WEIGHT in configs/shapes/ssimkd.yaml, LOSS_WEIGHT
+    assert losses["ssim_kd_loss_narrow"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_trainable_parts_bear_the_teachers_name(files):
+    model = build(entries(files))
+    own = {name for name in model.state_dict() if name.startswith("distiller.")}
+    assert own == {
+        f"distiller.teacher2.adapters.{level}.{part}"
+        for level in ("p2", "p3", "p4", "p5")
+        for part in ("weight", "bias")
+    }
+    losses, _ = run(model)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.distiller.parameters())
+
+
+def test_losses_and_levels_may_differ_by_teacher(files):
+    model = build(entries(files, LOSSES=["l1", "l2"], IN_FEATURES=["p3"]))
+    losses, storage = run(model)
+    assert {"ssim_kd_loss_teacher1", "l1_kd_loss_teacher2", "l2_kd_loss_teacher2"} <= set(losses)
+    assert "teacher2/l1_kd/p3" in storage.latest()
+    assert "teacher2/l1_kd/p2" not in storage.latest()
+
+
+def test_one_key_switches_all_of_them_off(files):
+    model = build(entries(files), f"{KEY}.LOSSES", ())
+    losses, _ = run(model)
+    expected, _ = run(build([], f"{KEY}.LOSSES", ()))
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
+    assert not any(name.startswith("distiller.") for name in model.state_dict())
+
+
+def test_from_python_teachers_are_named_by_keyword(files):
+    def distiller(weights):
+        return Distiller(
+            teacher=dict(config=CONFIG, weights=weights),
+            losses=[SSIMLoss(weight=16.0)],
+            in_features=["p2", "p3", "p4", "p5"],
+        )
+
+    both = Distillers(a=distiller(files[0]), b=distiller(files[0]))
+    model = build([], f"{KEY}.LOSSES", ())
+    both.attach(model.backbone.output_shape())
+    model.distiller = both
+    losses, _ = run(model)
+    assert torch.equal(losses["ssim_kd_loss_a"], losses["ssim_kd_loss_b"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ([{"WEIGHT": 1.0}], "unknown key WEIGHT; there are NAME, CONFIG, WEIGHTS"),
+        (["x.yaml"], "an entry is a mapping"),
+        ([{"CONFIG": 3}], r"TEACHERS: Type mismatch .*TEACHER.CONFIG"),
+        ([{"CONFIG": "a", "NAME": "x"}, {"CONFIG": "b", "NAME": "x"}], "the NAME x is there twice"),
+        ([{"CONFIG": "a", "NAME": "x.y"}], "a NAME cannot be used"),
+        ([{"INHERIT": ["neck"]}, {"INHERIT": ["neck"]}], "name the same module in INHERIT"),
+        ([{"LOSSES": ["sim"]}], "there is no loss 'sim'"),
+        ([{"LOSS_WEIGHT": -1.0}], "TEACHER.LOSS_WEIGHT must be a finite number >= 0"),
+    ],
+)
+def test_wrong_entries_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build(change)
+
+
+@pytest.mark.parametrize("key, value", [("TEACHER.CONFIG", CONFIG), ("INHERIT", ["neck"])])
+def test_one_and_several_exclude_each_other(files, key, value):
+    with pytest.raises(ConfigError, match=f"{KEY}.{key} and .TEACHERS are both set"):
+        build(entries(files), f"{KEY}.{key}", value)
