@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_a_trained_teacher_passes(student, loader, caplog):
     numbers = [int(word) for word in found[0].split() if word.isdigit()]
     assert numbers[2] == 8 and numbers[0] > 1.5 * LEAST_FOUND * numbers[1]
     assert not records(caplog, logging.WARNING)
-    assert "Teacher and student agree cell by cell: p2 (64, 24, " in caplog.text
+    assert "Teacher and student agree cell by cell: p2 (64, " in caplog.text
 
 
 def test_a_random_teacher_is_warned_of(student, loader, caplog):
@@ -87,7 +87,7 @@ def test_peeked_images_are_the_ones_that_come(loader):
     assert [len(batch) for batch in peeked] == [8, 8, 8] and loader.batches == 0
     taken = list(islice(iter(loader), 3))
     loader.batches = 0
-    for a, b in zip(sum(peeked, []), sum(taken, [])):
+    for a, b in zip(chain(*peeked), chain(*taken)):
         assert a["file_name"] == b["file_name"] and torch.equal(a["image"], b["image"])
 
 

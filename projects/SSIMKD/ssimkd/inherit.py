@@ -75,6 +75,6 @@ def differences(student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> List[
 
     return [
         f"{name} is {shape(student, name)} in the student and {shape(teacher, name)} in the teacher"
-        for name in sorted({**student, **teacher})
+        for name in {**student, **teacher}
         if shape(student, name) != shape(teacher, name)
     ]

@@ -1,0 +1,141 @@
+"""A user's own data: registered from the config, its classes counted and checked."""
+
+import json
+
+import pytest
+from conftest import ROOT, shapes_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import (
+    COCOEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.modeling import build_model
+from ssimkd import ConfigError
+from ssimkd.cli import load_config
+from ssimkd.data import check_classes, classes_of, register_coco
+from ssimkd.evaluation import build_evaluator
+
+KEY = "DATASETS.COCO"
+CLASSES = ["crack", "hole"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An entry of DATASETS.COCO with two classes, whose ids are neither sorted nor contiguous."""
+    categories = [{"id": 7, "name": "hole"}, {"id": 3, "name": "crack"}]
+    images = [{"id": 1, "file_name": "a.jpg", "height": 96, "width": 96}]
+    boxes = [
+        {
+            "id": i,
+            "image_id": 1,
+            "category_id": c,
+            "bbox": [1, 2, 30, 40],
+            "area": 1200,
+            "iscrowd": 0,
+        }
+        for i, c in ((1, 3), (2, 7))
+    ]
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    yield {"NAME": "own_train", "JSON": str(path), "IMAGES": str(tmp_path)}
+    if "own_train" in DatasetCatalog:
+        DatasetCatalog.remove("own_train")
+        MetadataCatalog.remove("own_train")
+
+
+def test_the_json_names_the_classes(own):
+    register_coco([own])
+    register_coco([own])  # as it stands
+    assert MetadataCatalog.get("own_train").thing_classes == CLASSES
+    (record,) = DatasetCatalog.get("own_train")
+    assert [a["category_id"] for a in record["annotations"]] == [0, 1]
+    assert record["file_name"] == f"{own['IMAGES']}/a.jpg"
+
+
+@pytest.mark.parametrize("from_data", [False, True])
+def test_a_yaml_config_registers_and_counts(own, from_data):
+    opts = [KEY, str([own]), "DATASETS.TRAIN", "('own_train',)"]
+    cfg = load_config(
+        "configs/shapes/vanilla.yaml", [*opts, "DATASETS.NUM_CLASSES_FROM_DATA", str(from_data)]
+    )
+    assert (2 if from_data else 4) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert (2 if from_data else 80) == cfg.MODEL.RETINANET.NUM_CLASSES
+    model = build_model(cfg)
+    if from_data:
+        check_classes(model, cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    else:
+        message = "DATASETS.TRAIN: own_train has 2 classes and the head has 4: set NUM_CLASSES"
+        with pytest.raises(ConfigError, match=message):
+            check_classes(model, cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    assert "own_train" in cfg.dump()  # the run's config can be written
+
+
+@pytest.mark.parametrize("name", ["ssimkd_R50", "retinanet"])
+def test_a_lazy_config_registers_and_counts(own, name, tmp_path):
+    path = f"{ROOT}/configs/ssimkd_R50.py"
+    if name == "retinanet":
+        path = tmp_path / "retinanet.py"
+        path.write_text(
+            "from ssimkd.compat import model_zoo\n"
+            "cfg = model_zoo.get_config('COCO-Detection/retinanet_R_50_FPN_1x.py')\n"
+            "model, dataloader, train = cfg.model, cfg.dataloader, cfg.train\n"
+        )
+    entry = ",".join(f"{key.lower()}:'{value}'" for key, value in own.items())
+    overrides = [
+        f"+datasets.coco=[{{{entry}}}]",
+        "+datasets.num_classes_from_data=True",
+        "dataloader.train.dataset.names=own_train",
+    ]
+    model = load_config(str(path), overrides).model
+    assert (model if name == "retinanet" else model.roi_heads).num_classes == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"JSON": "no.json"}, f"{KEY}: own_train: cannot read no.json: FileNotFoundError"),
+        ({"IMAGES": "nowhere"}, f"{KEY}: own_train: there is no folder nowhere"),
+        ({"CLASSES": ["a"]}, f"{KEY}: an entry is a mapping of IMAGES, JSON, NAME"),
+        ({"JSON": "setup.yaml"}, "cannot read setup.yaml: .*Error"),
+        ({"JSON": "list.json"}, "cannot read list.json: TypeError"),
+        ({"JSON": "empty.json"}, "empty.json has no categories"),
+        ({"NAME": "ssimkd_shapes_train"}, "another data set is called ssimkd_shapes_train"),
+    ],
+)
+def test_wrong_entries_are_named(own, change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.yaml").write_text("a: b")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "empty.json").write_text('{"categories": []}')
+    with pytest.raises(ConfigError, match=message) as error:
+        register_coco([{**own, **change}])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_classes_that_cannot_be_counted():
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: there is no data set that names"):
+        classes_of([], "DATASETS.TRAIN")
+
+
+def test_a_model_of_unknown_classes_is_left_alone():
+    check_classes(object(), ["ssimkd_shapes_train"], "DATASETS.TRAIN")
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("coco_2017_val", COCOEvaluator),
+        ("keypoints_coco_2017_val", COCOEvaluator),
+        ("voc_2007_test", PascalVOCDetectionEvaluator),
+    ],
+)
+def test_the_data_set_chooses_its_metrics(name, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(COCOEvaluator, "__init__", lambda self, *args, **options: None)
+    evaluator = build_evaluator(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)), name)
+    assert type(evaluator) is kind
+
+
+def test_an_unknown_kind_of_data_is_named():
+    MetadataCatalog.get("odd_val").evaluator_type = "odd"
+    with pytest.raises(ConfigError, match="odd_val has the evaluator_type 'odd'; known are coco"):
+        build_evaluator(shapes_cfg("vanilla"), "odd_val")
