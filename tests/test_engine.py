@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shapes_cfg
+from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
 from detectron2.modeling import build_model
+from ssimkd.engine import DistillTrainer
 
 KEY = "MODEL.DISTILL"
 
@@ -199,12 +201,48 @@ def test_evaluation_needs_no_teacher(trained, tmp_path):
 
 def test_a_checkpoint_of_detectron2_without_optimizer_state_still_resumes(teacher_file, tmp_path):
     """v0.5 and v0.6 write such ones."""
-    from ssimkd.engine import DistillTrainer
-
     cfg = shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path))
     trainer = DistillTrainer(cfg)
     trainer.load_state_dict({"iteration": 7})
     assert trainer.iter == 7
+
+
+def test_a_retinanet_resumes_exactly_with_its_running_normalizer(tmp_path):
+    """Detectron2 keeps the number of foreground anchors outside the checkpoint."""
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    teacher = save_teacher(zoo_cfg(name, "MODEL.RETINANET.NUM_CLASSES", 4), tmp_path / "t.pth")
+    cfg = zoo_cfg(
+        name, "MODEL.META_ARCHITECTURE", "DistillRetinaNet", "MODEL.RETINANET.NUM_CLASSES", 4,
+        "MODEL.WEIGHTS", "", "DATASETS.TRAIN", ("ssimkd_shapes_train",), "DATASETS.TEST", (),
+        f"{KEY}.TEACHER.CONFIG", name, f"{KEY}.TEACHER.WEIGHTS", teacher,
+        f"{KEY}.TEACHER.OPTS", [*narrow_opts(name), "MODEL.RETINANET.NUM_CLASSES", 4],
+        f"{KEY}.IN_FEATURES", ["p3", "p5", "p7"], f"{KEY}.INHERIT", ["head"],
+        "INPUT.MIN_SIZE_TRAIN", (64, 96), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 3,
+        "SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
+    )  # fmt: skip
+
+    def run(folder, resume):
+        torch.manual_seed(1)
+        np.random.seed(1)
+        cfg.OUTPUT_DIR = str(folder)
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        head = {k: v.clone() for k, v in trainer.model.head.state_dict().items()}
+        trainer.train()
+        return head, trainer.model.loss_normalizer
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    head, normalizer = run(tmp_path / "a", resume=False)
+    inherited = weights(teacher)
+    assert all(torch.equal(value, inherited[f"head.{k}"]) for k, value in head.items())
+    shutil.copy(tmp_path / "a" / "model_0000000.pth", tmp_path / "b")
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000000.pth")
+    head, again = run(tmp_path / "b", resume=True)
+    assert not all(torch.equal(value, inherited[f"head.{k}"]) for k, value in head.items())
+    assert again == normalizer != 100  # where Detectron2 starts it
+    expected, found = final(tmp_path / "a"), final(tmp_path / "b")
+    assert all(torch.equal(found[k], value) for k, value in expected.items())
 
 
 class Trainer:
@@ -230,7 +268,7 @@ def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
 def test_a_resume_that_is_not_exact_says_so(caplog):
     from ssimkd.hooks import ExactResume
 
-    hook = ExactResume([], 10)
+    hook = ExactResume([], torch.nn.Module(), 10)
     hook.trainer = Trainer(3, start_iter=3)
     hook.before_train()
     hook.load_state_dict({"random": [None, None]})

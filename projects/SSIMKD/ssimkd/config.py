@@ -6,6 +6,9 @@ under `cfg.DATASETS`: a user's own data.
 
 from detectron2.config import CfgNode as CN
 
+# What is added to Detectron2's config: (node, key).
+OWN_KEYS = (("MODEL", "DISTILL"), ("DATASETS", "COCO"), ("DATASETS", "NUM_CLASSES_FROM_DATA"))
+
 
 def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL` and two keys of `DATASETS` to a Detectron2 config, in place.

@@ -13,6 +13,7 @@ from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from .config import OWN_KEYS
 from .errors import ConfigError, one_line
 from .meta_arch import DistillMixin
 
@@ -74,7 +75,8 @@ def plain_config(cfg, weights: str):
         name = cfg.MODEL.META_ARCHITECTURE
         plain.MODEL.META_ARCHITECTURE = parent_of(META_ARCH_REGISTRY.get(name)).__name__
         plain.MODEL.WEIGHTS = weights
-        plain.MODEL.pop("DISTILL", None)
+        for node, key in OWN_KEYS:
+            plain[node].pop(key, None)
         return plain
     # The model alone: schedules and data may hold functions, which no YAML can express.
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})

@@ -55,7 +55,8 @@ def inherit(
         lost = sorted(set(absent) & set(given))
         if lost:
             raise ConfigError(
-                f"{KEY}: {module}: the teacher's checkpoint does not hold {', '.join(lost[:3])}"
+                f"{KEY}: {module}: the teacher's checkpoint does not hold {', '.join(lost[:3])} in "
+                "the shape of the teacher's config"
             )
         wrong = differences(own, given)
         if wrong:
