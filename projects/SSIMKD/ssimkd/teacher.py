@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, cast
@@ -9,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, cast
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.layers import ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.file_io import PathManager
 from omegaconf import ListConfig, OmegaConf
@@ -243,6 +244,19 @@ class _WholeBackbone(DetectionCheckpointer):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.absent: List[str] = []
+
+    def _load_model(self, checkpoint):
+        weights = checkpoint["model"]
+        if not hasattr(weights, "_metadata") and any(k.endswith("running_var") for k in weights):
+            # Without a version FrozenBN takes 0 and 1 for statistics that a file lacks. That is
+            # right for a file without any, such as Caffe2's, whose scale and bias hold them.
+            checkpoint["model"] = weights = OrderedDict(weights)
+            weights._metadata = {
+                name: {"version": module._version}
+                for name, module in self.model.named_modules()
+                if isinstance(module, FrozenBatchNorm2d)
+            }
+        return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible) -> None:
         wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}

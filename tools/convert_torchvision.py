@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+r"""Writes torchvision's ImageNet weights of a ResNet as a file that MODEL.WEIGHTS reads.
+
+    python tools/convert_torchvision.py resnet18 --out weights/R-18.pth
+
+Detectron2's zoo has no ResNet-18 and 34. The weights are torchvision's IMAGENET1K_V1; the images
+that they expect differ from those of the zoo's backbones, so their detector's config needs
+
+    MODEL:
+      WEIGHTS: "weights/R-18.pth"
+      PIXEL_MEAN: [123.675, 116.28, 103.53]
+      PIXEL_STD: [58.395, 57.12, 57.375]
+      RESNETS:
+        DEPTH: 18
+        RES2_OUT_CHANNELS: 64  # of 18 and 34; the others keep Detectron2's 256
+        STRIDE_IN_1X1: False
+        NORM: "FrozenBN"       # or "BN"
+    INPUT:
+      FORMAT: "RGB"
+
+A teacher still sees the images by its own config.
+"""
+
+import argparse
+import os
+import re
+from typing import Dict
+
+import torch
+from ssimkd.errors import ConfigError, exit_in_one_line, one_line
+from ssimkd.export import read_weights
+from torch import Tensor
+from torchvision import models
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def read(architecture: str, path: str) -> Dict[str, Tensor]:
+    """The backbone's tensors, under torchvision's names, of a file or of torchvision's own.
+
+    Raises:
+        ConfigError: they cannot be had, or are another network's.
+    """
+    if not path:
+        try:
+            model = getattr(models, architecture)(weights="IMAGENET1K_V1")
+        except Exception as error:
+            reason = f"cannot download {architecture}, name a file: {one_line(error)}"
+            raise ConfigError(f"--weights: {reason}") from error
+        return backbone_of(model.state_dict())
+    weights = backbone_of(read_weights(path))
+    shapes = {k: v.shape for k, v in weights.items()}
+    for found in (architecture, *ARCHITECTURES):
+        expected = backbone_of(getattr(models, found)().state_dict())
+        if shapes == {k: v.shape for k, v in expected.items()}:
+            break
+    else:
+        found = f"another network, with {min(weights, default='no tensor')}"
+    if found != architecture:
+        raise ConfigError(f"--weights: {path} holds {found}, not {architecture}")
+    return weights
+
+
+def backbone_of(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """A classifier's tensors without its last layer and the counters of its training."""
+    left_out = re.compile(r"fc\..*|.*\.num_batches_tracked")
+    return {k: v for k, v in state_dict.items() if not left_out.fullmatch(k)}
+
+
+def detectron2_name(name: str) -> str:
+    """A tensor's name in Detectron2's ResNet: layer1.0.bn1.bias is res2.0.conv1.norm.bias."""
+    name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = name.replace(".downsample.0.", ".shortcut.").replace(".downsample.1.", ".shortcut.norm.")
+    return re.sub(r"\.bn(\d)\.", r".conv\1.norm.", name)
+
+
+def main() -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("architecture", choices=ARCHITECTURES)
+    parser.add_argument("--out", required=True, help="file to write, .pth")
+    parser.add_argument("--weights", default="", help="a state dict instead of torchvision's own")
+    args = parser.parse_args()
+    with exit_in_one_line():
+        if not args.out.endswith(".pth"):
+            raise ConfigError(f"--out: {args.out} must end in .pth, or Detectron2 cannot read it")
+        weights = read(args.architecture, args.weights)
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        content = {
+            "model": {detectron2_name(k): v for k, v in weights.items()},
+            "__author__": "torchvision",
+            "matching_heuristics": True,  # finds the backbone wherever a detector has it
+        }
+        torch.save(content, args.out + ".tmp")  # what was there outlives an interruption
+        os.replace(args.out + ".tmp", args.out)
+
+
+if __name__ == "__main__":
+    main()
