@@ -4,21 +4,59 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import image_batch
 from detectron2.config import CfgNode, get_cfg
 from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.distiller import build_loss
-from ssimkd.losses import KD_LOSS_REGISTRY, Context, L1Loss, L2Loss, SSIMLoss
-from ssimkd.normalize import NORMALIZATIONS, normalize_maps
+from ssimkd.losses import (
+    KD_LOSS_REGISTRY,
+    Context,
+    CWDLoss,
+    DeFeatLoss,
+    L1Loss,
+    L2Loss,
+    MSSSIMLoss,
+    PKDLoss,
+    SSIMLoss,
+)
+from ssimkd.normalize import NORMALIZATIONS, SCOPES, normalize_maps
 from ssimkd.ssim import ssim_loss
 
-LOSSES = {"ssim": SSIMLoss, "l1": L1Loss, "l2": L2Loss}
+NORMALIZING = {"ssim": SSIMLoss, "l1": L1Loss, "l2": L2Loss, "ms_ssim": MSSSIMLoss}
+LOSSES = {**NORMALIZING, "pkd": PKDLoss, "cwd": CWDLoss, "defeat": DeFeatLoss}
+# Losses and settings that give each image the same share of a batch, whatever the others are
+BY_IMAGE = [
+    *[
+        (loss_class, {"normalize": kind, "normalize_scope": scope})
+        for loss_class in NORMALIZING.values()
+        for kind in NORMALIZATIONS
+        for scope in ("channel", "image")
+    ],
+    (CWDLoss, {}),
+]
+# The others: one statistic or mean over the cells of all images
+BY_BATCH = [
+    *[
+        (loss_class, {"normalize": kind, "normalize_scope": "batch"})
+        for loss_class in NORMALIZING.values()
+        for kind in NORMALIZATIONS
+    ],
+    (PKDLoss, {}),
+    (DeFeatLoss, {}),
+]
 STRIDES = {"p3": 8, "p5": 32}
 SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96, a multiple of 32
 REGISTERED = sorted(name for name, _ in KD_LOSS_REGISTRY)
 
 every_loss = pytest.mark.parametrize("loss_class", LOSSES.values(), ids=LOSSES)
 every_kind = pytest.mark.parametrize("normalize", NORMALIZATIONS)
-every_scope = pytest.mark.parametrize("scope", ["channel", "image", "batch"])
+every_scope = pytest.mark.parametrize("scope", SCOPES)
+
+
+def settings(pairs):
+    """Parametrises a test with classes of losses and the options that they take."""
+    names = ["-".join([loss_class.name, *options.values()]) for loss_class, options in pairs]
+    return pytest.mark.parametrize(("loss_class", "options"), pairs, ids=names)
 
 
 def levels(n, height, width, channels=3, seed=0):
@@ -36,13 +74,18 @@ def levels(n, height, width, channels=3, seed=0):
 
 def padded_batch():
     """Student and teacher maps, and the context, of the images of SIZES in one batch."""
-    return levels(4, 64, 96), levels(4, 64, 96, seed=1), Context(SIZES, STRIDES)
+    return levels(4, 64, 96), levels(4, 64, 96, seed=1), context_of(SIZES)
 
 
 def equal_batch():
     """Two images that fill their maps."""
     student, teacher = levels(2, 64, 96), levels(2, 64, 96, seed=1)
-    return student, teacher, Context([(64, 96)] * 2, STRIDES)
+    return student, teacher, context_of([(64, 96)] * 2)
+
+
+def context_of(sizes, **options):
+    """Images of `sizes` pixels, one object in each."""
+    return Context(sizes, STRIDES, [x["instances"] for x in image_batch(*sizes)], **options)
 
 
 def distill_node(*overrides):
@@ -55,13 +98,11 @@ def distill_node(*overrides):
 # --- values ---
 
 
-@every_scope
-@every_kind
-@every_loss
-def test_equal_maps_cost_nothing(loss_class, normalize, scope):
+@settings(BY_IMAGE + BY_BATCH)
+def test_equal_maps_cost_nothing(loss_class, options):
     _, teacher, context = padded_batch()
     student = {level: x.clone().requires_grad_() for level, x in teacher.items()}
-    losses = loss_class(normalize=normalize, normalize_scope=scope)(student, teacher, context)
+    losses = loss_class(**options)(student, teacher, context)
     gradients = torch.autograd.grad(sum(losses.values()), list(student.values()))
     assert list(losses) == ["p3", "p5"]
     for value in [*losses.values(), *gradients]:
@@ -117,7 +158,8 @@ def test_the_weight_is_left_to_the_caller(loss_class):
     torch.testing.assert_close(loss_class(weight=7)(*batch), loss_class(weight=0)(*batch))
 
 
-@every_loss
+# DeFeat is a mean over levels that share the objects out
+@pytest.mark.parametrize("loss_class", [x for x in LOSSES.values() if x is not DeFeatLoss])
 def test_levels_are_independent(loss_class):
     student, teacher, context = padded_batch()
     losses = loss_class()(student, teacher, context)
@@ -144,12 +186,10 @@ def mean_over_images(loss, student, teacher):
     return {level: torch.stack([v[level] for v in values]).mean() for level in STRIDES}
 
 
-@pytest.mark.parametrize("scope", ["channel", "image"])
-@every_kind
-@every_loss
-def test_a_batch_is_the_mean_of_its_images(loss_class, normalize, scope):
+@settings(BY_IMAGE)
+def test_a_batch_is_the_mean_of_its_images(loss_class, options):
     student, teacher, context = padded_batch()
-    loss = loss_class(normalize=normalize, normalize_scope=scope)
+    loss = loss_class(**options)
     expected = mean_over_images(loss, student, teacher)
     torch.testing.assert_close(loss(student, teacher, context), expected)
 
@@ -162,12 +202,10 @@ def test_a_batch_is_the_mean_of_its_images_for_every_border(border):
     torch.testing.assert_close(loss(student, teacher, context), expected)
 
 
-@every_scope
-@every_kind
-@every_loss
-def test_padded_cells_matter_only_without_the_mask(loss_class, normalize, scope):
+@settings(BY_IMAGE + BY_BATCH)
+def test_padded_cells_matter_only_without_the_mask(loss_class, options):
     student, teacher, context = padded_batch()
-    loss = loss_class(normalize=normalize, normalize_scope=scope)
+    loss = loss_class(**options)
     other = {}
     for level, x in student.items():
         inside = context.inside(level, x)
@@ -187,9 +225,21 @@ def test_padded_cells_matter_only_without_the_mask(loss_class, normalize, scope)
 @every_loss
 def test_without_the_mask_padding_counts_as_image(loss_class):
     student, teacher, _ = padded_batch()
-    unmasked = loss_class()(student, teacher, Context(SIZES, STRIDES, mask_padding=False))
-    whole = loss_class()(student, teacher, Context([(64, 96)] * 4, STRIDES))
+    unmasked = loss_class()(student, teacher, context_of(SIZES, mask_padding=False))
+    whole = loss_class()(student, teacher, context_of([(64, 96)] * 4))
     torch.testing.assert_close(unmasked, whole)
+
+
+@every_loss
+def test_targets_matter_only_to_losses_that_need_them(loss_class):
+    student, teacher, context = padded_batch()
+    context.targets = None
+    if loss_class is DeFeatLoss:
+        with pytest.raises(ValueError, match=r"defeat needs ground-truth boxes.*instances"):
+            loss_class()(student, teacher, context)
+    else:
+        expected = loss_class()(*padded_batch())
+        torch.testing.assert_close(loss_class()(student, teacher, context), expected)
 
 
 # --- context ---
@@ -308,6 +358,11 @@ def test_build_loss_passes_every_setting_on():
         ("l1", ["L1.WEIGHT", math.inf], r"MODEL\.DISTILL\.L1: weight .*inf"),
         ("l2", ["L2.NORMALIZE_SCOPE", "level"], r"MODEL\.DISTILL\.L2: normalize_scope .*'level'"),
         ("l2", ["L2.WEIGHT", -0.5], r"MODEL\.DISTILL\.L2: weight .*-0\.5"),
+        ("cwd", ["CWD.TAU", 0.0], r"MODEL\.DISTILL\.CWD: tau .*0\.0"),
+        ("defeat", ["DEFEAT.BACKGROUND_WEIGHT", -1.0], r"DEFEAT: background_weight .*-1\.0"),
+        ("ms_ssim", ["MS_SSIM.SCALE_EXPONENTS", ()], r"MS_SSIM: scale_exponents .*\(\)"),
+        ("ms_ssim", ["MS_SSIM.BORDER", "wrap"], r"MODEL\.DISTILL\.MS_SSIM: border .*'wrap'"),
+        ("pkd", ["PKD.WEIGHT", math.nan], r"MODEL\.DISTILL\.PKD: weight .*nan"),
     ],
 )
 def test_build_loss_names_the_key_to_change(name, overrides, message):

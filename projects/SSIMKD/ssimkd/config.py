@@ -14,7 +14,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL` and two keys of `DATASETS` to a Detectron2 config, in place.
 
     [paper]: de Rijk et al., NeurIPS 2022. [shapes]: measured here on the embedded data set, see
-    projects/SSIMKD/README.md.
+    projects/SSIMKD/README.md. [authors]: the code of the loss's own authors.
     """
     # Your own data in COCO's format: a list of {NAME, JSON, IMAGES}; TRAIN and TEST then use NAME
     cfg.DATASETS.COCO = []
@@ -75,3 +75,28 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # not tuned
     cfg.MODEL.DISTILL.L2.NORMALIZE = "minmax"
     cfg.MODEL.DISTILL.L2.NORMALIZE_SCOPE = "channel"
+
+    cfg.MODEL.DISTILL.PKD = CN()
+    cfg.MODEL.DISTILL.PKD.WEIGHT = 6.0  # Faster R-CNN, p2 to p5; 10 for RetinaNet [authors]
+
+    cfg.MODEL.DISTILL.CWD = CN()
+    cfg.MODEL.DISTILL.CWD.WEIGHT = 10.0  # [authors]
+    cfg.MODEL.DISTILL.CWD.TAU = 1.0  # temperature [authors]
+
+    cfg.MODEL.DISTILL.DEFEAT = CN()
+    cfg.MODEL.DISTILL.DEFEAT.WEIGHT = 1.0
+    # [authors: VOC; their answer for COCO: 4 and 16, next to losses on backbone and head]
+    cfg.MODEL.DISTILL.DEFEAT.FOREGROUND_WEIGHT = 3.0
+    cfg.MODEL.DISTILL.DEFEAT.BACKGROUND_WEIGHT = 12.0
+
+    cfg.MODEL.DISTILL.MS_SSIM = CN()
+    cfg.MODEL.DISTILL.MS_SSIM.WEIGHT = 4.0  # as for SSIM, as all but the exponents; not tuned
+    cfg.MODEL.DISTILL.MS_SSIM.NORMALIZE = "minmax"
+    cfg.MODEL.DISTILL.MS_SSIM.NORMALIZE_SCOPE = "channel"
+    cfg.MODEL.DISTILL.MS_SSIM.BORDER = "renormalize"
+    cfg.MODEL.DISTILL.MS_SSIM.WINDOW_SIZE = 11  # cells
+    cfg.MODEL.DISTILL.MS_SSIM.SIGMA = 1.5  # cells
+    cfg.MODEL.DISTILL.MS_SSIM.K1 = 0.01
+    cfg.MODEL.DISTILL.MS_SSIM.K2 = 0.03
+    # Of the scales, the finest first [Wang, Simoncelli, Bovik, 2003]
+    cfg.MODEL.DISTILL.MS_SSIM.SCALE_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

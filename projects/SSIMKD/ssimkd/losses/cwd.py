@@ -1,0 +1,38 @@
+"""CWD: each channel as a distribution over cells (Shu et al., ICCV 2021)."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import MapLoss, register_loss
+
+
+@register_loss("cwd")
+class CWDLoss(MapLoss):
+    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) per level, averaged over images and channels.
+
+    Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021. The softmax
+    runs over the cells of one channel that lie in the image, on raw features: a channel's offset
+    does not matter, its scale does. For a large tau the loss is half the variance of T - S.
+
+    Args:
+        weight (float): lambda.
+        tau (float): temperature, in feature units.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(self, weight: float = 10.0, tau: float = 1.0) -> None:
+        super().__init__(weight, normalize="none", normalize_scope="image")
+        if not (math.isfinite(tau) and tau > 0):
+            raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
+        self.tau = float(tau)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar >= 0 for (n, C, h, w) maps."""
+        n, channels = student.shape[:2]
+        s, t = (F.log_softmax(x.flatten(2) / self.tau, dim=2) for x in (student, teacher))
+        divergence = F.kl_div(s, t, reduction="sum", log_target=True)
+        return self.tau**2 * divergence / (n * channels)

@@ -1,0 +1,99 @@
+"""MS-SSIM: structural similarity of normalised maps at several resolutions."""
+
+import math
+from typing import Any, Dict, List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ssim
+from ..normalize import NORMALIZATIONS
+from .base import MapLoss, register_loss
+
+# Similarity below which its logarithm continues as its tangent: low enough that such channels are
+# far from alike, high enough that the tangent's slope, 1 / FLOOR, does not push exp(log) to 0
+FLOOR = 0.1
+
+
+@register_loss("ms_ssim")
+class MSSSIMLoss(MapLoss):
+    """(1 - MS-SSIM) / 2 per level, averaged over images and channels.
+
+    Wang, Simoncelli, Bovik, "Multi-scale structural similarity for image quality assessment",
+    Asilomar 2003: the product over scales of (mean contrast x structure)^exponent, with luminance
+    at the coarsest scale only. The maps of the next scale are means of 2 x 2 cells; at an odd edge,
+    of the cells that are there. Two things differ from an image's MS-SSIM:
+
+    - Small maps. A further scale is used as long as its shorter side holds the window, so a map of
+      less than two windows has one scale and its MS-SSIM is SSIM. The exponents of the scales used
+      are scaled to sum to 1 (the published five sum to 1.0001).
+    - Negative similarity, which has no real power. The product is taken as exp(sum of exponent x
+      log similarity), and below 0.1 the logarithm continues as its tangent: where all means are at
+      least 0.1 the loss is Wang et al.'s, and a lower one keeps a finite slope towards similarity.
+
+    Args:
+        weight (float): lambda.
+        normalize, normalize_scope (str): see `normalize.py`; SSIM's dynamic range L follows.
+        border, window_size, sigma, k1, k2: see :func:`ssimkd.ssim.ssim_map`.
+        scale_exponents (sequence[float]): one per scale, the finest first; > 0.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 4.0,
+        normalize: str = "minmax",
+        normalize_scope: str = "channel",
+        border: str = "renormalize",
+        window_size: int = 11,
+        sigma: float = 1.5,
+        k1: float = 0.01,
+        k2: float = 0.03,
+        scale_exponents: Sequence[float] = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333),
+    ) -> None:
+        super().__init__(weight, normalize, normalize_scope)
+        self.options: Dict[str, Any] = dict(
+            window_size=window_size,
+            sigma=sigma,
+            k1=k1,
+            k2=k2,
+            data_range=NORMALIZATIONS[normalize],
+            border=border,
+        )
+        ssim.check_options(exponents=(1, 1, 1), **self.options)
+        if not (scale_exponents and all(math.isfinite(e) and e > 0 for e in scale_exponents)):
+            raise ValueError(
+                f"scale_exponents must be finite numbers > 0, at least one, got {scale_exponents!r}"
+            )
+        self.scale_exponents = tuple(scale_exponents)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar in [0, 1/2) for (n, C, h, w) maps."""
+        exponents = self.exponents_for(min(student.shape[-2:]))
+        logarithm = torch.zeros_like(student[:, :, 0, 0])
+        for scale, exponent in enumerate(exponents):
+            if scale > 0:
+                student, teacher = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (student, teacher))
+            luminance = 1 if scale == len(exponents) - 1 else 0
+            terms = ssim.ssim_map(student, teacher, exponents=(luminance, 1, 1), **self.options)
+            logarithm = logarithm + exponent * _log(terms.mean(dim=(2, 3)))
+        return (1 - logarithm.exp().mean()) / 2
+
+    def exponents_for(self, side: int) -> List[float]:
+        """Exponents of the scales that a map has whose shorter side is `side` cells; sum 1."""
+        used = [self.scale_exponents[0]]
+        for exponent in self.scale_exponents[1:]:
+            side = math.ceil(side / 2)
+            if side < self.options["window_size"]:
+                break
+            used.append(exponent)
+        return [exponent / sum(used) for exponent in used]
+
+
+def _log(x: Tensor) -> Tensor:
+    """log(x) down to FLOOR and its tangent there below."""
+    tangent = math.log(FLOOR) + x / FLOOR - 1
+    return torch.where(x < FLOOR, tangent, x.clamp_min(FLOOR).log())
