@@ -181,7 +181,10 @@ def original(config, file):
 def student(config, weights):
     """The zoo's detector as a student with adapters, started from `weights`."""
     cfg = TeacherSpec(config, "", NARROW).load_config()
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+    if config == RETINA:
+        cfg.MODEL.META_ARCHITECTURE = "DistillRetinaNet"
+        cfg.MODEL.DISTILL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    else:
         cfg.MODEL.META_ARCHITECTURE = "DistillRCNN"
     cfg.MODEL.DISTILL.TEACHER.CONFIG = config
     cfg.MODEL.DISTILL.TEACHER.OPTS = NARROW
