@@ -7,7 +7,9 @@ from conftest import ROOT, shapes_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
+    COCOPanopticEvaluator,
     PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
 )
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
@@ -133,6 +135,17 @@ def test_the_data_set_chooses_its_metrics(name, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(COCOEvaluator, "__init__", lambda self, *args, **options: None)
     evaluator = build_evaluator(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)), name)
     assert type(evaluator) is kind
+
+
+def test_panoptic_data_has_three_metrics(tmp_path, monkeypatch, caplog):
+    cfg = shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kinds = [type(e) for e in build_evaluator(cfg, "ssimkd_shapes_panoptic_val")._evaluators]
+    assert kinds == [SemSegEvaluator, COCOEvaluator]
+    assert "panopticapi is not installed" in caplog.text
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    kinds = [type(e) for e in build_evaluator(cfg, "ssimkd_shapes_panoptic_val")._evaluators]
+    assert kinds == [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]
 
 
 def test_an_unknown_kind_of_data_is_named():

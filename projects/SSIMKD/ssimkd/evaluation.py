@@ -1,6 +1,9 @@
 """The metrics of each kind of data set that Detectron2 knows."""
 
+import importlib.util
+import logging
 import os
+from typing import Optional
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -17,6 +20,8 @@ from detectron2.evaluation import (
 
 from .compat import has_compiled_ops
 from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
@@ -46,6 +51,7 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
             f"DATASETS.TEST: {dataset_name} has the evaluator_type {kind!r}; known are {known}"
         )
     evaluators = [build(cfg, dataset_name, folder) for build in kinds[kind]]
+    evaluators = [evaluator for evaluator in evaluators if evaluator is not None]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
@@ -64,6 +70,9 @@ def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
     return SemSegEvaluator(name, distributed=True, output_dir=folder)
 
 
-def panoptic(cfg, name: str, folder: str) -> DatasetEvaluator:
-    """Panoptic segmentation, by COCO's panopticapi."""
+def panoptic(cfg, name: str, folder: str) -> Optional[DatasetEvaluator]:
+    """Panoptic segmentation, where COCO's panopticapi is installed (no package index has it)."""
+    if importlib.util.find_spec("panopticapi") is None:
+        logger.warning("No panoptic quality of %s: panopticapi is not installed", name)
+        return None
     return COCOPanopticEvaluator(name, folder)
