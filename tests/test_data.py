@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, shapes_cfg
+from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -12,10 +13,11 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 from ssimkd import ConfigError
 from ssimkd.cli import load_config
 from ssimkd.data import check_classes, classes_of, register_coco
-from ssimkd.evaluation import build_evaluator
+from ssimkd.evaluation import build_evaluator, build_lazy_evaluator
 
 KEY = "DATASETS.COCO"
 CLASSES = ["crack", "hole"]
@@ -146,6 +148,22 @@ def test_panoptic_data_has_three_metrics(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     kinds = [type(e) for e in build_evaluator(cfg, "ssimkd_shapes_panoptic_val")._evaluators]
     assert kinds == [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]
+
+
+def test_a_list_of_lazy_evaluators(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    name = "ssimkd_shapes_panoptic_val"
+    nodes = [
+        L(COCOEvaluator)(dataset_name=name),
+        L(SemSegEvaluator)(dataset_name="${..0.dataset_name}"),
+        L(COCOPanopticEvaluator)(dataset_name=name),
+    ]
+    cfg = OmegaConf.create({"evaluator": nodes}, flags={"allow_objects": True})
+    evaluator = build_lazy_evaluator(cfg.evaluator, str(tmp_path))
+    coco, sem_seg = evaluator._evaluators  # without panopticapi no third
+    assert coco._output_dir == str(tmp_path) and sem_seg._dataset_name == name
+    single = build_lazy_evaluator(cfg.evaluator[0], str(tmp_path))
+    assert isinstance(single, COCOEvaluator)
 
 
 def test_an_unknown_kind_of_data_is_named():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .losses import KD_LOSS_REGISTRY, Context, KDLoss
-from .teacher import Teacher, TeacherSpec
+from .teacher import Teacher
+from .teacher_spec import TeacherSpec
 
 ADAPTERS = ("none", "conv1x1")
 

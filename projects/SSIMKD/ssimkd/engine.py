@@ -23,22 +23,20 @@ from detectron2.engine import (
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import (
-    COCOEvaluator,
     inference_on_dataset,
     print_csv_format,
     verify_results,
 )
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .cli import lazy_data
-from .compat import has_compiled_ops
 from .data import check_classes
 from .errors import ConfigError, one_line
-from .evaluation import build_evaluator
+from .evaluation import build_evaluator, build_lazy_evaluator
 from .export import export_student, target_of
 from .hooks import AfterTraining, ExactResume
 from .loader import ResumableLoader
@@ -270,14 +268,11 @@ def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates a model by `cfg.dataloader`, without a trace in the random state."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    evaluator = cfg.dataloader.evaluator
-    for node in evaluator if isinstance(evaluator, ListConfig) else [evaluator]:
-        if target_of(node) is COCOEvaluator:
-            node.setdefault("use_fast_impl", has_compiled_ops())
-            node.setdefault("output_dir", os.path.join(cfg.train.output_dir, "inference"))
+    folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():
         loader = instantiate(cfg.dataloader.test)
-        results = inference_on_dataset(model, loader, instantiate(evaluator))
+        evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
+        results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     save_results(results, cfg.train.output_dir)

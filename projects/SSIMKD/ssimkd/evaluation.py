@@ -5,6 +5,7 @@ import logging
 import os
 from typing import Optional
 
+from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -17,9 +18,11 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from omegaconf import ListConfig
 
 from .compat import has_compiled_ops
 from .errors import ConfigError
+from .export import target_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,24 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
+def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
+    """The evaluator of a LazyConfig's `dataloader.evaluator`, a node or a list of nodes.
+
+    Args:
+        node (DictConfig or ListConfig): COCOEvaluators may get defaults.
+        folder (str): takes the detections.
+    """
+    evaluators = []
+    for each in node if isinstance(node, ListConfig) else [node]:
+        target = target_of(each)
+        if target is COCOEvaluator:
+            each.setdefault("use_fast_impl", has_compiled_ops())
+            each.setdefault("output_dir", folder)
+        if target is not COCOPanopticEvaluator or has_panopticapi():
+            evaluators.append(instantiate(each))
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
 def coco(cfg, name: str, folder: str) -> DatasetEvaluator:
     """Boxes, masks and keypoints, by compiled code where Detectron2 has it."""
     return COCOEvaluator(
@@ -71,8 +92,13 @@ def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
 
 
 def panoptic(cfg, name: str, folder: str) -> Optional[DatasetEvaluator]:
-    """Panoptic segmentation, where COCO's panopticapi is installed (no package index has it)."""
-    if importlib.util.find_spec("panopticapi") is None:
-        logger.warning("No panoptic quality of %s: panopticapi is not installed", name)
-        return None
-    return COCOPanopticEvaluator(name, folder)
+    """Panoptic segmentation, where COCO's panopticapi is installed: no package index has it."""
+    return COCOPanopticEvaluator(name, folder) if has_panopticapi() else None
+
+
+def has_panopticapi() -> bool:
+    """Whether COCO's panopticapi is installed; says so where it is not."""
+    found = importlib.util.find_spec("panopticapi") is not None
+    if not found:
+        logger.warning("The panoptic quality is not measured: panopticapi is not installed")
+    return found

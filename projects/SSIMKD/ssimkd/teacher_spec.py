@@ -1,0 +1,147 @@
+"""What names a teacher: a config, a checkpoint, overrides."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, cast
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.file_io import PathManager
+from omegaconf import ListConfig, OmegaConf
+
+from .checkpoint import load_teacher
+from .compat import model_zoo
+from .config import add_ssimkd_config
+from .errors import ConfigError, one_line
+
+
+@dataclass
+class TeacherSpec:
+    """What names a teacher; nothing is built or read before it is asked for.
+
+    Attributes:
+        config (str): name in Detectron2's zoo, with or without suffix, or path, `.yaml` or `.py`.
+        weights (str): path or URL; "" is the zoo's checkpoint for `config`.
+        opts (sequence[str]): overrides of the config, in its own syntax.
+    """
+
+    config: str
+    weights: str = ""
+    opts: Sequence = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.opts, ListConfig):  # from a LazyConfig
+            self.opts = cast(List, OmegaConf.to_container(self.opts))
+
+    def load_config(self):
+        """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
+
+        Raises:
+            ConfigError: no such file or zoo name, or an override that does not apply.
+        """
+        path = self._find_config()
+        try:
+            if path.endswith(".py"):
+                return LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
+            cfg = get_cfg()
+            add_ssimkd_config(cfg)  # a distilled student can be the next one's teacher
+            cfg.merge_from_file(path)
+            cfg.merge_from_list(list(self.opts))
+            return cfg
+        except Exception as error:
+            keys = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
+            raise ConfigError(f"{keys}: cannot load {self.config}: {one_line(error)}") from error
+
+    def find_weights(self) -> str:
+        """Local path of the checkpoint, downloaded if need be.
+
+        Raises:
+            ConfigError: none is named and the zoo has none, or it cannot be read.
+        """
+        weights = self.weights or self._zoo_weights()
+        try:
+            path = PathManager.get_local_path(weights)
+        except Exception as error:
+            reason = f"cannot fetch {weights}: {one_line(error)}"
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: {reason}") from error
+        if not os.path.isfile(path):
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
+        return path
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of the teacher's maps, by level, without its weights."""
+        cfg = self.load_config()
+        with self._building():
+            if isinstance(cfg, CfgNode):
+                return build_backbone(cfg).output_shape()
+            return instantiate(cfg.model.backbone).output_shape()
+
+    def build(self, cfg, device: torch.device) -> Any:
+        """The detector of `cfg` with random weights."""
+        with self._building():
+            if isinstance(cfg, CfgNode):
+                cfg = cfg.clone()
+                cfg.MODEL.DEVICE = str(device)
+                return build_model(cfg)
+            return instantiate(cfg.model).to(device)
+
+    def load(self, device: torch.device) -> Tuple[Any, Any, List[str]]:
+        """The whole detector with its weights.
+
+        Returns:
+            nn.Module: the detector.
+            CfgNode or DictConfig: its config.
+            list[str]: tensors of the heads that the checkpoint does not hold.
+
+        Raises:
+            ConfigError: the config or checkpoint cannot be read, or the checkpoint does not hold
+                every tensor of the backbone in its shape and finite.
+        """
+        cfg = self.load_config()
+        weights = self.find_weights()
+        with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
+            model = self.build(cfg, device)
+        if not hasattr(model, "backbone"):
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.CONFIG: {self.config} has no backbone to learn from"
+            )
+        return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = f"cannot build {self.config}: {one_line(error)}"
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.CONFIG: {reason}") from error
+
+    def _find_config(self) -> str:
+        if not self.config:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.CONFIG is empty: name a config of Detectron2's zoo, such as "
+                "COCO-Detection/faster_rcnn_R_101_FPN_3x, or a path"
+            )
+        if PathManager.isfile(self.config):
+            return self.config
+        for suffix in ("", ".yaml", ".py"):
+            try:
+                path = model_zoo.get_config_file(self.config + suffix)
+            except RuntimeError:  # not in the zoo
+                continue
+            if os.path.isfile(path):
+                return path
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CONFIG: {self.config} is neither a file nor in Detectron2's zoo"
+        )
+
+    def _zoo_weights(self) -> str:
+        try:
+            return model_zoo.get_checkpoint_url(self.config)
+        except RuntimeError as error:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.WEIGHTS is empty and Detectron2's zoo has no checkpoint for "
+                f"{self.config or 'an empty MODEL.DISTILL.TEACHER.CONFIG'}"
+            ) from error
