@@ -54,7 +54,8 @@ def use_own_data(cfg: CfgNode) -> None:
     register_coco(cfg.DATASETS.COCO)
     if cfg.DATASETS.NUM_CLASSES_FROM_DATA:
         classes = classes_of(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.DISTILL.ICD):
+            node.NUM_CLASSES = classes
 
 
 def lazy_use_own_data(cfg) -> None:

@@ -100,3 +100,18 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.MS_SSIM.K2 = 0.03
     # Of the scales, the finest first [Wang, Simoncelli, Bovik, 2003]
     cfg.MODEL.DISTILL.MS_SSIM.SCALE_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+    cfg.MODEL.DISTILL.ICD = CN()  # [icd]: Kang et al., NeurIPS 2021, and its authors' PyTorch code
+    cfg.MODEL.DISTILL.ICD.WEIGHT = 3.0  # 3 for two-stage, 8 for one-stage detectors [icd]
+    # Of the auxiliary loss, times WEIGHT: their product is 1 [icd]
+    cfg.MODEL.DISTILL.ICD.AUX_WEIGHT = 1 / 3
+    # Upper bound of the norm of the auxiliary loss's gradient; not tuned [icd: 0.01 with AdamW]
+    cfg.MODEL.DISTILL.ICD.AUX_CLIP = 1.0
+    cfg.MODEL.DISTILL.ICD.NUM_CLASSES = 80  # in the ground truth [icd: COCO's]
+    cfg.MODEL.DISTILL.ICD.HEADS = 8  # [icd]; the channels must be a multiple of twice as many
+    cfg.MODEL.DISTILL.ICD.FAKE_RATIO = 5.0  # fake instances per real one [icd]
+    # Per image, real and fake; 100 with p2, 300 without [icd]. Memory grows with it
+    cfg.MODEL.DISTILL.ICD.MAX_QUERIES = 100
+    cfg.MODEL.DISTILL.ICD.JITTER = 0.3  # of centres, as a share of the box [icd]
+    # First iterations in which only the loss's own parts learn [icd: 1000 of 90000]
+    cfg.MODEL.DISTILL.ICD.DETACH_ITERS = 1000

@@ -3,6 +3,7 @@
 from .base import KD_LOSS_REGISTRY, Context, KDLoss, MapLoss, register_loss
 from .cwd import CWDLoss
 from .defeat import DeFeatLoss
+from .icd import ICDLoss
 from .lp import L1Loss, L2Loss
 from .ms_ssim import MSSSIMLoss
 from .pkd import PKDLoss
@@ -13,6 +14,7 @@ __all__ = [
     "CWDLoss",
     "Context",
     "DeFeatLoss",
+    "ICDLoss",
     "KDLoss",
     "L1Loss",
     "L2Loss",

@@ -3,7 +3,8 @@
     student   Dict[str, Tensor]   level -> (N, C, H, W), float32, after the adapter
     teacher   Dict[str, Tensor]   the same levels and shapes, without gradient
 context   Context             image sizes, strides, targets of the same batch
-returns   Dict[str, Tensor]   level -> scalar, not weighted; their sum is the loss
+returns   Dict[str, Tensor]   part -> scalar, not weighted; their sum is the loss. A level's part
+                              has the level's name
 """
 
 import math

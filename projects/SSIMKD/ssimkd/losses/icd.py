@@ -1,0 +1,359 @@
+"""ICD: the instances of an image ask where in the teacher's maps the knowledge about them lies.
+
+C   channels of the maps             L   cells of one image, those of all levels together
+M   heads of the attention           K   queries of one image: R real instances, then fake ones
+d   channels of a head, C / M        E   length of a query's code
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Dict, List, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..normalize import TINY
+from .base import Context, KDLoss, Maps, register_loss
+
+CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
+SCALES = 5  # classes of a box's side: below 64, 128, 256, 512 pixels, or longer
+FAKE_SIDE = (0.2, 0.2, 0.002, 0.6)  # of the image's: mean, deviation, least, most
+FAKE_CENTER = (0.03, 0.97)  # of the image's: least, most
+
+
+@dataclass
+class Queries:
+    """Instances of one image, real ones first, then fake ones.
+
+    Attributes:
+        classes (Tensor): (K,), integers.
+        boxes (Tensor): (K, 4), x1, y1, x2, y2 in pixels.
+        centers (Tensor): (K, 2), x, y in pixels, moved at random from the boxes' own.
+        image (Tensor): (2,), width and height in pixels.
+        real (int): R.
+    """
+
+    classes: Tensor
+    boxes: Tensor
+    centers: Tensor
+    image: Tensor
+    real: int
+
+    @property
+    def extents(self) -> Tensor:
+        """(K, 2), width and height in pixels; below one, the box's loss would have no bound."""
+        return (self.boxes[:, 2:] - self.boxes[:, :2]).clamp_min(1)
+
+    def code(self, num_classes: int) -> Tensor:
+        """(K, E), the paper's E(y): class, moved centre and floor(log2) of width and height.
+
+        No more: from the box itself the decoder could answer without a look at the maps.
+        """
+        scales = (self.extents.log2().floor() - 5).clamp(0, SCALES - 1).long()
+        parts = [
+            F.one_hot(self.classes, num_classes).to(self.boxes),  # (K, num_classes)
+            sinusoids(self.centers / self.image, CENTER_FEATURES).flatten(1),  # (K, 256)
+            F.one_hot(scales, SCALES).to(self.boxes).flatten(1),  # (K, 10)
+        ]
+        return torch.cat(parts, 1)
+
+    def box_error(self, predicted: Tensor) -> Tensor:
+        """Scalar: L1 over the real boxes' sides, in units of a box's width or height.
+
+        Args:
+            predicted (Tensor): (K, 4) in [0, 1], from the moved centre to the left, upper, right
+                and lower side, as a share of the image.
+        """
+        low, high = self.centers - self.boxes[:, :2], self.boxes[:, 2:] - self.centers
+        error = (predicted * self.image.repeat(2) - torch.cat([low, high], 1)).abs()
+        return (error / self.extents.repeat(1, 2))[: self.real].sum()
+
+
+class Decoder(nn.Module):
+    """A transformer decoder's layer without self-attention, and the head of the auxiliary task.
+
+    Args:
+        code_length (int): E.
+        channels (int): C.
+        heads (int): M.
+    """
+
+    def __init__(self, code_length: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.encoder = mlp(code_length, channels, channels)  # F_q
+        self.position = nn.Linear(channels, channels)  # F_pe
+        self.query, self.key, self.value = (projection(channels) for _ in range(3))  # F^q, F^k, F^v
+        self.out = nn.Linear(channels, channels)
+        self.attended = nn.LayerNorm(channels)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.ReLU(), nn.Linear(4 * channels, channels)
+        )
+        self.decoded = nn.LayerNorm(channels)
+        self.predictor = mlp(channels, channels, 5)  # F_obj and F_reg
+
+    def forward(
+        self, code: Tensor, cells: Tensor, positions: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Asks the cells of one image.
+
+        Args:
+            code (Tensor): (K, E), the queries.
+            cells, positions (Tensor): (L, C), A and P.
+
+        Returns:
+            (Tensor, Tensor, Tensor): (K, 5) logits, whether an instance is real and its box's
+            sides; (M, K, L) attention m, whose sum over L is 1; (L, C) values V.
+        """
+        query = self.encoder(code)
+        values = self.value(cells)
+        keys = split_heads(self.key(cells + self.position(positions)), self.heads)  # (L, M, d)
+        asked = split_heads(self.query(query), self.heads) / math.sqrt(keys.shape[-1])  # (K, M, d)
+        attention = (asked.transpose(0, 1) @ keys.permute(1, 2, 0)).softmax(-1)
+        found = attention @ split_heads(values, self.heads).transpose(0, 1)  # (M, K, d)
+        query = self.attended(query + self.out(found.transpose(0, 1).flatten(1)))
+        query = self.decoded(query + self.feed_forward(query))
+        return self.predictor(query), attention, values
+
+
+@register_loss("icd")
+class ICDLoss(KDLoss):
+    """Instance-conditional distillation (Kang et al., NeurIPS 2021), in the paper's symbols.
+
+        q_i = F_q(E(y_i))                          a query per instance y_i, real or fake
+        K_j = F_j^k(A + F_pe(P)),  V_j = F_j^v(A)  keys and values of head j, A: teacher's cells
+        m_ij = softmax(K_j F_j^q(q_i) / sqrt(d))   over the cells of all levels
+        L_distill = 1/(M N_r) sum_j sum_(real i) <m_ij, MSE(LN(V_j^S), LN(V_j))>
+        L_aux = BCE(is y_i real?) + L1(box of a real y_i), from the decoded queries
+        L = L_aux + lambda L_distill
+
+    V_j^S comes from the student's cells by a projection of its own: it shares none with the
+    decoder. LN: each cell's d values of a head to mean 0 and variance 1, so that L_distill lies in
+    [0, 4]; equal maps cost 0 once both projections agree. L_distill trains the student and its
+    projection, m and V are constants to it; L_aux trains the decoder alone.
+
+    What the paper leaves open is as in its authors' PyTorch code, which its results come from:
+    a box's error is measured from the moved centre in units of its width and height; N_r is each
+    image's own, an image without instances counts 0 in the mean over images; the two terms of
+    L_aux are means over the queries and over the real instances of the batch. Not as there:
+
+    - For COCO they draw fake instances by statistics of each class. Here classes are equally
+      likely and sides 0.2 +- 0.2 of the image's, their rule for other data.
+    - They train the decoder and the student's projection by AdamW (rate 1e-4, cosine, gradient
+      norm clipped to 0.01). Here the detector's optimizer does; at the rates of SGD small boxes
+      would saturate the box predictions for good, hence `aux_clip`.
+    - Their best results also start from the teacher's neck and head: MODEL.DISTILL.INHERIT.
+
+    Returned parts: L_distill by level, and "aux". Images are decoded one by one, without their
+    padding. One of 800 x 1333 pixels has 89023 cells in p2 to p6; with C = 256 and 100 queries it
+    holds 1.0 GB until `clip`, which has the peak at 1.8 GB, and 0.3 GB until the backward pass.
+
+    Args:
+        weight (float): lambda, times all parts; 3 for two-stage, 8 for one-stage detectors.
+        aux_weight (float): of L_aux within the parts; 1 / weight is the paper's L.
+        aux_clip (float): upper bound of the norm of L_aux's gradient.
+        num_classes (int): classes in the ground truth.
+        heads (int): M; C must be a multiple of 2 M.
+        fake_ratio (float): fake instances per real one; an image without any has one.
+        max_queries (int): fake instances end there; real ones are never left out. 100 with p2,
+            300 without.
+        jitter (float): a centre moves by up to this share of the box's width and height.
+        detach_iters (int): first iterations without gradient to the student's maps, while decoder
+            and projection learn.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 3.0,
+        aux_weight: float = 1 / 3,
+        aux_clip: float = 1.0,
+        num_classes: int = 80,
+        heads: int = 8,
+        fake_ratio: float = 5.0,
+        max_queries: int = 100,
+        jitter: float = 0.3,
+        detach_iters: int = 1000,
+    ) -> None:
+        super().__init__(weight)
+        for name, value, least, most in (
+            ("aux_weight", aux_weight, 0, math.inf),
+            ("aux_clip", aux_clip, 0, math.inf),
+            ("num_classes", num_classes, 1, math.inf),
+            ("heads", heads, 1, math.inf),
+            ("fake_ratio", fake_ratio, 0, math.inf),
+            ("max_queries", max_queries, 1, math.inf),
+            ("jitter", jitter, 0, 0.5),  # beyond, a centre may lie outside of its box
+            ("detach_iters", detach_iters, 0, math.inf),
+        ):
+            if not (math.isfinite(value) and least <= value <= most):
+                raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r}")
+        self.aux_weight, self.aux_clip = aux_weight, aux_clip
+        self.num_classes, self.heads = num_classes, heads
+        self.fake_ratio, self.max_queries, self.jitter = fake_ratio, max_queries, jitter
+        self.detach_iters = detach_iters
+
+    def attach(self, channels: Dict[str, int]) -> None:
+        """Makes the decoder and the student's projection.
+
+        Raises:
+            ValueError: levels differ in channels, or the heads cannot share them.
+        """
+        if len(set(channels.values())) > 1:
+            raise ValueError(
+                f"MODEL.DISTILL.IN_FEATURES: icd needs levels of equal channels, got {channels}"
+            )
+        width = next(iter(channels.values()))
+        if width % (2 * self.heads):
+            raise ValueError(
+                f"MODEL.DISTILL.ICD.HEADS: {width} channels are no multiple of 2 x {self.heads}"
+            )
+        code_length = self.num_classes + 2 * (CENTER_FEATURES + SCALES)
+        self.decoder = Decoder(code_length, width, self.heads)
+        self.student_value = projection(width)
+
+    def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
+        """See the head of base.py.
+
+        Raises:
+            ValueError: there is no ground truth, or it has a class beyond `num_classes`.
+        """
+        if context.targets is None:
+            raise ValueError("MODEL.DISTILL.LOSSES: icd needs the ground truth of the images")
+        if self.detach_iters and get_event_storage().iter < self.detach_iters:
+            # a gradient of 0, not none: DistributedDataParallel waits for the adapters'
+            student = {level: maps.detach() + 0 * maps for level, maps in student.items()}
+        distilled: Dict[str, List[Tensor]] = {level: [] for level in student}
+        logits, labels, box_errors, instances = [], [], [], 0
+        for image, target in enumerate(context.targets):
+            cells = {lv: cut(maps, image, lv, context) for lv, maps in teacher.items()}
+            grid = torch.cat([positions_like(x) for x in cells.values()])
+            queries = self.draw_queries(target, context.image_sizes[image], grid)
+            flat = [x.flatten(1).T for x in cells.values()]
+            answers, attention, values = self.decoder(
+                queries.code(self.num_classes), torch.cat(flat), grid
+            )
+            shares = attention[:, : queries.real].detach().sum(1).T / max(queries.real, 1)  # (L, M)
+            lengths = [len(x) for x in flat]
+            for level, share, value in zip(
+                cells, shares.split(lengths), values.detach().split(lengths)
+            ):
+                own = self.student_value(cut(student[level], image, level, context).flatten(1).T)
+                error = (self.normalize(own) - self.normalize(value)).square().mean(-1)  # (l, M)
+                distilled[level].append((error * share).sum() / self.heads)
+            logits.append(answers[:, 0])
+            labels.append(torch.arange(len(answers), device=grid.device) < queries.real)
+            box_errors.append(queries.box_error(answers[:, 1:].sigmoid()))
+            instances += queries.real
+        is_real = F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(labels).to(grid))
+        box = torch.stack(box_errors).sum() / max(instances, 1)
+        parts = {level: torch.stack(values).mean() for level, values in distilled.items()}
+        return {**parts, "aux": self.aux_weight * self.clip(is_real + box)}
+
+    def clip(self, aux: Tensor) -> Tensor:
+        """L_aux, with its gradient's norm over all of the decoder at most `aux_clip`.
+
+        The gradient is taken at once, which spares keeping the attention for later, and goes on
+        by a linear term of value 0: gradient scaling and DistributedDataParallel work as ever.
+        """
+        if not aux.requires_grad:
+            return aux
+        parameters = list(self.decoder.parameters())
+        gradients = torch.autograd.grad(aux, parameters)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        scale = (self.aux_clip / norm.clamp_min(TINY)).clamp(max=1)
+        linear = torch.stack([(p * g).sum() for p, g in zip(parameters, gradients)]).sum() * scale
+        return aux.detach() + linear - linear.detach()
+
+    def normalize(self, values: Tensor) -> Tensor:
+        """LN: (l, C) -> (l, M, d)."""
+        split = split_heads(values, self.heads)
+        return F.layer_norm(split, split.shape[-1:])
+
+    def draw_queries(self, target: Instances, size: Tuple[int, int], like: Tensor) -> Queries:
+        """The real instances of an image, fake ones, and their moved centres.
+
+        Args:
+            target (Instances): ground truth of the image.
+            size (int, int): height and width in pixels.
+            like (Tensor): of the type and device that the queries get; random numbers come from
+                the CPU's generator wherever that is.
+
+        Raises:
+            ValueError: a class beyond `num_classes`.
+        """
+        classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
+        if ((classes < 0) | (classes >= self.num_classes)).any():
+            raise ValueError(
+                f"MODEL.DISTILL.ICD.NUM_CLASSES is {self.num_classes}, but the ground truth has "
+                f"the classes {sorted(set(classes.tolist()))}"
+            )
+        real = len(classes)
+        wanted = min(max(1, int(real * (1 + self.fake_ratio))), max(self.max_queries, real))
+        fakes = wanted - real
+        image = torch.tensor([size[1], size[0]], dtype=boxes.dtype)
+        mean, deviation, least, most = FAKE_SIDE
+        half = (mean + deviation * torch.randn(fakes, 2)).clamp(least, most) / 2
+        center = torch.rand(fakes, 2).clamp(*FAKE_CENTER)
+        fake_boxes = torch.cat([center - half, center + half], 1).clamp(0, 1) * image.repeat(2)
+        boxes = torch.cat([boxes, fake_boxes])
+        classes = torch.cat([classes, torch.randint(self.num_classes, (fakes,))])
+        low, high = boxes[:, :2], boxes[:, 2:]
+        moves = self.jitter * (2 * torch.rand(wanted, 2) - 1)
+        centers = (low + high) / 2 + moves * (high - low)
+        return Queries(
+            classes.to(like.device), boxes.to(like), centers.to(like), image.to(like), real
+        )
+
+
+def cut(maps: Tensor, image: int, level: str, context: Context) -> Tensor:
+    """(C, h, w), one image's cells of (N, C, H, W) maps."""
+    h, w = context.cells(level, maps)[image]
+    return maps[image, :, :h, :w]
+
+
+def positions_like(cells: Tensor) -> Tensor:
+    """(h w, C), P of a (C, h, w) map: C / 2 sinusoids of a cell's row, C / 2 of its column."""
+    c, h, w = cells.shape
+    rows = torch.arange(1, h + 1, device=cells.device, dtype=cells.dtype) / h
+    columns = torch.arange(1, w + 1, device=cells.device, dtype=cells.dtype) / w
+    y = sinusoids(rows, c // 2)[:, None].expand(h, w, c // 2)
+    x = sinusoids(columns, c // 2)[None].expand(h, w, c // 2)
+    return torch.cat([y, x], -1).flatten(0, 1)
+
+
+def sinusoids(x: Tensor, features: int) -> Tensor:
+    """(...) in shares of the image -> (..., features): sine, cosine by turns (Vaswani et al.)."""
+    index = torch.arange(features, device=x.device)
+    periods = 10000 ** (2 * (index // 2).to(x) / features)
+    angles = 2 * math.pi * x[..., None] / periods
+    return torch.where(index % 2 == 0, angles.sin(), angles.cos())
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(l, C) -> (l, M, d)."""
+    return x.unflatten(-1, (heads, x.shape[-1] // heads))
+
+
+def projection(channels: int) -> nn.Linear:
+    """C to C, initialised as one of the three that `nn.MultiheadAttention` stacks."""
+    linear = nn.Linear(channels, channels)
+    nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))  # 3 C x C has that bound
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Three linear layers, ReLU between them."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs),
+    )

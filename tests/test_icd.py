@@ -1,0 +1,515 @@
+"""ICD against loops over instances, heads and cells; what each part trains; odd batches."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import image_batch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from ssimkd.losses import Context, ICDLoss
+from ssimkd.losses.icd import Queries, positions_like
+
+STRIDES = {"p3": 8, "p5": 32}
+SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96
+COUNTS = [2, 1, 0, 3]  # instances of each image
+CLASSES, CHANNELS, HEADS = 5, 8, 2
+
+
+def build(channels=CHANNELS, levels=STRIDES, **options):
+    """A loss in double precision whose every parameter matters (none is 0 or 1 any more)."""
+    settings = dict(weight=2.0, aux_weight=1.0, num_classes=CLASSES, heads=HEADS, detach_iters=0)
+    loss = ICDLoss(**{**settings, "max_queries": 12, **options})
+    torch.manual_seed(0)
+    loss.attach(dict.fromkeys(levels, channels))
+    loss.double()
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return loss
+
+
+def maps(seed, sizes=SIZES, channels=CHANNELS, strides=STRIDES):
+    height, width = (max(size[i] for size in sizes) for i in (0, 1))
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        level: torch.randn(
+            len(sizes),
+            channels,
+            math.ceil(height / s),
+            math.ceil(width / s),
+            generator=generator,
+            dtype=torch.float64,
+        ).requires_grad_(seed == 0)
+        for level, s in strides.items()
+    }
+
+
+def targets(counts=COUNTS, sizes=SIZES):
+    generator = torch.Generator().manual_seed(5)
+    result = []
+    for count, size in zip(counts, sizes):
+        instances = Instances(size)
+        ends = torch.rand(count, 2, 2, generator=generator).sort(1).values  # low, high
+        boxes = ends * torch.tensor([size[1], size[0]])
+        instances.gt_boxes = Boxes(boxes.flatten(1))
+        instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
+        result.append(instances)
+    return result
+
+
+def batch(counts=COUNTS, sizes=SIZES):
+    """Student's and teacher's maps, and their context."""
+    context = Context(sizes, STRIDES, targets(counts, sizes))
+    return maps(0, sizes), maps(1, sizes), context
+
+
+def run(loss, student, teacher, context, seed=7):
+    torch.manual_seed(seed)
+    return loss(student, teacher, context)
+
+
+def distilled(parts):
+    return sum(value for name, value in parts.items() if name != "aux")
+
+
+# --- values ---
+
+
+class Loops:
+    """The loss of one image from its definition, in NumPy, cell by cell."""
+
+    def __init__(self, loss):
+        self.weights = {k: v.numpy() for k, v in loss.state_dict().items()}
+
+    def linear(self, name, x):
+        return self.weights[f"{name}.weight"] @ x + self.weights[f"{name}.bias"]
+
+    def mlp(self, name, x):
+        x = np.maximum(self.linear(f"{name}.0", x), 0)
+        return self.linear(f"{name}.4", np.maximum(self.linear(f"{name}.2", x), 0))
+
+    def norm(self, x, name=None):
+        x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+        if name is None:
+            return x
+        return x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    @staticmethod
+    def waves(x, features):
+        angles = [2 * math.pi * x / 10000 ** (2 * (i // 2) / features) for i in range(features)]
+        return [math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(angles)]
+
+    def code(self, queries, i):
+        x1, y1, x2, y2 = queries.boxes[i].tolist()
+        code = [float(c == queries.classes[i]) for c in range(CLASSES)]
+        for axis in (0, 1):
+            code += self.waves(float(queries.centers[i, axis] / queries.image[axis]), 128)
+        for side in (x2 - x1, y2 - y1):
+            scale = sum(side >= limit for limit in (64, 128, 256, 512))
+            code += [float(k == scale) for k in range(5)]
+        return np.array(code)
+
+    def sides(self, queries, i):
+        """Targets as shares of the image, and what their errors are divided by."""
+        (x1, y1, x2, y2), (x, y) = queries.boxes[i].tolist(), queries.centers[i].tolist()
+        w, h = queries.image.tolist()
+        units = [(x2 - x1) / w, (y2 - y1) / h] * 2
+        return np.array([(x - x1) / w, (y - y1) / h, (x2 - x) / w, (y2 - y) / h]), np.array(units)
+
+    def image(self, queries, student, teacher):
+        """Distillation by level, cross-entropies of the queries, box errors of the real ones."""
+        cells, positions, owner = [], [], []
+        for level, m in teacher.items():
+            c, h, w = m.shape
+            for row in range(h):
+                for column in range(w):
+                    cells.append((m[:, row, column], student[level][:, row, column]))
+                    y, x = (row + 1) / h, (column + 1) / w
+                    positions.append(self.waves(y, c // 2) + self.waves(x, c // 2))
+                    owner.append(level)
+        d = CHANNELS // HEADS
+        heads = [slice(j * d, (j + 1) * d) for j in range(HEADS)]
+        values = [self.linear("decoder.value", t) for t, _ in cells]
+        own = [self.linear("student_value", s) for _, s in cells]
+        keys = [
+            self.linear("decoder.key", t + self.linear("decoder.position", np.array(p)))
+            for (t, _), p in zip(cells, positions)
+        ]
+        loss = dict.fromkeys(teacher, 0.0)
+        entropies, errors = [], []
+        for i in range(len(queries.classes)):
+            query = self.mlp("decoder.encoder", self.code(queries, i))
+            asked = self.linear("decoder.query", query)
+            found = np.zeros(CHANNELS)
+            for head in heads:
+                scores = np.array([asked[head] @ key[head] for key in keys]) / math.sqrt(d)
+                attention = np.exp(scores - scores.max())
+                attention /= attention.sum()
+                found[head] = sum(a * v[head] for a, v in zip(attention, values))
+                for a, s, t, level in zip(attention, own, values, owner):
+                    error = ((self.norm(s[head]) - self.norm(t[head])) ** 2).mean()
+                    if i < queries.real:
+                        loss[level] += a * error / HEADS / queries.real
+            query = self.norm(query + self.linear("decoder.out", found), "decoder.attended")
+            hidden = np.maximum(self.linear("decoder.feed_forward.0", query), 0)
+            query = query + self.linear("decoder.feed_forward.2", hidden)
+            answer = 1 / (
+                1 + np.exp(-self.mlp("decoder.predictor", self.norm(query, "decoder.decoded")))
+            )
+            entropies.append(-math.log(answer[0] if i < queries.real else 1 - answer[0]))
+            if i < queries.real:
+                sides, units = self.sides(queries, i)
+                errors.append((abs(answer[1:] - sides) / units).sum())
+        return loss, entropies, errors
+
+
+def test_values_are_those_of_loops():
+    loss = build()
+    student, teacher, context = batch()
+    drawn, draw = [], loss.draw_queries
+    loss.draw_queries = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+    found = run(loss, student, teacher, context)
+    loops = Loops(loss)
+    by_image = []
+    for n, (h, w) in enumerate(SIZES):
+        cut = [
+            {
+                level: m[level][n, :, : math.ceil(h / s), : math.ceil(w / s)].detach().numpy()
+                for level, s in STRIDES.items()
+            }
+            for m in (student, teacher)
+        ]
+        by_image.append(loops.image(drawn[n], *cut))
+    levels, entropies, errors = zip(*by_image)
+    expected = {level: np.mean([x[level] for x in levels]) for level in STRIDES}
+    # means over all queries and over all real instances of the batch
+    expected["aux"] = np.mean(np.concatenate(entropies)) + np.mean(np.concatenate(errors))
+    assert {k: v.item() for k, v in found.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_maps_cost_nothing_once_the_projections_agree():
+    loss = build()
+    student, _, context = batch()
+    teacher = {level: x.detach().clone() for level, x in student.items()}
+    assert distilled(run(loss, student, teacher, context)) > 0.1
+    loss.student_value.load_state_dict(loss.decoder.value.state_dict())
+    value = distilled(run(loss, student, teacher, context))
+    gradients = torch.autograd.grad(value, [*student.values(), *loss.student_value.parameters()])
+    for x in (value, *gradients):
+        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-12)
+
+
+def test_opposite_values_cost_four():
+    loss = build()
+    student, _, context = batch(counts=[1, 2, 3, 1])
+    for parameter, other in zip(loss.student_value.parameters(), loss.decoder.value.parameters()):
+        parameter.data = -other.data
+    teacher = {level: x.detach() for level, x in student.items()}
+    # unit variance (but for the 1e-5 beside it) and opposite sign: mean (2 v)^2 = 4
+    value = distilled(run(loss, student, teacher, context))
+    assert value.item() == pytest.approx(4, rel=1e-3)
+
+
+def test_without_keys_every_cell_counts_the_same():
+    loss = build()
+    torch.nn.init.zeros_(loss.decoder.key.weight)
+    student, teacher, context = batch([3, 2], [(64, 96)] * 2)
+    values = []
+    for level in STRIDES:
+        cells = [x[level].permute(0, 2, 3, 1) for x in (student, teacher)]  # (N, H, W, C)
+        pair = [loss.student_value(cells[0]), loss.decoder.value(cells[1])]
+        pair = [F.layer_norm(x.unflatten(-1, (HEADS, -1)), (CHANNELS // HEADS,)) for x in pair]
+        values.append((pair[0] - pair[1]).square().flatten())
+    found = distilled(run(loss, student, teacher, context))
+    torch.testing.assert_close(found, torch.cat(values).mean())
+
+
+def test_one_head_and_one_cell_is_the_mean_squared_error():
+    loss = build(heads=1, levels=["p5"])
+    student, teacher = (maps(seed, [(32, 32)], strides={"p5": 32}) for seed in (0, 1))
+    context = Context([(32, 32)], STRIDES, targets([4], [(32, 32)]))
+    pair = loss.student_value(student["p5"].flatten()), loss.decoder.value(teacher["p5"].flatten())
+    expected = F.mse_loss(*(F.layer_norm(x, (CHANNELS,)) for x in pair))
+    torch.testing.assert_close(run(loss, student, teacher, context)["p5"], expected)
+
+
+def test_the_auxiliary_loss_is_proportional_to_its_weight():
+    parts, threefold = (run(build(aux_weight=weight), *batch()) for weight in (1.0, 3.0))
+    for name, value in parts.items():
+        torch.testing.assert_close(threefold[name], value * (3 if name == "aux" else 1))
+
+
+# --- gradients ---
+
+
+def test_each_part_trains_what_it_is_for():
+    loss = build()
+    student, teacher, context = batch()
+    for x in teacher.values():
+        x.requires_grad_()
+    wanted = {
+        "student": list(student.values()),
+        "projection": list(loss.student_value.parameters()),
+        "decoder": list(loss.decoder.parameters()),
+    }
+    parts = run(loss, student, teacher, context)
+    assert list(parts) == ["p3", "p5", "aux"]
+    for name, value in parts.items():
+        reached = {
+            whose: [
+                gradient is not None and bool(gradient.any())
+                for gradient in torch.autograd.grad(value, xs, retain_graph=True, allow_unused=True)
+            ]
+            for whose, xs in wanted.items()
+        }
+        assert any(reached["decoder"]) == (name == "aux")
+        assert any(reached["student"]) == all(reached["projection"]) == (name != "aux")
+        if name != "aux":  # a level's part ends at its own maps
+            assert reached["student"] == [level == name for level in STRIDES]
+
+
+def test_gradients_are_those_of_differences():
+    loss = build(aux_clip=1e9)
+    student, teacher, context = batch([2, 0], [(16, 40), (9, 16)])
+    wanted = (*student.values(), *loss.student_value.parameters())
+    assert torch.autograd.gradcheck(
+        lambda *_: distilled(run(loss, student, teacher, context)), wanted, fast_mode=True
+    )
+    assert torch.autograd.gradcheck(
+        lambda *_: run(loss, student, teacher, context)["aux"],
+        tuple(loss.decoder.parameters()),
+        fast_mode=True,
+    )
+
+
+def test_the_norm_of_the_auxiliary_gradient_is_clipped():
+    data = batch()
+
+    def gradient(clip):
+        loss = build(aux_clip=clip)
+        value = run(loss, *data)["aux"]
+        gradients = torch.autograd.grad(value, list(loss.decoder.parameters()))
+        return value, torch.cat([x.flatten() for x in gradients])
+
+    value, plain = gradient(1e9)
+    for share in (0.1, 0.9, 1.1):
+        clipped_value, clipped = gradient(share * plain.norm().item())
+        torch.testing.assert_close(clipped_value, value)
+        torch.testing.assert_close(clipped, plain * min(share, 1))
+
+
+@pytest.mark.parametrize(
+    ("counts", "sizes"),
+    [
+        (COUNTS, SIZES),
+        ([0, 2], [(64, 96), (40, 80)]),
+        ([0, 0], [(64, 96), (40, 80)]),
+        ([0], [(1, 1)]),
+        ([3], [(8, 5)]),  # one cell in each level
+        ([40, 1], [(64, 96), (8, 8)]),  # more than max_queries
+    ],
+    ids=str,
+)
+def test_every_parameter_takes_part_in_every_step(counts, sizes):
+    loss = build()
+    student, teacher, context = batch(counts, sizes)
+    sum(run(loss, student, teacher, context).values()).backward()
+    for x in (*student.values(), *loss.parameters()):
+        assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def test_first_only_the_own_parts_learn():
+    loss = build(detach_iters=10)
+    student, teacher, context = batch()
+    later = run(build(), student, teacher, context)
+    for iteration in (0, 9, 10):
+        with EventStorage(iteration):
+            parts = run(loss, student, teacher, context)
+        torch.testing.assert_close(parts, later)
+        wanted = [*student.values(), loss.student_value.weight, loss.decoder.key.weight]
+        *to_student, to_projection, to_decoder = torch.autograd.grad(sum(parts.values()), wanted)
+        # zeros rather than None: an adapter before the loss takes part in every step
+        assert all(bool(gradient.any()) == (iteration == 10) for gradient in to_student)
+        assert to_projection.any() and to_decoder.any()
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [2, 2, 2, 2]], ids=str)
+def test_a_padded_batch_is_the_mean_of_its_images(counts):
+    loss = build()
+    student, teacher, context = batch(counts)
+    found = run(loss, student, teacher, context)
+    torch.manual_seed(7)  # images draw one after the other
+    alone = []
+    for n, (h, w) in enumerate(SIZES):
+        cut = [
+            {
+                level: x[level][n : n + 1, :, : math.ceil(h / s), : math.ceil(w / s)]
+                for level, s in STRIDES.items()
+            }
+            for x in (student, teacher)
+        ]
+        alone.append(loss(*cut, Context([(h, w)], STRIDES, [context.targets[n]])))
+    if counts == COUNTS:
+        del found["aux"]  # a mean over instances, not images
+    for name, value in found.items():
+        torch.testing.assert_close(value, torch.stack([parts[name] for parts in alone]).mean())
+
+
+def test_padded_cells_matter_only_without_the_mask():
+    loss = build()
+    student, teacher, context = batch()
+    others = [
+        {level: torch.where(context.inside(level, x), x, 5 * x + 100) for level, x in whose.items()}
+        for whose in (student, teacher)
+    ]
+    expected = run(loss, student, teacher, context)
+    torch.testing.assert_close(run(loss, *others, context), expected, rtol=0, atol=0)
+    context.mask_padding = False
+    unmasked = run(loss, *others, context)
+    assert all(abs(unmasked[name] - value) > 1e-6 for name, value in expected.items())
+
+
+def test_images_without_instances_are_no_distillation():
+    loss = build()
+    student, teacher, context = batch([0, 0], [(64, 96), (40, 80)])
+    parts = run(loss, student, teacher, context)
+    assert distilled(parts) == 0 and parts["aux"] > 0
+    gradients = torch.autograd.grad(sum(parts.values()), list(student.values()))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_the_seed_decides():
+    loss = build()
+    data = batch()
+    first, again, other = (run(loss, *data, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+# --- queries ---
+
+
+@pytest.mark.parametrize(
+    ("real", "ratio", "most", "queries"),
+    [(0, 5, 100, 1), (3, 5, 100, 18), (3, 0.5, 100, 4), (30, 5, 100, 100), (120, 5, 100, 120)],
+)
+def test_fake_instances_per_real_one(real, ratio, most, queries):
+    loss = build(fake_ratio=ratio, max_queries=most)
+    (target,) = targets([real], [(60, 90)])
+    drawn = loss.draw_queries(target, (60, 90), torch.zeros(1, dtype=torch.float64))
+    assert drawn.real == real
+    assert len(drawn.classes) == len(drawn.boxes) == len(drawn.centers) == queries
+    assert torch.equal(drawn.classes[:real], target.gt_classes)
+    assert torch.equal(drawn.boxes[:real], target.gt_boxes.tensor.double())
+
+
+def test_fake_instances_lie_in_the_image_and_centres_in_their_boxes():
+    loss = build(fake_ratio=400, max_queries=9999, jitter=0.3)
+    (target,) = targets([10], [(60, 90)])
+    drawn = loss.draw_queries(target, (60, 90), torch.zeros(1, dtype=torch.float64))
+    low, high = drawn.boxes[10:, :2], drawn.boxes[10:, 2:]
+    assert (low >= 0).all() and (low < high).all() and (high <= drawn.image).all()
+    assert drawn.image.tolist() == [90, 60]
+    sides = (high - low) / drawn.image
+    assert sides.max() <= 0.6 + 1e-6
+    # normal, 0.2 +- 0.2, cut to [0.002, 0.6]: mean 0.212; the image's edges cut some off
+    assert 0.15 < sides.mean() < 0.22
+    assert drawn.classes[10:].bincount(minlength=CLASSES).min() > 4000 / CLASSES * 0.8
+    middles = (drawn.boxes[:, :2] + drawn.boxes[:, 2:]) / 2
+    moves = (drawn.centers - middles) / (drawn.boxes[:, 2:] - drawn.boxes[:, :2])
+    assert moves.abs().max() <= 0.3 + 1e-4 and moves.abs().max() > 0.29
+    assert abs(moves.mean()) < 0.01
+
+
+def one_query(box, image=(100.0, 50.0)):
+    boxes = torch.tensor([box], dtype=torch.float64)
+    image = torch.tensor(image, dtype=torch.float64)
+    return Queries(torch.tensor([1]), boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, image, 1)
+
+
+def test_sides_are_coarse():
+    sides = [0, 31, 63, 64, 127, 128, 256, 511, 512, 2000]
+    found = [one_query([0, 0, s, s]).code(3)[0, -5:].argmax().item() for s in sides]
+    assert found == [0, 0, 0, 1, 1, 2, 3, 3, 4, 4]
+
+
+def test_the_code_tells_the_box_only_through_centre_and_coarse_sides():
+    expected = one_query([20, 10, 60, 40]).code(3)
+    assert expected.shape == (1, 3 + 2 * 128 + 2 * 5)
+    assert torch.equal(one_query([10, 20, 70, 30]).code(3), expected)
+    assert not torch.equal(one_query([21, 10, 61, 40]).code(3), expected)
+
+
+def test_box_errors_are_shares_of_the_box():
+    query = one_query([20, 10, 60, 40])  # 40 x 30 around (40, 25), in 100 x 50 pixels
+    exact = torch.tensor([[0.2, 0.3, 0.2, 0.3]], dtype=torch.float64)
+    assert query.box_error(exact).item() == pytest.approx(0)
+    # 10 pixels of 40 too far to the left, 5 of 30 too little below
+    off = exact + torch.tensor([0.1, 0, 0, -0.1], dtype=torch.float64)
+    assert query.box_error(off).item() == pytest.approx(10 / 40 + 5 / 30)
+
+
+def test_positions_are_relative_to_the_image():
+    # the last row and column are a whole turn: sine 0 and cosine 1 in the first of C / 2 = 4 waves
+    position = positions_like(torch.zeros(8, 3, 5, dtype=torch.float64)).view(3, 5, 8)
+    assert position[-1, -1, [0, 1, 4, 5]].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-9)
+    assert torch.equal(position[:, 0, :4], position[:, 4, :4])  # rows alone
+    assert torch.equal(position[0, :, 4:], position[2, :, 4:])  # columns alone
+
+
+# --- errors ---
+
+
+def test_errors_name_what_to_change():
+    student, teacher, context = batch()
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.ICD\.NUM_CLASSES is 2, .* \[[0-9, ]+\]"):
+        run(build(num_classes=2), student, teacher, context)
+    context.targets = None
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.LOSSES: icd needs the ground truth"):
+        run(build(), student, teacher, context)
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.IN_FEATURES: .*'p3': 8, 'p4': 16"):
+        ICDLoss().attach({"p3": 8, "p4": 16})
+    for channels in (24, 8):
+        with pytest.raises(ValueError, match=rf"MODEL\.DISTILL\.ICD\.HEADS: {channels} .* 2 x 8"):
+            ICDLoss().attach({"p3": channels})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", -1.0),
+        ("aux_weight", math.inf),
+        ("aux_clip", -0.5),
+        ("num_classes", 0),
+        ("heads", 0),
+        ("fake_ratio", -0.1),
+        ("max_queries", 0),
+        ("jitter", 0.6),
+        ("jitter", math.nan),
+        ("detach_iters", -1),
+    ],
+)
+def test_options_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        ICDLoss(**{name: value})
+
+
+def test_in_a_student(student):
+    key = "MODEL.DISTILL"
+    model = student(f"{key}.LOSSES", ("icd",), f"{key}.ICD.NUM_CLASSES", 4)
+    with EventStorage(1000) as storage:
+        losses = model(image_batch((96, 96), (64, 96)))
+    parts = {k: v[0] for k, v in storage.latest().items() if k.startswith("icd_kd/")}
+    assert list(parts) == [f"icd_kd/{name}" for name in ["p2", "p3", "p4", "p5", "aux"]]
+    assert losses["icd_kd_loss"].item() == pytest.approx(3 * sum(parts.values()), rel=1e-5)
+    losses["icd_kd_loss"].backward()
+    own = {k: p for k, p in model.named_parameters() if k.startswith("distiller.")}
+    assert {k.split(".")[3] for k in own} == {"decoder", "student_value"}
+    assert all(p.grad is not None for p in own.values())
+    assert all(p.grad is not None for p in model.backbone.parameters())
