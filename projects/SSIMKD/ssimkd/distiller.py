@@ -1,7 +1,20 @@
 """Adapters and losses over the levels that teacher and student share."""
 
 import math
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, cast
+from contextlib import contextmanager
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    cast,
+)
 
 import torch
 from detectron2.config import configurable
@@ -129,7 +142,8 @@ class Distiller(nn.Module):
                     self.adapters[level] = nn.Conv2d(channels[level], wide, 1)
                     channels[level] = wide
             for loss in self._losses():
-                loss.attach(channels)
+                with wrong_input():
+                    loss.attach(channels)
 
     def build_teacher(self, device: torch.device) -> None:
         """Builds, loads and checks the teacher.
@@ -230,7 +244,8 @@ class Distiller(nn.Module):
         ramp = min(1.0, (storage.iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
         weighted = {}
         for loss in self._losses():
-            terms = loss(student, teacher, context)
+            with wrong_input():
+                terms = loss(student, teacher, context)
             values = torch.stack([term.detach() for term in terms.values()]).tolist()
             for level, value in zip(terms, values):
                 if not math.isfinite(value):
@@ -326,6 +341,15 @@ def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
 def as_float(x: Tensor) -> Tensor:
     """x in float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def wrong_input() -> Iterator[None]:
+    """Around a loss, which knows no configs: its ValueError is a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def explain(name: str, level: str, value: float, student, teacher) -> str:
