@@ -5,18 +5,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import Boxes, Instances
 from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.distiller import build_loss
-from ssimkd.losses import KD_LOSS_REGISTRY, Context, L1Loss, L2Loss, SSIMLoss
+from ssimkd.losses import (
+    KD_LOSS_REGISTRY,
+    Context,
+    FGDLoss,
+    FKDLoss,
+    L1Loss,
+    L2Loss,
+    MGDLoss,
+    SSIMLoss,
+)
 from ssimkd.normalize import NORMALIZATIONS, normalize_maps
 from ssimkd.ssim import ssim_loss
 
-LOSSES = {"ssim": SSIMLoss, "l1": L1Loss, "l2": L2Loss}
+LOSSES = {"ssim": SSIMLoss, "l1": L1Loss, "l2": L2Loss}  # of normalised maps
+TRAINED = {"fkd": FKDLoss, "fgd": FGDLoss, "mgd": MGDLoss}  # with trainable parts
 STRIDES = {"p3": 8, "p5": 32}
 SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96, a multiple of 32
 REGISTERED = sorted(name for name, _ in KD_LOSS_REGISTRY)
 
 every_loss = pytest.mark.parametrize("loss_class", LOSSES.values(), ids=LOSSES)
+every_name = pytest.mark.parametrize("name", REGISTERED)
 every_kind = pytest.mark.parametrize("normalize", NORMALIZATIONS)
 every_scope = pytest.mark.parametrize("scope", ["channel", "image", "batch"])
 
@@ -34,15 +46,36 @@ def levels(n, height, width, channels=3, seed=0):
     }
 
 
+def make_context(sizes):
+    """The context of images that hold one object each, in their upper left quarter."""
+    targets = []
+    for height, width in sizes:
+        targets.append(Instances((height, width)))
+        targets[-1].gt_boxes = Boxes(torch.tensor([[0.0, 0.0, width / 2, height / 2]]))
+    return Context(sizes, STRIDES, targets)
+
+
 def padded_batch():
     """Student and teacher maps, and the context, of the images of SIZES in one batch."""
-    return levels(4, 64, 96), levels(4, 64, 96, seed=1), Context(SIZES, STRIDES)
+    return levels(4, 64, 96), levels(4, 64, 96, seed=1), make_context(SIZES)
 
 
 def equal_batch():
     """Two images that fill their maps."""
     student, teacher = levels(2, 64, 96), levels(2, 64, 96, seed=1)
-    return student, teacher, Context([(64, 96)] * 2, STRIDES)
+    return student, teacher, make_context([(64, 96)] * 2)
+
+
+def make_loss(name, **options):
+    """A loss for maps of three channels, its trainable parts away from where they start."""
+    if name == "mgd":
+        options["mask_ratio"] = 0.0  # nothing is drawn: calls compare
+    loss = KD_LOSS_REGISTRY.get(name)(**options)
+    torch.manual_seed(0)
+    loss.attach(dict.fromkeys(STRIDES, 3))
+    for parameter in loss.parameters():
+        torch.nn.init.normal_(parameter)
+    return loss.double()
 
 
 def distill_node(*overrides):
@@ -110,19 +143,21 @@ def test_ssim_options_reach_the_similarity(options):
     assert abs(value - plain) > 1e-6
 
 
-@every_loss
-def test_the_weight_is_left_to_the_caller(loss_class):
-    batch = equal_batch()
-    assert loss_class(weight=7).weight == 7.0
-    torch.testing.assert_close(loss_class(weight=7)(*batch), loss_class(weight=0)(*batch))
+@every_name
+def test_the_weight_is_left_to_the_caller(name):
+    batch, heavy, light = equal_batch(), make_loss(name, weight=7), make_loss(name, weight=0)
+    assert heavy.weight == 7.0
+    torch.testing.assert_close(heavy(*batch), light(*batch))
 
 
-@every_loss
-def test_levels_are_independent(loss_class):
+@every_name
+def test_levels_are_independent(name):
     student, teacher, context = padded_batch()
-    losses = loss_class()(student, teacher, context)
+    loss = make_loss(name)
+    losses = loss(student, teacher, context)
+    assert list(losses) == list(student)
     for level, value in losses.items():
-        alone = loss_class()({level: student[level]}, {level: teacher[level]}, context)
+        alone = loss({level: student[level]}, {level: teacher[level]}, context)
         torch.testing.assert_close(alone, {level: value})
 
 
@@ -140,7 +175,7 @@ def mean_over_images(loss, student, teacher):
                 h, w = math.ceil(height / stride), math.ceil(width / stride)
                 crops[level] = maps[level][image : image + 1, :, :h, :w]
             alone.append(crops)
-        values.append(loss(*alone, Context([(height, width)], STRIDES)))
+        values.append(loss(*alone, make_context([(height, width)])))
     return {level: torch.stack([v[level] for v in values]).mean() for level in STRIDES}
 
 
@@ -150,6 +185,14 @@ def mean_over_images(loss, student, teacher):
 def test_a_batch_is_the_mean_of_its_images(loss_class, normalize, scope):
     student, teacher, context = padded_batch()
     loss = loss_class(normalize=normalize, normalize_scope=scope)
+    expected = mean_over_images(loss, student, teacher)
+    torch.testing.assert_close(loss(student, teacher, context), expected)
+
+
+@pytest.mark.parametrize("name", ["fgd", "mgd"])  # fkd's images share one square root
+def test_a_batch_is_the_mean_of_its_images_for_trained_losses(name):
+    student, teacher, context = padded_batch()
+    loss = make_loss(name)
     expected = mean_over_images(loss, student, teacher)
     torch.testing.assert_close(loss(student, teacher, context), expected)
 
@@ -166,8 +209,16 @@ def test_a_batch_is_the_mean_of_its_images_for_every_border(border):
 @every_kind
 @every_loss
 def test_padded_cells_matter_only_without_the_mask(loss_class, normalize, scope):
+    check_padded_cells(loss_class(normalize=normalize, normalize_scope=scope))
+
+
+@every_name
+def test_padded_cells_matter_only_without_the_mask_by_default(name):
+    check_padded_cells(make_loss(name))
+
+
+def check_padded_cells(loss):
     student, teacher, context = padded_batch()
-    loss = loss_class(normalize=normalize, normalize_scope=scope)
     other = {}
     for level, x in student.items():
         inside = context.inside(level, x)
@@ -184,12 +235,13 @@ def test_padded_cells_matter_only_without_the_mask(loss_class, normalize, scope)
         assert abs(unmasked[0][level] - unmasked[1][level]) > 1e-6
 
 
-@every_loss
-def test_without_the_mask_padding_counts_as_image(loss_class):
-    student, teacher, _ = padded_batch()
-    unmasked = loss_class()(student, teacher, Context(SIZES, STRIDES, mask_padding=False))
-    whole = loss_class()(student, teacher, Context([(64, 96)] * 4, STRIDES))
-    torch.testing.assert_close(unmasked, whole)
+@every_name
+def test_without_the_mask_padding_counts_as_image(name):
+    student, teacher, context = padded_batch()
+    context.mask_padding = False
+    loss = make_loss(name)
+    whole = Context([(64, 96)] * 4, STRIDES, context.targets)
+    torch.testing.assert_close(loss(student, teacher, context), loss(student, teacher, whole))
 
 
 # --- context ---
@@ -255,19 +307,19 @@ def test_crops_of_equal_images_are_the_maps_themselves():
 
 
 def test_the_registry_knows_the_losses_by_name():
-    for name, loss_class in LOSSES.items():
+    for name, loss_class in {**LOSSES, **TRAINED}.items():
         assert KD_LOSS_REGISTRY.get(name) is loss_class
         assert loss_class.name == name
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@every_name
 def test_defaults_of_class_and_config_are_the_same(name):
     parameters = inspect.signature(KD_LOSS_REGISTRY.get(name)).parameters
     node = distill_node()[name.upper()]
     assert {k: p.default for k, p in parameters.items()} == {k.lower(): v for k, v in node.items()}
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@every_name
 def test_build_loss_takes_its_node(name):
     loss = build_loss(name, distill_node(f"MODEL.DISTILL.{name.upper()}.WEIGHT", 0.25))
     assert type(loss) is KD_LOSS_REGISTRY.get(name)
@@ -308,6 +360,10 @@ def test_build_loss_passes_every_setting_on():
         ("l1", ["L1.WEIGHT", math.inf], r"MODEL\.DISTILL\.L1: weight .*inf"),
         ("l2", ["L2.NORMALIZE_SCOPE", "level"], r"MODEL\.DISTILL\.L2: normalize_scope .*'level'"),
         ("l2", ["L2.WEIGHT", -0.5], r"MODEL\.DISTILL\.L2: weight .*-0\.5"),
+        ("fkd", ["FKD.TEMPERATURE", 0.0], r"MODEL\.DISTILL\.FKD: temperature .*0\.0"),
+        ("fkd", ["FKD.POOL_SIZES", (8, 0)], r"MODEL\.DISTILL\.FKD: pool_sizes .*\(8, 0\)"),
+        ("fgd", ["FGD.RELATION", math.inf], r"MODEL\.DISTILL\.FGD: relation .*inf"),
+        ("mgd", ["MGD.MASK_RATIO", 1.0], r"MODEL\.DISTILL\.MGD: mask_ratio .*1\.0"),
     ],
 )
 def test_build_loss_names_the_key_to_change(name, overrides, message):
