@@ -88,6 +88,21 @@ def test_several_losses_at_once(student):
     )
 
 
+@pytest.mark.parametrize("boxes", [0, 2])
+def test_trainable_parts_are_trained_with_the_student_and_leave_its_start_alone(student, boxes):
+    plain = student(f"{KEY}.LOSSES", ()).state_dict()
+    model = student(f"{KEY}.LOSSES", ("fkd", "fgd", "mgd"))
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("distiller.")}
+    torch.testing.assert_close(own, plain, rtol=0, atol=0)
+    with EventStorage(0):
+        losses = model(image_batch((96, 96), (64, 96), boxes=boxes))
+    sum(value for name, value in losses.items() if name.endswith("_kd_loss")).backward()
+    parts = [name for name, _ in model.distiller.losses.named_parameters()]
+    assert {name.split(".")[0] for name in parts} == {"fkd", "fgd", "mgd"}
+    for name, parameter in model.distiller.named_parameters():
+        assert parameter.grad is not None, name  # DistributedDataParallel would wait for it
+
+
 def test_warm_up_is_a_linear_ramp(student):
     batch = image_batch((96, 96))
     full = kd_loss(student(), batch)

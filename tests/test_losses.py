@@ -13,8 +13,11 @@ from ssimkd.losses import (
     Context,
     CWDLoss,
     DeFeatLoss,
+    FGDLoss,
+    FKDLoss,
     L1Loss,
     L2Loss,
+    MGDLoss,
     MSSSIMLoss,
     PKDLoss,
     SSIMLoss,
@@ -44,11 +47,15 @@ BY_BATCH = [
     (PKDLoss, {}),
     (DeFeatLoss, {}),
 ]
+TRAINED = {"fkd": FKDLoss, "fgd": FGDLoss, "mgd": MGDLoss}  # with trainable parts
 STRIDES = {"p3": 8, "p5": 32}
 SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96, a multiple of 32
 REGISTERED = sorted(name for name, _ in KD_LOSS_REGISTRY)
 
 every_loss = pytest.mark.parametrize("loss_class", LOSSES.values(), ids=LOSSES)
+COMMON = [name for name in REGISTERED if name != "icd"]  # it draws: tests/test_icd.py
+every_name = pytest.mark.parametrize("name", REGISTERED)
+common_name = pytest.mark.parametrize("name", COMMON)
 every_kind = pytest.mark.parametrize("normalize", NORMALIZATIONS)
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 
@@ -86,6 +93,18 @@ def equal_batch():
 def context_of(sizes, **options):
     """Images of `sizes` pixels, one object in each."""
     return Context(sizes, STRIDES, [x["instances"] for x in image_batch(*sizes)], **options)
+
+
+def make_loss(name, **options):
+    """A loss for maps of three channels, its trainable parts away from where they start."""
+    if name == "mgd":
+        options["mask_ratio"] = 0.0  # nothing is drawn: calls compare
+    loss = KD_LOSS_REGISTRY.get(name)(**options)
+    torch.manual_seed(0)
+    loss.attach(dict.fromkeys(STRIDES, 3))
+    for parameter in loss.parameters():
+        torch.nn.init.normal_(parameter)
+    return loss.double()
 
 
 def distill_node(*overrides):
@@ -151,20 +170,22 @@ def test_ssim_options_reach_the_similarity(options):
     assert abs(value - plain) > 1e-6
 
 
-@every_loss
-def test_the_weight_is_left_to_the_caller(loss_class):
-    batch = equal_batch()
-    assert loss_class(weight=7).weight == 7.0
-    torch.testing.assert_close(loss_class(weight=7)(*batch), loss_class(weight=0)(*batch))
+@common_name
+def test_the_weight_is_left_to_the_caller(name):
+    batch, heavy, light = equal_batch(), make_loss(name, weight=7), make_loss(name, weight=0)
+    assert heavy.weight == 7.0
+    torch.testing.assert_close(heavy(*batch), light(*batch))
 
 
 # DeFeat is a mean over levels that share the objects out
-@pytest.mark.parametrize("loss_class", [x for x in LOSSES.values() if x is not DeFeatLoss])
-def test_levels_are_independent(loss_class):
+@pytest.mark.parametrize("name", [name for name in COMMON if name != "defeat"])
+def test_levels_are_independent(name):
     student, teacher, context = padded_batch()
-    losses = loss_class()(student, teacher, context)
+    loss = make_loss(name)
+    losses = loss(student, teacher, context)
+    assert list(losses) == list(student)
     for level, value in losses.items():
-        alone = loss_class()({level: student[level]}, {level: teacher[level]}, context)
+        alone = loss({level: student[level]}, {level: teacher[level]}, context)
         torch.testing.assert_close(alone, {level: value})
 
 
@@ -182,7 +203,7 @@ def mean_over_images(loss, student, teacher):
                 h, w = math.ceil(height / stride), math.ceil(width / stride)
                 crops[level] = maps[level][image : image + 1, :, :h, :w]
             alone.append(crops)
-        values.append(loss(*alone, Context([(height, width)], STRIDES)))
+        values.append(loss(*alone, context_of([(height, width)])))
     return {level: torch.stack([v[level] for v in values]).mean() for level in STRIDES}
 
 
@@ -190,6 +211,14 @@ def mean_over_images(loss, student, teacher):
 def test_a_batch_is_the_mean_of_its_images(loss_class, options):
     student, teacher, context = padded_batch()
     loss = loss_class(**options)
+    expected = mean_over_images(loss, student, teacher)
+    torch.testing.assert_close(loss(student, teacher, context), expected)
+
+
+@pytest.mark.parametrize("name", ["fgd", "mgd"])  # fkd's images share one square root
+def test_a_batch_is_the_mean_of_its_images_for_trained_losses(name):
+    student, teacher, context = padded_batch()
+    loss = make_loss(name)
     expected = mean_over_images(loss, student, teacher)
     torch.testing.assert_close(loss(student, teacher, context), expected)
 
@@ -204,8 +233,16 @@ def test_a_batch_is_the_mean_of_its_images_for_every_border(border):
 
 @settings(BY_IMAGE + BY_BATCH)
 def test_padded_cells_matter_only_without_the_mask(loss_class, options):
+    check_padded_cells(loss_class(**options))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_padded_cells_matter_only_without_the_mask_for_trained_losses(name):
+    check_padded_cells(make_loss(name))
+
+
+def check_padded_cells(loss):
     student, teacher, context = padded_batch()
-    loss = loss_class(**options)
     other = {}
     for level, x in student.items():
         inside = context.inside(level, x)
@@ -222,12 +259,13 @@ def test_padded_cells_matter_only_without_the_mask(loss_class, options):
         assert abs(unmasked[0][level] - unmasked[1][level]) > 1e-6
 
 
-@every_loss
-def test_without_the_mask_padding_counts_as_image(loss_class):
-    student, teacher, _ = padded_batch()
-    unmasked = loss_class()(student, teacher, context_of(SIZES, mask_padding=False))
-    whole = loss_class()(student, teacher, context_of([(64, 96)] * 4))
-    torch.testing.assert_close(unmasked, whole)
+@common_name
+def test_without_the_mask_padding_counts_as_image(name):
+    student, teacher, context = padded_batch()
+    context.mask_padding = False
+    loss = make_loss(name)
+    whole = Context([(64, 96)] * 4, STRIDES, context.targets)
+    torch.testing.assert_close(loss(student, teacher, context), loss(student, teacher, whole))
 
 
 @every_loss
@@ -305,19 +343,19 @@ def test_crops_of_equal_images_are_the_maps_themselves():
 
 
 def test_the_registry_knows_the_losses_by_name():
-    for name, loss_class in LOSSES.items():
+    for name, loss_class in {**LOSSES, **TRAINED}.items():
         assert KD_LOSS_REGISTRY.get(name) is loss_class
         assert loss_class.name == name
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@every_name
 def test_defaults_of_class_and_config_are_the_same(name):
     parameters = inspect.signature(KD_LOSS_REGISTRY.get(name)).parameters
     node = distill_node()[name.upper()]
     assert {k: p.default for k, p in parameters.items()} == {k.lower(): v for k, v in node.items()}
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@every_name
 def test_build_loss_takes_its_node(name):
     loss = build_loss(name, distill_node(f"MODEL.DISTILL.{name.upper()}.WEIGHT", 0.25))
     assert type(loss) is KD_LOSS_REGISTRY.get(name)
@@ -363,6 +401,10 @@ def test_build_loss_passes_every_setting_on():
         ("ms_ssim", ["MS_SSIM.SCALE_EXPONENTS", ()], r"MS_SSIM: scale_exponents .*\(\)"),
         ("ms_ssim", ["MS_SSIM.BORDER", "wrap"], r"MODEL\.DISTILL\.MS_SSIM: border .*'wrap'"),
         ("pkd", ["PKD.WEIGHT", math.nan], r"MODEL\.DISTILL\.PKD: weight .*nan"),
+        ("fkd", ["FKD.TEMPERATURE", 0.0], r"MODEL\.DISTILL\.FKD: temperature .*0\.0"),
+        ("fkd", ["FKD.POOL_SIZES", (8, 0)], r"MODEL\.DISTILL\.FKD: pool_sizes .*\(8, 0\)"),
+        ("fgd", ["FGD.RELATION", math.inf], r"MODEL\.DISTILL\.FGD: relation .*inf"),
+        ("mgd", ["MGD.MASK_RATIO", 1.0], r"MODEL\.DISTILL\.MGD: mask_ratio .*1\.0"),
     ],
 )
 def test_build_loss_names_the_key_to_change(name, overrides, message):

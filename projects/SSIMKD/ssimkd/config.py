@@ -115,3 +115,34 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.ICD.JITTER = 0.3  # of centres, as a share of the box [icd]
     # First iterations in which only the loss's own parts learn [icd: 1000 of 90000]
     cfg.MODEL.DISTILL.ICD.DETACH_ITERS = 1000
+
+    # Zhang & Ma, ICLR 2021. Defaults: the authors' code for two-stage detectors; behind "|" that
+    # for one-stage detectors. The paper has other numbers, TEMPERATURE the other way round.
+    cfg.MODEL.DISTILL.FKD = CN()
+    cfg.MODEL.DISTILL.FKD.WEIGHT = 1.0  # of the whole
+    cfg.MODEL.DISTILL.FKD.TEMPERATURE = 0.5  # of the attention | 0.1
+    cfg.MODEL.DISTILL.FKD.FEATURE = 7e-5  # maps under attention | 4.2e-4
+    cfg.MODEL.DISTILL.FKD.CHANNEL = 4e-3  # means over cells | 2.4e-2
+    cfg.MODEL.DISTILL.FKD.SPATIAL = 4e-3  # means over channels | 2.4e-2
+    cfg.MODEL.DISTILL.FKD.NON_LOCAL = 7e-5  # non-local blocks | 4.2e-4
+    cfg.MODEL.DISTILL.FKD.CHANNEL_ATTENTION = False  # beside the spatial one | True, as the paper
+    # Cells per side of the windows that the non-local blocks pool, in the order of IN_FEATURES
+    # (finest first); the last one is for all further levels
+    cfg.MODEL.DISTILL.FKD.POOL_SIZES = (8, 4, 2)
+
+    # Yang et al., CVPR 2022. Defaults: the authors' configs for Faster and Mask R-CNN, on p2 to p5;
+    # behind "|" RetinaNet, then FCOS and RepPoints
+    cfg.MODEL.DISTILL.FGD = CN()
+    cfg.MODEL.DISTILL.FGD.WEIGHT = 1.0  # of the whole
+    cfg.MODEL.DISTILL.FGD.TEMPERATURE = 0.5  # of the attention | 0.5 | 0.8 and 0.5
+    cfg.MODEL.DISTILL.FGD.FOREGROUND = 5e-5  # the paper's alpha | 1e-3 | 1.6e-3
+    cfg.MODEL.DISTILL.FGD.BACKGROUND = 2.5e-5  # beta | 5e-4 | 8e-4
+    cfg.MODEL.DISTILL.FGD.ATTENTION = 5e-5  # gamma | 5e-4 (1e-3 in the paper) | 8e-4
+    cfg.MODEL.DISTILL.FGD.RELATION = 5e-7  # lambda | 5e-6 | 8e-6
+
+    # Yang et al., ECCV 2022. Defaults: the authors' configs for Faster and Mask R-CNN, on p2 to p5;
+    # behind "|" RetinaNet and RepPoints
+    cfg.MODEL.DISTILL.MGD = CN()
+    cfg.MODEL.DISTILL.MGD.WEIGHT = 1.0  # of the whole
+    cfg.MODEL.DISTILL.MGD.GENERATION = 5e-7  # the paper's alpha | 2e-5
+    cfg.MODEL.DISTILL.MGD.MASK_RATIO = 0.45  # share of the cells hidden, lambda | 0.65

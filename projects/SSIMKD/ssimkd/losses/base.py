@@ -94,6 +94,13 @@ class Context:
             )
 
 
+def check_coefficients(**coefficients: float) -> None:
+    """Raises ValueError, naming the option, where one is negative or not finite."""
+    for name, value in coefficients.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
 class KDLoss(nn.Module):
     """Base of the losses; keyword arguments are the keys of the loss's config node.
 
@@ -105,8 +112,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
+        check_coefficients(weight=weight)
         self.weight = float(weight)
 
     def attach(self, channels: Dict[str, int]) -> None:

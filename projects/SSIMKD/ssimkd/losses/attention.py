@@ -1,0 +1,25 @@
+"""Where, and in which channels, a map is active: the attention of FKD and FGD, without parameters.
+
+Zhang & Ma, ICLR 2021; Yang et al., CVPR 2022. Maps are (n, C, h, w).
+"""
+
+from torch import Tensor
+
+
+def spatial_attention(maps: Tensor, temperature: float) -> Tensor:
+    """h w softmax(mean over channels of |F| / temperature): (n, 1, h, w), of mean 1 per image."""
+    n, _, h, w = maps.shape
+    activity = maps.abs().mean(dim=1).flatten(1)  # (n, h w)
+    return (h * w * (activity / temperature).softmax(dim=1)).view(n, 1, h, w)
+
+
+def channel_attention(maps: Tensor, temperature: float) -> Tensor:
+    """C softmax(mean over cells of |F| / temperature): (n, C, 1, 1), of mean 1 per image."""
+    activity = maps.abs().mean(dim=(2, 3), keepdim=True)
+    return maps.shape[1] * (activity / temperature).softmax(dim=1)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")

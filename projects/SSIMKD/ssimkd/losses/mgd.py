@@ -1,0 +1,65 @@
+"""Masked generative distillation (Yang et al., ECCV 2022)."""
+
+from typing import Dict
+
+import torch
+from torch import Tensor, nn
+
+from .base import Context, KDLoss, Maps, check_coefficients, register_loss
+
+
+@register_loss("mgd")
+class MGDLoss(KDLoss):
+    """generation sum (G(M S) - T)^2 per level: the teacher's map from a part of the student's.
+
+    Mean over images of what each gives alone. M hides each cell, in all of its channels, with
+    probability `mask_ratio`; G is conv3x3, ReLU, conv3x3, trained with the student and in no
+    detector afterwards. It starts at random, so that equal maps cost something: the minimum, 0,
+    is where G makes T from what it sees. As in the authors' code (github.com/yzd-v/MGD), but that
+    the mask is drawn where the maps are.
+
+    Args:
+        weight (float): of the whole.
+        generation (float): the paper's alpha, for a sum over elements.
+        mask_ratio (float): the paper's lambda, in [0, 1).
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self, weight: float = 1.0, generation: float = 5e-7, mask_ratio: float = 0.45
+    ) -> None:
+        super().__init__(weight)
+        check_coefficients(generation=generation)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio!r}")
+        self.generation, self.mask_ratio = generation, mask_ratio
+        self.generators = nn.ModuleDict()
+
+    def attach(self, channels: Dict[str, int]) -> None:
+        """Makes G, one per level."""
+        for level, width in channels.items():
+            self.generators[level] = nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+            )
+
+    def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
+        """See the head of `base.py`; draws from torch's generator on the maps' device."""
+        losses = {}
+        for level, s in student.items():
+            n, _, h, w = s.shape
+            # drawn for the padded batch: the generator's state does not depend on image sizes
+            kept = torch.rand((n, 1, h, w), device=s.device) >= self.mask_ratio
+            crops = context.crops(level, s * kept, teacher[level])
+            losses[level] = torch.stack(
+                [self.compare(level, *maps) * share for maps, share in crops]
+            ).sum()
+        return losses
+
+    def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean over n images; (n, C, h, w) maps, the student's masked."""
+        error = (self.generators[level](student) - teacher).square().sum()
+        return self.generation * error / len(student)
