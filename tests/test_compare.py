@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -296,6 +297,23 @@ def test_the_schedule_scales_to_that_of_the_config(tmp_path):
     run = comparison(tmp_path).plan("1000", parse_method("vanilla"), 0.0, 1000, 1, ())
     written, scaled = load_config(run.config, []), load_config(run.config, list(run.opts))
     assert written.SOLVER == scaled.SOLVER and written.SEED == scaled.SEED
+
+
+def test_failures_end_with_status_1_after_the_report(tmp_path, executed, monkeypatch, capsys):
+    def ap(run):
+        if option(run, "SEED") == "2" and "vanilla" not in run.config:
+            raise RuntimeError("out of luck")
+        return 10.0
+
+    executed(ap)
+    args = ["--methods", "vanilla", "l1", "--seeds", "1", "2", "--budget", "8", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *args, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2 runs failed"):  # of the comparison and of the costs
+        compare.main()
+    said = capsys.readouterr()
+    assert "| l1 | 4 | 1 |" in said.out and "| vanilla | 0 | 2 |" in said.out
+    assert said.out.strip() == (tmp_path / "table.md").read_text().strip()
+    assert re.search("failed: .*/8/l1-w4/seed2: out of luck", said.err)
 
 
 # --- processes ---

@@ -75,7 +75,7 @@ class Runner:
                     complaint, folder = future.result(), running[future].folder
                     if complaint:
                         self.failed[folder] = complaint
-                        bar.write(f"failed: {folder}: {complaint}")
+                        bar.write(f"failed: {folder}: {complaint}", file=sys.stderr)
                     bar.update()
             finally:  # interrupted: start no more
                 pool.shutdown(wait=False, cancel_futures=True)
