@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test lint format clean
+.PHONY: train compare test lint format clean
 
 train: $(READY)  ## distil a small student on the embedded data and print the table
 	$(BIN)/python tools/train_shapes.py
+
+compare: $(READY)  ## train the student with every method and print the table; ARGS="--help" for more
+	$(BIN)/python tools/compare.py $(ARGS)
 
 test: lint  ## lint, types and all tests
 	$(BIN)/python -m pytest

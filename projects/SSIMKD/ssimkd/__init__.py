@@ -9,7 +9,7 @@ from .distillers import Distillers
 from .errors import ConfigError
 from .losses import KD_LOSS_REGISTRY
 from .meta_arch import DistillMixin, DistillPanopticFPN, DistillRCNN, DistillRetinaNet
-from .shapes import register_shapes
+from .shapes import register_search, register_shapes
 
 __all__ = [
     "KD_LOSS_REGISTRY",
@@ -24,3 +24,4 @@ __all__ = [
 ]
 
 register_shapes()
+register_search()

@@ -267,3 +267,20 @@ def register_shapes() -> None:
             ignore_label=255,
             **metadata,
         )
+
+
+def register_search() -> None:
+    """Registers `ssimkd_shapes_search_{train,val}`: the training images in two parts.
+
+    Settings are chosen on the latter, every fifth image, so that `ssimkd_shapes_val` plays no part.
+    """
+
+    def load(held_out: bool) -> List[Dict]:
+        records = DatasetCatalog.get(f"{FOLDER}_train")
+        return [r for index, r in enumerate(records) if (index % 5 == 0) == held_out]
+
+    for part in SPLITS:
+        name = f"{FOLDER}_search_{part}"
+        DatasetCatalog.register(name, lambda part=part: load(part == "val"))
+        # Without a json_file: Detectron2's evaluator writes its own
+        MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=list(CLASSES))

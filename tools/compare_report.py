@@ -1,0 +1,172 @@
+"""Statistics, tables and the plot of compare.py.
+
+A row is a dict. Of a run: budget, method, weight, seed, AP, AP50, AP75 and more; of a solo run, for
+its cost: method, round, seconds (per iteration), peak_mib.
+"""
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from compare_methods import PLAIN, REFERENCE
+
+Row = Dict[str, Any]
+METRICS = ("AP", "AP50", "AP75")
+COSTS = ("seconds", "peak_mib")
+# 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
+T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+HEAD = (
+    "method", "weight", "seeds", *METRICS, f"AP less {REFERENCE}'s: mean, standard error, 95 %",
+    "s/iteration", f"of {PLAIN}'s", "peak MiB", f"of {PLAIN}'s",
+)  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, its standard error and 95 % interval."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+def t975(freedom: int) -> float:
+    """97.5 % quantile of Student's t.
+
+    Past the table by the expansion in 1 / freedom (Abramowitz and Stegun 26.7.5), good to 2e-4.
+    """
+    if freedom <= len(T975):
+        return T975[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Optional[Difference]:
+    """Difference of two methods, seed -> value each, over the seeds they share; None below two."""
+    values = [ours[seed] - others[seed] for seed in ours if seed in others]
+    if len(values) < 2:
+        return None
+    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = t975(len(values) - 1) * error
+    return Difference(mean, error, mean - half, mean + half)
+
+
+def costs(solo: Sequence[Row]) -> Dict[str, Row]:
+    """Each method's medians over its solo runs, and their ratios to the plain student's."""
+    medians: Dict[str, Row] = {}
+    for method in dict.fromkeys(row["method"] for row in solo):
+        rows = [row for row in solo if row["method"] == method]
+        medians[method] = {key: statistics.median(row[key] for row in rows) for key in COSTS}
+    plain = medians.get(PLAIN)
+    if plain:
+        ratios = {key: {m: cost[key] / plain[key] for m, cost in medians.items()} for key in COSTS}
+        for method, cost in medians.items():
+            cost.update({f"{key}_ratio": ratios[key][method] for key in COSTS})
+    return medians
+
+
+def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
+    """A row per budget and method, the best mean AP of each budget first."""
+    samples: Dict[Any, Dict[int, Row]] = defaultdict(dict)
+    for row in runs:
+        samples[row["budget"], row["method"]][row["seed"]] = row
+    table, cost = [], costs(solo)
+    for (budget, method), by_seed in samples.items():
+        line: Row = {"budget": budget, "method": method, "seeds": len(by_seed)}
+        for row in by_seed.values():
+            line["weight"] = row["weight"]
+        for metric in METRICS:
+            values = [row[metric] for row in by_seed.values()]
+            line[metric] = statistics.mean(values)
+            if len(values) > 1:
+                line[f"{metric}_sd"] = statistics.stdev(values)
+        ours, reference = (
+            {seed: row["AP"] for seed, row in samples.get((budget, name), {}).items()}
+            for name in (method, REFERENCE)
+        )
+        difference = paired(ours, reference)
+        if difference and method != REFERENCE:
+            line.update({f"difference_{k}": v for k, v in difference._asdict().items()})
+        table.append({**line, **cost.get(method, {})})
+    return sorted(table, key=lambda line: (line["budget"], -line["AP"]))
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The rows of one budget as a Markdown table; a dash for what was not measured."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    for row in table:
+        cells = [row["method"], f"{row['weight']:g}", str(row["seeds"])]
+        for metric in METRICS:
+            spread = f" +- {row[f'{metric}_sd']:.1f}" if f"{metric}_sd" in row else ""
+            cells.append(f"{row[metric]:.1f}{spread}")
+        for form in (
+            "{difference_mean:+.1f}, {difference_error:.1f} "
+            "[{difference_low:+.1f}, {difference_high:+.1f}]",
+            "{seconds:.3f}", "{seconds_ratio:.2f}", "{peak_mib:.0f}", "{peak_mib_ratio:.2f}",
+        ):  # fmt: skip
+            try:
+                cells.append(form.format(**row))
+            except KeyError:
+                cells.append("-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(table: Sequence[Row]) -> str:
+    """Who is best in the rows of one budget, and who is told apart from the reference."""
+    parts = [f"Best mean AP: {table[0]['method']}."]
+    compared = [row for row in table if "difference_mean" in row]
+    for text, belongs in (
+        ("Better than", lambda row: row["difference_low"] > 0),
+        ("Not told apart from", lambda row: row["difference_low"] <= 0 <= row["difference_high"]),
+        ("Worse than", lambda row: row["difference_high"] < 0),
+    ):
+        names = [row["method"] for row in compared if belongs(row)]
+        if names:
+            parts.append(f"{text} {REFERENCE}: {', '.join(names)}.")
+    return " ".join(parts)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Rows as CSV; nothing where a row lacks a key."""
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(chain(*rows))))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(runs: Sequence[Row], path: Path) -> None:
+    """One dot per seed and a bar at each mean; the best at the largest budget on top."""
+    samples: Dict[Any, List[float]] = defaultdict(list)
+    for row in runs:
+        samples[row["method"], row["budget"]].append(row["AP"])
+    means = {key: statistics.mean(values) for key, values in samples.items()}
+    budgets = sorted({budget for _, budget in samples})
+    methods = sorted(
+        {method for method, _ in samples},
+        key=lambda method: [means.get((method, budget), -1.0) for budget in reversed(budgets)],
+    )
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(methods)), layout="constrained")
+    for (method, budget), values in samples.items():
+        index = budgets.index(budget)
+        height = methods.index(method) + 0.3 * (index - (len(budgets) - 1) / 2)
+        axes.plot(values, [height] * len(values), "o", color=f"C{index}", alpha=0.6, ms=5)
+        axes.plot(means[method, budget], height, "k|", ms=11, mew=1.5)
+    for index, budget in enumerate(budgets):
+        axes.plot([], "o", color=f"C{index}", label=f"{budget} iterations")
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_xlabel("box AP on ssimkd_shapes_val; a dot per seed, a bar at the mean")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
