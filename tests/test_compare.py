@@ -44,13 +44,6 @@ def test_paired_difference_by_hand():
     assert report.paired(ours, {1: 4.0}) is None
 
 
-@pytest.mark.parametrize(
-    "freedom, quantile", [(1, 12.706), (4, 2.776), (11, 2.2010), (20, 2.0860), (120, 1.9799)]
-)
-def test_quantiles_of_student(freedom, quantile):
-    assert report.t975(freedom) == pytest.approx(quantile, abs=5e-4)
-
-
 def test_costs_are_medians_and_ratios_to_the_plain_student():
     rows = [solo("vanilla", turn, s, 800.0) for turn, s in enumerate([0.1, 0.2, 9.0])]
     rows += [solo("ssim", turn, s, 1000.0) for turn, s in enumerate([0.2, 0.3, 0.4])]

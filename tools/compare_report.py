@@ -17,12 +17,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from compare_methods import PLAIN, REFERENCE
+from scipy.stats import t
 
 Row = Dict[str, Any]
 METRICS = ("AP", "AP50", "AP75")
 COSTS = ("seconds", "peak_mib")
-# 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
-T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 HEAD = (
     "method", "weight", "seeds", *METRICS, f"AP less {REFERENCE}'s: mean, standard error, 95 %",
     "s/iteration", f"of {PLAIN}'s", "peak MiB", f"of {PLAIN}'s",
@@ -38,26 +37,13 @@ class Difference(NamedTuple):
     high: float
 
 
-def t975(freedom: int) -> float:
-    """97.5 % quantile of Student's t.
-
-    Past the table by the expansion in 1 / freedom (Abramowitz and Stegun 26.7.5), good to 2e-4.
-    """
-    if freedom <= len(T975):
-        return T975[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
-
-
 def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Optional[Difference]:
     """Difference of two methods, seed -> value each, over the seeds they share; None below two."""
     values = [ours[seed] - others[seed] for seed in ours if seed in others]
     if len(values) < 2:
         return None
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = t975(len(values) - 1) * error
+    half = float(t.ppf(0.975, len(values) - 1)) * error
     return Difference(mean, error, mean - half, mean + half)
 
 
