@@ -9,6 +9,7 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
 """
 
 import sys
+from typing import Tuple
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -20,10 +21,15 @@ from ssimkd.errors import exit_in_one_line
 from torch.multiprocessing import ProcessExitedException
 
 
+def splits_of(args) -> Tuple[str, ...]:
+    """Whose data a run uses."""
+    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+
+
 @exit_in_one_line()
 def main(args) -> None:
     """One process of a run."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, splits_of(args))
     default_setup(cfg, args)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
@@ -38,7 +44,7 @@ def main(args) -> None:
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     with exit_in_one_line():  # before any process is started or folder made
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, splits_of(args))
         check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
     try:
         launch(

@@ -115,7 +115,7 @@ def test_from_python_teachers_are_named_by_keyword(files):
         ([{"CONFIG": 3}], r"TEACHERS: Type mismatch .*TEACHER.CONFIG"),
         ([{"CONFIG": "a", "NAME": "x"}, {"CONFIG": "b", "NAME": "x"}], "the NAME x is there twice"),
         ([{"CONFIG": "a", "NAME": "x.y"}], "a NAME cannot be used"),
-        ([{"INHERIT": ["neck"]}, {"INHERIT": ["neck"]}], "name the same module in INHERIT"),
+        ([{"CONFIG": "a", "NAME": "keys"}], "a NAME cannot be used"),
         ([{"LOSSES": ["sim"]}], "there is no loss 'sim'"),
         ([{"LOSS_WEIGHT": -1.0}], "TEACHER.LOSS_WEIGHT must be a finite number >= 0"),
     ],

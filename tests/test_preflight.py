@@ -48,7 +48,7 @@ def records(caplog, level):
 def test_a_trained_teacher_passes(student, loader, caplog):
     caplog.set_level(logging.INFO)
     prepare(student(*TEACHER), loader, resumed=False)
-    found = [text for text in records(caplog, logging.INFO) if text.startswith("Teacher finds")]
+    found = [text for text in records(caplog, logging.INFO) if text.startswith("The teacher finds")]
     numbers = [int(word) for word in found[0].split() if word.isdigit()]
     assert numbers[2] == 8 and numbers[0] > 1.5 * LEAST_FOUND * numbers[1]
     assert not records(caplog, logging.WARNING)
@@ -58,7 +58,9 @@ def test_a_trained_teacher_passes(student, loader, caplog):
 def test_a_random_teacher_is_warned_of(student, loader, caplog):
     prepare(student(), loader, resumed=False)
     (warning,) = records(caplog, logging.WARNING)
-    assert warning.startswith("teacher finds ") and "TEACHER.WEIGHTS belong to .CONFIG" in warning
+    assert (
+        warning.startswith("The teacher finds ") and "TEACHER.WEIGHTS belong to .CONFIG" in warning
+    )
 
 
 def test_a_wrongly_normalised_teacher_is_warned_of(student, loader, caplog):
@@ -112,7 +114,7 @@ def test_heads_that_the_checkpoint_lacks(student, loader, caplog, tmp_path, teac
     path = tmp_path / "backbone.pth"
     torch.save({"model": {k: v for k, v in state.items() if k.startswith("backbone.")}}, path)
     prepare(student("MODEL.DISTILL.TEACHER.WEIGHTS", str(path)), loader, resumed=False)
-    assert "Detections of teacher cannot be checked: its checkpoint does not hold" in caplog.text
+    assert "The teacher's detections cannot be checked: its checkpoint does not hold" in caplog.text
 
 
 def test_maps_that_do_not_agree_stop_the_run(student, loader, monkeypatch):
@@ -143,7 +145,7 @@ def test_a_teacher_without_detections(student, caplog, monkeypatch):
     model = student(*TEACHER)
     model.distiller.pair = lambda *args: ({}, {})
     prepare(model, Loader([image_batch((96, 96))]), resumed=False)
-    assert "Detections of teacher cannot be checked: AssertionError" in caplog.text
+    assert "The teacher's detections cannot be checked: AssertionError" in caplog.text
 
 
 def test_what_counts_as_found():

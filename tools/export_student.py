@@ -35,7 +35,7 @@ def main() -> None:
         if args.half:
             # Vectors stay as they are: a running variance can leave float16's range.
             weights = {k: v.half() if v.dim() > 1 else v for k, v in weights.items()}
-        export_student(load_config(args.config_file, args.opts), weights, args.out)
+        export_student(load_config(args.config_file, args.opts, splits=()), weights, args.out)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class _WholeBackbone(DetectionCheckpointer):
             raise ConfigError(
                 f"does not fit the teacher's backbone: {'; '.join(backbone[:3])}{more}"
             )
-        self.absent = list(wrong)
+        # a teacher that was a student itself needs nothing of its own teacher's
+        self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
 
 def load_teacher(model: Any, weights: str) -> List[str]:

@@ -1,26 +1,27 @@
 """From a command line to a config that can run."""
 
 import os
-from typing import List, Tuple
+from typing import List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from omegaconf import OmegaConf
 
 from .config import add_ssimkd_config
-from .data import check_datasets, classes_of, register_coco
+from .data import check_datasets, lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
+from .lazy import lazy_names
 
 
-def load_config(path: str, overrides: List[str]):
+def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN", "TEST")):
     """The config of a file: a CfgNode (`.yaml`) or a DictConfig (`.py`).
 
     Args:
         path (str): the file.
         overrides (list[str]): "KEY", "value", ... for `.yaml`; "key=value", ... for `.py`.
+        splits (sequence[str]): "TRAIN", "TEST": whose own data is registered (`DATASETS.COCO`).
 
     Raises:
-        ConfigError: it cannot be read, or an override does not apply.
+        ConfigError: it cannot be read, an override does not apply, or its own data is wrong.
     """
     if not path:
         raise ConfigError(
@@ -38,40 +39,11 @@ def load_config(path: str, overrides: List[str]):
         extra = f" with {' '.join(overrides)}" if overrides else ""
         raise ConfigError(f"{path}{extra}: {one_line(error)}") from error
     if isinstance(cfg, CfgNode):
-        use_own_data(cfg)
+        use_own_data(cfg, splits)
         cfg.freeze()
     else:
-        lazy_use_own_data(cfg)
+        lazy_use_own_data(cfg, splits)
     return cfg
-
-
-def use_own_data(cfg: CfgNode) -> None:
-    """Registers `DATASETS.COCO` and, where asked, takes the number of classes from the data.
-
-    Raises:
-        ConfigError: a file is missing or is not in COCO's format.
-    """
-    register_coco(cfg.DATASETS.COCO)
-    if cfg.DATASETS.NUM_CLASSES_FROM_DATA:
-        classes = classes_of(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.DISTILL.ICD):
-            node.NUM_CLASSES = classes
-
-
-def lazy_use_own_data(cfg) -> None:
-    """As :func:`use_own_data` for the optional node `datasets` of a LazyConfig."""
-    node = cfg.get("datasets", {})
-    register_coco([{k.upper(): v for k, v in entry.items()} for entry in node.get("coco", [])])
-    if node.get("num_classes_from_data"):
-        head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
-        head.num_classes = classes_of(*lazy_data(cfg, "train"))
-
-
-def lazy_data(cfg, split: str) -> Tuple[List[str], str]:
-    """Names of the data sets of a LazyConfig's split ("train" or "test"), and their key."""
-    key = f"dataloader.{split}.dataset.names"
-    names = OmegaConf.select(cfg, key) or []
-    return [names] if isinstance(names, str) else list(names), key
 
 
 def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
@@ -82,7 +54,7 @@ def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
         amp, amp_key = cfg.SOLVER.AMP.ENABLED, "SOLVER.AMP.ENABLED"
         weights, weights_key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
     else:
-        used = {key: names for names, key in (lazy_data(cfg, s) for s in ("test", "train"))}
+        used = {key: names for names, key in (lazy_names(cfg, s) for s in ("TEST", "TRAIN"))}
         device, use_cpu = cfg.train.device, "train.device=cpu"
         amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
         weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"

@@ -1,28 +1,84 @@
 """The data sets that a run names: a user's own, and checks of all before anything is built."""
 
-import json
 import os
-from typing import Any, List, Mapping, Sequence
+from itertools import chain, product
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .errors import ConfigError, one_line
+from .coco_file import read_coco
+from .errors import ConfigError
+from .lazy import lazy_losses, lazy_names, target_of
+from .losses import ICDLoss
 from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
+HOW_TO_SET = {
+    "thing": "set NUM_CLASSES of MODEL.ROI_HEADS or MODEL.RETINANET (.yaml), num_classes of the "
+    "model (.py), or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data)",
+    "stuff": "set MODEL.SEM_SEG_HEAD.NUM_CLASSES (.yaml) or model.sem_seg_head.num_classes (.py)",
+}
 
 
-def register_coco(entries: Sequence[Mapping[str, str]]) -> None:
+def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
+    """Registers a YAML config's own data and, where asked, takes the number of classes from it.
+
+    Args:
+        cfg (CfgNode): `DATASETS.COCO`, `.NUM_CLASSES_FROM_DATA` (False afterwards) and the heads'.
+        splits (sequence[str]): "TRAIN", "TEST": what the run uses; the first one is counted.
+
+    Raises:
+        ConfigError: a file is missing or is not in COCO's format.
+    """
+    names = {split: cfg.DATASETS[split] for split in splits or ("TRAIN",)}
+    count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
+    if splits or count:
+        register_coco(cfg.DATASETS.COCO, list(chain(*names.values())))
+    if count:
+        split = next(iter(names))
+        classes = count_classes(names[split], f"DATASETS.{split}")
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.DISTILL.ICD):
+            node.NUM_CLASSES = classes
+        cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
+
+
+def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
+    """As :func:`use_own_data` for the optional node `datasets` of a LazyConfig."""
+    node = cfg.get("datasets", {})
+    known = {"coco", "num_classes_from_data"}
+    if set(node) - known:
+        raise ConfigError(f"datasets: there are the keys {', '.join(sorted(known))}, got {node}")
+    names = {split: lazy_names(cfg, split) for split in splits or ("TRAIN",)}
+    count = node.get("num_classes_from_data", False)
+    if splits or count:
+        entries = [
+            {k.upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
+            for entry in node.get("coco", [])
+        ]
+        register_coco(entries, list(chain(*(found for found, _ in names.values()))))
+    if count:
+        classes = count_classes(*next(iter(names.values())))
+        head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
+        head.num_classes = classes
+        for loss in lazy_losses(cfg.model.get("distiller")):
+            if target_of(loss) is ICDLoss:
+                loss.num_classes = classes
+        node.num_classes_from_data = False
+
+
+def register_coco(entries: Sequence[Mapping[str, str]], names: Sequence[str]) -> None:
     """Registers a user's data in COCO's format; class names come from the json.
 
     Args:
         entries (sequence[mapping]): NAME (for DATASETS.TRAIN and TEST), JSON (annotation file),
-            IMAGES (folder). An entry that is registered already as it stands is left alone.
+            IMAGES (folder). One that is registered already as it stands is left alone.
+        names (sequence[str]): the data sets that are used: only their files are read.
 
     Raises:
-        ConfigError: a key is missing or unknown, a file does not exist or holds no categories, or
-            another data set has the name.
+        ConfigError: a key is missing or unknown, a file does not exist or is not in COCO's format,
+            or another data set has the name.
     """
     key = "DATASETS.COCO"
     for entry in entries:
@@ -31,32 +87,19 @@ def register_coco(entries: Sequence[Mapping[str, str]]) -> None:
                 f"{key}: an entry is a mapping of {', '.join(sorted(KEYS))}, got {entry!r}"
             )
         name, json_file, images = (str(entry[k]) for k in ("NAME", "JSON", "IMAGES"))
+        if name not in names:
+            continue
         if not os.path.isdir(images):
             raise ConfigError(f"{key}: {name}: there is no folder {images}")
-        classes = read_classes(json_file, f"{key}: {name}")
+        try:
+            metadata = read_coco(json_file, images)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {name}: {json_file} {error}") from error
         if name not in DatasetCatalog:
-            register_coco_instances(name, {"thing_classes": classes}, json_file, images)
+            register_coco_instances(name, metadata, json_file, images)
         found = MetadataCatalog.get(name)
         if (found.get("json_file"), found.get("image_root")) != (json_file, images):
             raise ConfigError(f"{key}: another data set is called {name}: choose another NAME")
-
-
-def read_classes(json_file: str, key: str) -> List[str]:
-    """Class names in a COCO annotation file, in the order of their ids.
-
-    Raises:
-        ConfigError: it cannot be read, or is not an annotation file of COCO's format.
-    """
-    try:
-        with open(json_file) as f:
-            content = json.load(f)
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        classes = [category["name"] for category in categories]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{key}: cannot read {json_file}: {one_line(error)}") from error
-    if not classes:
-        raise ConfigError(f"{key}: {json_file} has no categories")
-    return classes
 
 
 def check_datasets(names: Sequence[str], key: str) -> None:
@@ -88,33 +131,57 @@ def check_datasets(names: Sequence[str], key: str) -> None:
         )
 
 
-def classes_of(names: Sequence[str], key: str) -> int:
+def count_classes(names: Sequence[str], key: str) -> int:
     """Number of object classes of the first of several registered data sets.
 
     Raises:
         ConfigError: there is none, or it does not name its classes.
     """
-    classes = MetadataCatalog.get(names[0]).get("thing_classes", ()) if names else ()
+    classes = classes_of(names[0]) if names else []
     if not classes:
         raise ConfigError(f"{key}: there is no data set that names its classes, to count them")
     return len(classes)
 
 
-def check_classes(model: Any, names: Sequence[str], key: str) -> None:
-    """Raises ConfigError unless a detector's head has as many classes as the data.
+def classes_of(name: str, kind: str = "thing") -> List[str]:
+    """Names of a data set's classes of a kind ("thing", "stuff"); empty where it does not say."""
+    return list(MetadataCatalog.get(name).get(f"{kind}_classes", ()))
+
+
+def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError unless the data sets have the classes of each other and of the heads.
 
     Args:
-        model (nn.Module): a detector; one whose number of classes is not known is left alone.
-        names (sequence[str]): of data sets.
-        key (str): the config key that names them.
+        model (nn.Module): a detector; a head whose number of classes is not known is left alone.
+        data (mapping[str, sequence[str]]): config key -> the data sets that it names.
     """
-    holder = getattr(model, "roi_heads", model)
-    expected = getattr(holder, "num_classes", None)
-    for name in names:
-        found = len(MetadataCatalog.get(name).get("thing_classes", ()))
-        if isinstance(expected, int) and found and found != expected:
-            raise ConfigError(
-                f"{key}: {name} has {found} classes and the head has {expected}: set NUM_CLASSES "
-                "of MODEL.ROI_HEADS or MODEL.RETINANET (.yaml), num_classes of the model (.py), or "
-                "DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data)"
-            )
+    heads = {
+        "thing": getattr(model, "roi_heads", model),
+        "stuff": getattr(model, "sem_seg_head", None),
+    }
+    first: Dict[str, Tuple[str, List[str]]] = {}
+    for key, names in data.items():
+        for name, (kind, head) in product(names, heads.items()):
+            found, expected = classes_of(name, kind), classes_in(head)
+            if not (found and expected):
+                continue
+            if len(found) != expected:
+                raise ConfigError(
+                    f"{key}: {name} has {len(found)} {kind} classes and the head has {expected}: "
+                    + HOW_TO_SET[kind]
+                )
+            other, classes = first.setdefault(kind, (name, found))
+            for a, b in zip(classes, found):
+                if a != b:
+                    raise ConfigError(
+                        f"{key}: {name} has the class {b!r} where {other} has {a!r}: their json "
+                        "files must give the same ids to the same names"
+                    )
+
+
+def classes_in(head: Any) -> int:
+    """Number of classes that a head predicts; 0 where it does not say."""
+    found = getattr(head, "num_classes", None)
+    if found is None and hasattr(head, "predictor"):  # of semantic segmentation
+        found = head.predictor.out_channels
+    return found if isinstance(found, int) else 0

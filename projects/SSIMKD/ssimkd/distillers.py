@@ -25,23 +25,18 @@ class Distillers(nn.ModuleDict):
         distillers (Distiller): by the name of the teacher.
 
     Raises:
-        ConfigError: no teacher, a name that a module cannot have, or two that would give their
-            weights to the same module of the student.
+        ConfigError: no teacher, a name that a module cannot have, or no Distiller under it.
     """
 
-    def __init__(self, **distillers: Distiller) -> None:
+    def __init__(self, /, **distillers: Distiller) -> None:
         if not distillers:
             raise ConfigError("MODEL.DISTILL.TEACHERS is empty")
         try:
             super().__init__(distillers)
-        except KeyError as error:
-            raise ConfigError(f"MODEL.DISTILL.TEACHERS: a NAME cannot be used: {error}") from error
-        inherited = [module for _, distiller in self.named() for module in distiller.inherit]
-        if len(set(inherited)) < len(inherited):
+        except (KeyError, TypeError) as error:
             raise ConfigError(
-                "MODEL.DISTILL.TEACHERS: two teachers name the same module in INHERIT: "
-                + ", ".join(sorted(inherited))
-            )
+                f"MODEL.DISTILL.TEACHERS: a NAME cannot be used, or is no Distiller's: {error}"
+            ) from error
 
     def named(self) -> Iterator[Tuple[str, Distiller]]:
         """The teachers' names with their distillers."""
@@ -116,6 +111,7 @@ def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
     settings: List[Any] = []
     for key, value in entry.items():
         if key in TEACHER_KEYS:
+            value = float(value) if key == "LOSS_WEIGHT" else value  # 1 is as good as 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
         elif key in PAIR_KEYS:
             settings += [f"MODEL.DISTILL.{key}", value]

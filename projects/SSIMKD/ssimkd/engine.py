@@ -33,12 +33,12 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .cli import lazy_data
 from .data import check_classes
 from .errors import ConfigError, one_line
 from .evaluation import build_evaluator, build_lazy_evaluator
-from .export import export_student, target_of
+from .export import export_student
 from .hooks import AfterTraining, ExactResume
+from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
 from .preflight import prepare
@@ -51,6 +51,15 @@ def build_teacher(model: nn.Module) -> None:
     """Builds a student's teacher now, so that its failures come before the data is read."""
     if isinstance(model, DistillMixin) and model.distiller is not None:
         model.distiller.build_teacher(model.device)
+
+
+def check_distils(model: nn.Module) -> None:
+    """Raises ConfigError for a plain detector, which would ignore its teacher."""
+    if not isinstance(model, DistillMixin):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set DistillRCNN, "
+            "DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
+        )
 
 
 def save_results(results: Dict[str, Any], folder: str) -> None:
@@ -72,8 +81,15 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        """The model, with its teacher."""
+        """The model, with its teacher.
+
+        Raises:
+            ConfigError: a teacher is named, and the meta-architecture does not distil.
+        """
         model = super().build_model(cfg)
+        node = cfg.MODEL.DISTILL
+        if (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES:
+            check_distils(model)
         build_teacher(model)
         return model
 
@@ -102,7 +118,8 @@ class DistillTrainer(DefaultTrainer):
         super().resume_or_load(resume=resume)
         resumed = resume and self.checkpointer.has_checkpoint()
         model = unwrap(self.model)
-        check_classes(model, self.cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        data = self.cfg.DATASETS
+        check_classes(model, {"DATASETS.TRAIN": data.TRAIN, "DATASETS.TEST": data.TEST})
         prepare(model, self.data_loader, resumed=resumed)
 
     def build_hooks(self):
@@ -111,8 +128,11 @@ class DistillTrainer(DefaultTrainer):
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
         model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
-        ret.insert(place, ExactResume(self.data_loader, model, period))
-        ret.append(AfterTraining(self.export))
+        # the export before the last evaluation: a failure there must not cost the student
+        ret[place:place] = [
+            ExactResume(self.data_loader, model, period),
+            AfterTraining(self.export),
+        ]
         return ret
 
     def export(self):
@@ -159,7 +179,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg.defrost()
     cfg.MODEL.DISTILL.LOSSES = ()
     model = build_model(cfg)
-    check_classes(model, cfg.DATASETS.TEST, "DATASETS.TEST")
+    check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
@@ -211,14 +231,15 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ExactResume(loader, unwrap(model), cfg.train.checkpointer.period),
             checkpoints,
+            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             hooks.EvalHook(cfg.train.eval_period, test),
             writer,
-            AfterTraining(export),
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
-    check_classes(unwrap(model), *lazy_data(cfg, "train"))
+    data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
+    check_classes(unwrap(model), data)
     prepare(unwrap(model), loader, resumed=resumed)
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     return results
@@ -258,7 +279,8 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     if "distiller" in cfg.model:
         cfg.model.distiller = None
     model = create_ddp_model(lazy_model(cfg))
-    check_classes(unwrap(model), *lazy_data(cfg, "test"))
+    names, key = lazy_names(cfg, "TEST")
+    check_classes(unwrap(model), {key: names})
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)

@@ -22,7 +22,7 @@ from omegaconf import ListConfig
 
 from .compat import has_compiled_ops
 from .errors import ConfigError
-from .export import target_of
+from .lazy import target_of
 
 logger = logging.getLogger(__name__)
 

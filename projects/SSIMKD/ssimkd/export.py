@@ -9,12 +9,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from .config import OWN_KEYS
 from .errors import ConfigError, one_line
+from .lazy import target_of
 from .meta_arch import DistillMixin
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,6 @@ def plain_config(cfg, weights: str):
     plain.model.pop("distiller", None)
     plain.train.init_checkpoint = weights
     return plain
-
-
-def target_of(node) -> Any:
-    """What a lazy node calls; a config that was saved names it by a string."""
-    return locate(node._target_) if isinstance(node._target_, str) else node._target_
 
 
 def parent_of(meta_arch: type) -> type:

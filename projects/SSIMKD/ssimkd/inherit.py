@@ -1,7 +1,7 @@
 """INHERIT: modules of a student that start from their teacher's weights (ICD, Kang et al. 2021)."""
 
 import logging
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from .errors import ConfigError
 logger = logging.getLogger(__name__)
 KEY = "MODEL.DISTILL.INHERIT"
 NECK = "neck"  # the backbone less its bottom-up part
-BOTTOM_UP = "backbone.bottom_up."
+BODIES = ("backbone.bottom_up.", "backbone.net.")  # of FPNs, and of ViTDet's pyramid
 MOST = 8  # tensors that an error lists
 
 
@@ -21,17 +21,21 @@ def tensors_of(detector: nn.Module, module: str) -> Dict[str, Tensor]:
         detector (nn.Module): teacher or student.
         module (str): "neck", or a name as in `named_modules`, such as "roi_heads.box_head".
     """
-    prefix = "backbone." if module == NECK else module + "."
+    tensors = detector.state_dict()
+    if module != NECK:
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(module + ".")}
+    if not any(name.startswith(BODIES) for name in tensors):
+        return {}  # one map of a backbone without neck
     return {
         name: tensor
-        for name, tensor in detector.state_dict().items()
-        if name.startswith(prefix) and not (module == NECK and name.startswith(BOTTOM_UP))
+        for name, tensor in tensors.items()
+        if name.startswith("backbone.") and not name.startswith(BODIES)
     }
 
 
 def inherit(
     student: nn.Module, teacher: nn.Module, modules: Sequence[str], absent: Sequence[str]
-) -> None:
+) -> List[str]:
     """Copies the teacher's weights into modules of the student, in place.
 
     Args:
@@ -40,17 +44,21 @@ def inherit(
         modules (sequence[str]): see :func:`tensors_of`.
         absent (sequence[str]): tensors of the teacher that its checkpoint did not hold.
 
+    Returns:
+        list[str]: names of the tensors that were copied.
+
     Raises:
         ConfigError: the student has no such module, or its tensors are not all the teacher's by
             name and shape. Nothing has been copied then.
     """
-    pairs = []
+    pairs: Dict[str, Tuple[Tensor, Tensor]] = {}
     for module in modules:
         own, given = tensors_of(student, module), tensors_of(teacher, module)
         if not own:
             has = [name for name, child in student.named_children() if name != "distiller"]
+            has = [NECK] * bool(tensors_of(student, NECK)) + has
             raise ConfigError(
-                f"{KEY}: the student has no weights in {module!r}; it has neck, {', '.join(has)}"
+                f"{KEY}: the student has no weights in {module!r}; it has {', '.join(has)}"
             )
         lost = sorted(set(absent) & set(given))
         if lost:
@@ -62,10 +70,11 @@ def inherit(
         if wrong:
             more = f" and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
             raise ConfigError(f"{KEY}: {module} does not fit: {'; '.join(wrong[:MOST])}{more}")
-        pairs += [(tensor, given[name]) for name, tensor in own.items()]
-    for tensor, value in pairs:  # state_dict shares its tensors with the module
+        pairs.update({name: (tensor, given[name]) for name, tensor in own.items()})
+    for tensor, value in pairs.values():  # state_dict shares its tensors with the module
         tensor.copy_(value)
     logger.info("The student starts with the teacher's %s", ", ".join(modules))
+    return list(pairs)
 
 
 def differences(student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> List[str]:

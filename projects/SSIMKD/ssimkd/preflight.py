@@ -6,7 +6,7 @@ with the student's cell by cell on real images, and it should find the objects i
 
 import logging
 from itertools import chain
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, Dict, Iterator, List, Set, Tuple, Union
 
 import torch
 from detectron2.structures import Instances, pairwise_iou
@@ -26,7 +26,7 @@ FOUND_IOU = 0.5  # overlap from which a detection has found an object
 LEAST_FOUND = 0.3  # share of the objects; trained detectors find about twice as many
 
 
-def prepare(model: nn.Module, loader: Any, *, resumed: bool) -> None:
+def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
     """Lets a student inherit its teachers' weights and checks the pairs on training images.
 
     The model's mode, the stream of data and the random generators stay as they are.
@@ -39,23 +39,41 @@ def prepare(model: nn.Module, loader: Any, *, resumed: bool) -> None:
     Raises:
         ConfigError: a module cannot be inherited, or maps do not agree cell by cell.
     """
+    inherited: Set[str] = set()
     with preserve_random_state():
         for name, distiller in distillers_of(model):
-            if distiller.enabled:
-                prepare_pair(model, name, distiller, loader, resumed)
+            modules = [] if resumed else distiller.inherit
+            check = distiller.check_images > 0 and comm.is_main_process()
+            if not (distiller.enabled and (modules or check)):
+                continue
+            detector, cfg, absent = distiller.spec.load(model.device)
+            copied = set(inherit(model, detector, modules, absent)) if modules else set()
+            if inherited & copied:
+                twice = sorted(inherited & copied)[0]
+                raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice}")
+            inherited |= copied
+            if check:
+                check_pair(model, name, distiller, loader, (detector, cfg, absent))
 
 
-def prepare_pair(model: Any, name: str, distiller: Distiller, loader: Any, resumed: bool) -> None:
-    """:func:`prepare` for one teacher."""
-    modules = [] if resumed else distiller.inherit
-    check = distiller.check_images > 0 and comm.is_main_process()
-    if not (modules or check):
-        return
-    detector, cfg, absent = distiller.spec.load(model.device)
-    if modules:
-        inherit(model, detector, modules, absent)
-    if not check:
-        return
+def check_pair(
+    model: Any,
+    name: str,
+    distiller: Distiller,
+    loader: Any,
+    teacher: Tuple[nn.Module, Any, List[str]],
+) -> None:
+    """Looks at one teacher and the student on the first training images.
+
+    Args:
+        model (nn.Module): the student.
+        name (str): of the teacher; "" of a single one.
+        distiller (Distiller): its own.
+        loader (ResumableLoader or iterable): as in :func:`prepare`.
+        teacher (tuple): what :meth:`TeacherSpec.load` returned.
+    """
+    detector, cfg, absent = teacher
+    who = f"The teacher {name}".rstrip()
     if not hasattr(loader, "peek"):
         kind = type(loader).__name__
         logger.warning("Teacher and student are not checked: a %s shows no images", kind)
@@ -64,21 +82,24 @@ def prepare_pair(model: Any, name: str, distiller: Distiller, loader: Any, resum
     check_maps(model, distiller, batches[0])
     if absent:
         logger.warning(
-            "Detections of %s cannot be checked: its checkpoint does not hold %s", name, absent[0]
+            "%s's detections cannot be checked: its checkpoint does not hold %s in the shape that "
+            "its config gives it (another number of classes?)",
+            who,
+            absent[0],
         )
         return
     shown, wanted = image_format_of(model), trained_format(cfg, detector)
-    check_detections(name, detector, list(chain(*batches)), shown, wanted)
+    check_detections(who, detector, list(chain(*batches)), shown, wanted)
 
 
 def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
-    """Each teacher's name and Distiller; a single one is called "teacher"."""
+    """Each teacher's name and Distiller; a single one has no name."""
     distiller: Union[Distiller, Distillers, None]
     distiller = model.distiller if isinstance(model, DistillMixin) else None
     if isinstance(distiller, Distillers):
         yield from distiller.named()
     elif distiller is not None:
-        yield "teacher", distiller
+        yield "", distiller
 
 
 @torch.no_grad()
@@ -103,12 +124,12 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> None:
 
 @torch.no_grad()
 def check_detections(
-    name: str, detector: nn.Module, batch: List[Dict], shown: str, wanted: str
+    who: str, detector: nn.Module, batch: List[Dict], shown: str, wanted: str
 ) -> None:
     """Logs how many objects of a batch a teacher finds; warns where they are few.
 
     Args:
-        name (str): of the teacher.
+        who (str): the teacher, in words.
         detector (nn.Module): the whole teacher.
         batch (list[dict]): images with "instances".
         shown, wanted (str): channel order of the images, and of those that it was trained on.
@@ -121,14 +142,14 @@ def check_detections(
             found += count_found(detections, x["instances"].to(detections.scores.device))
             total += len(x["instances"])
     except Exception as error:  # not every teacher has boxes, and it trains without them
-        logger.warning("Detections of %s cannot be checked: %s", name, one_line(error))
+        logger.warning("%s's detections cannot be checked: %s", who, one_line(error))
         return
     if not total:
-        logger.warning("Detections of %s cannot be checked: no objects in the images", name)
+        logger.warning("%s's detections cannot be checked: no objects in the images", who)
         return
-    text = f"{name} finds {found} of {total} objects in {len(batch)} training images"
+    text = f"{who} finds {found} of {total} objects in {len(batch)} training images"
     if found >= LEAST_FOUND * total:
-        logger.info("%s", text[0].upper() + text[1:])
+        logger.info(text)
     else:
         logger.warning(
             "%s, fewer than %.0f %%. Do MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and are "

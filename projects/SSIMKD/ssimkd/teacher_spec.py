@@ -15,6 +15,7 @@ from omegaconf import ListConfig, OmegaConf
 from .checkpoint import load_teacher
 from .compat import model_zoo
 from .config import add_ssimkd_config
+from .data import lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
 
 
@@ -45,11 +46,14 @@ class TeacherSpec:
         path = self._find_config()
         try:
             if path.endswith(".py"):
-                return LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
+                cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
+                lazy_use_own_data(cfg, ())  # it may take its number of classes from its data
+                return cfg
             cfg = get_cfg()
             add_ssimkd_config(cfg)  # a distilled student can be the next one's teacher
             cfg.merge_from_file(path)
             cfg.merge_from_list(list(self.opts))
+            use_own_data(cfg, ())
             return cfg
         except Exception as error:
             keys = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
@@ -104,10 +108,12 @@ class TeacherSpec:
         weights = self.find_weights()
         with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
             model = self.build(cfg, device)
-        if not hasattr(model, "backbone"):
-            raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.CONFIG: {self.config} has no backbone to learn from"
-            )
+        for part in ("backbone", "preprocess_image"):
+            if not hasattr(model, part):
+                raise ConfigError(
+                    f"MODEL.DISTILL.TEACHER.CONFIG: {self.config}: a {type(model).__name__} has no "
+                    f"{part} and cannot teach"
+                )
         return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
 
     @contextmanager
