@@ -1,9 +1,10 @@
 """A user's own data: registered from the config, its classes counted and checked."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, shapes_cfg
+from conftest import ROOT, shapes_cfg, zoo_cfg
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
@@ -16,8 +17,10 @@ from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
 from ssimkd.cli import load_config
-from ssimkd.data import check_classes, count_classes, register_coco
+from ssimkd.coco_file import read_coco
+from ssimkd.data import check_classes, count_classes, lazy_use_own_data, register_coco
 from ssimkd.evaluation import build_evaluator, build_lazy_evaluator
+from ssimkd.losses import ICDLoss
 
 KEY = "DATASETS.COCO"
 CLASSES = ["crack", "hole"]
@@ -115,6 +118,103 @@ def test_wrong_entries_are_named(own, change, message, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=message) as error:
         register_coco([{**own, **change}], [change.get("NAME", "own_train")])
     assert len(str(error.value).splitlines()) == 1
+
+
+IMAGE = {"id": 1, "file_name": "a.jpg", "height": 96, "width": 96}
+BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
+GOOD = {"images": [IMAGE], "annotations": [BOX], "categories": [{"id": 3, "name": "crack"}]}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"categories": []}, "has no categories"),
+        ({"annotations": []}, "has no annotations"),
+        ({"images": {}}, "has no list 'images'"),
+        ({"categories": GOOD["categories"] * 2}, "has the id 3 twice in 'categories'"),
+        ({"annotations": [{**BOX, "category_id": 9}]}, "annotation of the unknown category_id 9"),
+        ({"annotations": [{**BOX, "image_id": 9}]}, "annotation of the unknown image_id 9"),
+        (
+            {"annotations": [{**BOX, "bbox": [1, 2, 3]}]},
+            "bbox that is not .x, y, width, height",
+        ),
+        ({"annotations": [{"id": 1}]}, "an entry of 'annotations' without 'image_id'"),
+        ({"images": [{**IMAGE, "file_name": "b.jpg"}]}, "names the image .*b.jpg, which does not"),
+    ],
+)
+def test_broken_annotation_files_are_refused(change, message, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(ConfigError, match=message):
+        read_coco(str(path), str(tmp_path))
+
+
+def test_keypoints_of_the_json_are_swapped_in_flips(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    names = ["nose", "left_eye", "right_eye", "left_only"]
+    categories = [{"id": 3, "name": "face", "keypoints": names}]
+    (tmp_path / "own.json").write_text(json.dumps({**GOOD, "categories": categories}))
+    found = read_coco(str(tmp_path / "own.json"), str(tmp_path))
+    assert found["keypoint_names"] == names
+    assert found["keypoint_flip_map"] == [("left_eye", "right_eye")]
+
+
+def test_data_that_a_run_does_not_use_is_not_read(own):
+    missing = {"NAME": "own_missing", "JSON": "no.json", "IMAGES": "nowhere"}
+    opts = [KEY, str([own, missing]), "DATASETS.TRAIN", "('own_missing',)"]
+    opts += ["DATASETS.TEST", "('own_train',)", "DATASETS.NUM_CLASSES_FROM_DATA", "True"]
+    with pytest.raises(ConfigError, match="own_missing: there is no folder nowhere"):
+        load_config("configs/shapes/vanilla.yaml", opts)
+    cfg = load_config("configs/shapes/vanilla.yaml", opts, splits=("TEST",))  # --eval-only
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.DISTILL.ICD.NUM_CLASSES == 2
+
+
+def test_the_same_ids_must_have_the_same_names(own):
+    register_coco([own], ["own_train"])
+    MetadataCatalog.get("own_other").thing_classes = CLASSES[::-1]
+    data = {"DATASETS.TRAIN": ["own_train"], "DATASETS.TEST": ["own_other"]}
+    model = SimpleNamespace(num_classes=2)
+    message = "TEST: own_other has the class 'hole' where own_train has 'crack'"
+    with pytest.raises(ConfigError, match=message):
+        check_classes(model, data)
+    MetadataCatalog.remove("own_other")
+
+
+def test_stuff_classes_are_checked_as_well():
+    name = "ssimkd_shapes_panoptic_train"
+    cfg = zoo_cfg("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    message = f"{name} has 2 stuff classes and the head has 54: set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+    with pytest.raises(ConfigError, match=message):
+        check_classes(build_model(cfg), {"DATASETS.TRAIN": [name]})
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
+    check_classes(build_model(cfg), {"DATASETS.TRAIN": [name]})
+
+
+def test_the_losses_of_a_lazy_config_learn_the_number_of_classes(own):
+    cfg = OmegaConf.create(
+        {
+            "datasets": {"num_classes_from_data": True, "coco": []},
+            "dataloader": {"train": {"dataset": {"names": "ssimkd_shapes_train"}}},
+            "model": {"num_classes": 80, "distiller": {"a": {"losses": [L(ICDLoss)()]}}},
+        },
+        flags={"allow_objects": True},
+    )
+    lazy_use_own_data(cfg, ("TRAIN",))
+    assert cfg.model.num_classes == cfg.model.distiller.a.losses[0].num_classes == 4
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"cocoo": []}, "datasets: there are the keys coco, num_classes_from_data"),
+        ({"coco": ["a"]}, "an entry is a mapping of IMAGES, JSON, NAME, got 'a'"),
+    ],
+)
+def test_wrong_keys_of_a_lazy_config_are_named(node, message):
+    with pytest.raises(ConfigError, match=message):
+        lazy_use_own_data(OmegaConf.create({"datasets": node}), ("TRAIN",))
 
 
 def test_classes_that_cannot_be_counted():

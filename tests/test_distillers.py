@@ -125,6 +125,16 @@ def test_wrong_entries_are_named(change, message):
         build(change)
 
 
+def test_a_whole_loss_weight_and_any_name(files):
+    teachers = entries(files, LOSS_WEIGHT=2, NAME="self")
+    assert build(teachers).distiller["self"].loss_weight == 2.0
+
+
+def test_what_is_no_distiller_is_refused():
+    with pytest.raises(ConfigError, match="no Distiller's"):
+        Distillers(losses=[])
+
+
 @pytest.mark.parametrize("key, value", [("TEACHER.CONFIG", CONFIG), ("INHERIT", ["neck"])])
 def test_one_and_several_exclude_each_other(files, key, value):
     with pytest.raises(ConfigError, match=f"{KEY}.{key} and .TEACHERS are both set"):

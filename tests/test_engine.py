@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
+from detectron2.engine.hooks import EvalHook
 from detectron2.modeling import build_model
+from ssimkd import ConfigError
 from ssimkd.engine import DistillTrainer
+from ssimkd.hooks import AfterTraining
 
 KEY = "MODEL.DISTILL"
 
@@ -255,8 +258,6 @@ class Trainer:
 
 
 def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
-    from ssimkd.hooks import AfterTraining
-
     called = []
     hook = AfterTraining(lambda: called.append(1))
     for iteration, expected in ((3, []), (4, [1])):  # 4: counted up after the last step
@@ -286,7 +287,6 @@ def test_a_resume_that_is_not_exact_says_so(caplog):
     ],
 )
 def test_a_wrong_setting_of_a_lazy_config_is_named(override, message):
-    from ssimkd import ConfigError
     from ssimkd.cli import load_config
     from ssimkd.engine import lazy_model
 
@@ -294,8 +294,21 @@ def test_a_wrong_setting_of_a_lazy_config_is_named(override, message):
         lazy_model(load_config("configs/ssimkd_R50.py", [override, "train.device=cpu"]))
 
 
+def test_a_plain_detector_with_a_teacher_is_refused():
+    cfg = shapes_cfg("ssimkd", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    with pytest.raises(ConfigError, match="GeneralizedRCNN does not distil; set DistillRCNN"):
+        DistillTrainer.build_model(cfg)
+    cfg.MODEL.DISTILL.LOSSES = ()
+    DistillTrainer.build_model(cfg)
+
+
+def test_the_student_is_exported_before_the_last_evaluation(tmp_path):
+    trainer = DistillTrainer(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)))
+    kinds = [type(hook) for hook in trainer._hooks]
+    assert kinds.index(AfterTraining) < kinds.index(EvalHook)
+
+
 def test_mapper_and_student_must_agree_on_the_channel_order():
-    from ssimkd import ConfigError
     from ssimkd.cli import load_config
     from ssimkd.engine import check_image_format, lazy_model
 
@@ -306,7 +319,6 @@ def test_mapper_and_student_must_agree_on_the_channel_order():
 
 
 def test_a_config_that_yaml_cannot_express_is_no_exported_student(tmp_path):
-    from ssimkd import ConfigError
     from ssimkd.cli import load_config
     from ssimkd.engine import lazy_model
     from ssimkd.export import export_student

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import save_teacher, shapes_cfg
+from conftest import save_teacher, shapes_cfg, zoo_cfg
 from detectron2.modeling import build_model
 from ssimkd import ConfigError, Distiller
 from ssimkd.inherit import inherit, tensors_of
@@ -38,6 +38,13 @@ def test_named_modules_become_the_teachers_and_no_other(student, spec):
 def test_the_neck_is_the_backbone_less_its_bottom_up_part(student):
     names = tensors_of(student(), "neck")
     assert {name.split(".")[1].rstrip("2345") for name in names} == {"fpn_lateral", "fpn_output"}
+
+
+@pytest.mark.parametrize("kind", ["C4", "DC5"])
+def test_a_backbone_of_one_map_has_no_neck(kind):
+    model = build_model(zoo_cfg(f"COCO-Detection/faster_rcnn_R_50_{kind}_1x.yaml"))
+    with pytest.raises(ConfigError, match="no weights in 'neck'; it has backbone, proposal_gen"):
+        inherit(model, model, ["neck"], [])
 
 
 def test_an_equal_pair_inherits_everything(tmp_path):

@@ -117,6 +117,26 @@ def test_heads_that_the_checkpoint_lacks(student, loader, caplog, tmp_path, teac
     assert "The teacher's detections cannot be checked: its checkpoint does not hold" in caplog.text
 
 
+def test_a_teacher_that_was_a_student_is_checked(student, loader, caplog):
+    caplog.set_level(logging.INFO)
+    opts = ["MODEL.META_ARCHITECTURE", "DistillRCNN", "MODEL.DISTILL.ADAPTER", "conv1x1"]
+    opts += ["MODEL.DISTILL.TEACHER.CONFIG", "configs/shapes/vanilla.yaml"]
+    prepare(student(*TEACHER, "MODEL.DISTILL.TEACHER.OPTS", opts), loader, resumed=False)
+    assert "The teacher finds" in caplog.text and "cannot be checked" not in caplog.text
+
+
+def test_two_teachers_must_not_give_the_same_weights(teacher_file):
+    entry = {"CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": teacher_file}
+    teachers = [
+        {**entry, "INHERIT": ["roi_heads"]},
+        {**entry, "INHERIT": ["roi_heads.box_head"]},
+    ]
+    opts = ["MODEL.DISTILL.TEACHERS", teachers, "MODEL.DISTILL.TEACHER.CONFIG", ""]
+    model = build_model(shapes_cfg("ssimkd", *opts, "MODEL.DISTILL.CHECK_IMAGES", 0))
+    with pytest.raises(ConfigError, match="two teachers would give roi_heads.box_head"):
+        prepare(model, None, resumed=False)
+
+
 def test_maps_that_do_not_agree_stop_the_run(student, loader, monkeypatch):
     forward = FPN.forward
 

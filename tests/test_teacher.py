@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import image_batch, shapes_cfg
+from conftest import image_batch, narrow_opts, shapes_cfg
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
@@ -224,3 +224,16 @@ def test_other_image_formats_are_refused(teacher_file):
     spec = TeacherSpec(CONFIG, teacher_file, ["INPUT.FORMAT", "YUV-BT.601"])
     with pytest.raises(ConfigError, match="image format is 'YUV-BT.601'"):
         Teacher(spec, CPU)
+
+
+def test_a_detector_that_cannot_preprocess_is_refused(tmp_path):
+    name = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
+    path = save(tmp_path / "t.pth", {})
+    with pytest.raises(ConfigError, match="a ProposalNetwork has no preprocess_image"):
+        Teacher(TeacherSpec(name, path, narrow_opts(name)), CPU)
+
+
+def test_a_teacher_takes_its_number_of_classes_from_its_data(teacher_file):
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 7, "DATASETS.NUM_CLASSES_FROM_DATA", True]
+    _, cfg, absent = TeacherSpec(CONFIG, teacher_file, opts).load(CPU)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4 and not absent
