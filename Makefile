@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test lint format clean
+.PHONY: train test bench lint format clean
 
 train: $(READY)  ## distil a small student on the embedded data and print the table
 	$(BIN)/python tools/train_shapes.py
 
 test: lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
+
+bench: $(READY)  ## time and memory of the loss against other implementations
+	$(BIN)/pip --disable-pip-version-check install -q -r requirements-bench.txt
+	$(BIN)/python tools/benchmark.py --loss
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

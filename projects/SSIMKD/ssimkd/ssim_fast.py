@@ -1,8 +1,8 @@
 """The SSIM loss of normalised maps on a CPU, its gradient formed in the forward.
 
-Equal to `normalize.py`, `Context.crops` and :func:`ssimkd.ssim.ssim_loss` one after the other, which
-define it, in a fraction of their time and memory. With v = x - y, u = x + y, mu the mean and V the
-variance under the window, the luminance l and the product cs of contrast and structure are
+Equal to `normalize.py`, `Context.crops` and :func:`ssimkd.ssim.ssim_loss` one after the other,
+which define it, in a fraction of their time and memory. With v = x - y, u = x + y, mu the mean and
+V the variance under the window, the luminance l and the product cs of contrast and structure are
 
     j = mu_v^2 / (mu_u^2 + mu_v^2 + 2 C1)      l = 1 - 2 j
     k = V_v / (V_u + V_v + 2 C2)               cs = 1 - 2 k
@@ -31,7 +31,7 @@ from .normalize import SCOPES, TINY
 from .ssim import Window
 
 COVERED = ("minmax", "teacher_range", "none")  # kinds of normalisation, in every scope
-CHUNK = 70_000  # cells that a thread takes at a time; a stack of four maps is then 1 MB
+CHUNK = 140_000  # cells that a thread takes at a time; a stack of four maps is then 2 MB
 BLOCKS = (20, 24)  # rows, columns of a product: longer ones meet more of the matrix's zeros
 
 
@@ -39,8 +39,8 @@ def covers(
     student: Tensor,
     teacher: Tensor,
     normalize: str,
-    border: str = "renormalize",
-    exponents: Sequence[float] = (1, 1, 1),
+    border: str,
+    exponents: Sequence[float],
     **options,
 ) -> bool:
     """Whether :func:`ssim_loss` holds for such maps and options."""
@@ -73,8 +73,8 @@ def ssim_loss(
         teacher (Tensor): (N, C, H, W), constant.
         cells (list[(int, int)]): height and width that each image covers of its maps.
         normalize, normalize_scope (str): see `normalize.py`.
-        reference (callable): (student, teacher) -> the same loss by autograd, for second derivatives
-            and second backwards.
+        reference (callable): (student, teacher) -> the same loss by autograd, for a second backward
+            or derivative.
         options: those of :func:`ssimkd.ssim.ssim_map`, all of them; see :func:`covers`.
 
     Returns:
@@ -140,14 +140,16 @@ def _evaluate(student, teacher, cells, normalize, scope, options, with_gradient)
         step = max(1, chunk // (size[0] * size[1]))
         for k in (slice(start, start + step) for start in range(0, channels, step)):
             stack = _stack(x[k], mean_x[k], scale_x[i, k], y[k], mean_y[k], scale_y[i, k])
-            similarity, slopes = _similarity(blur(stack), shift_x[k, 0], shift_v[k, 0], *constants)
+            means = blur(stack)
+            shifts = (m[k, 0].expand(-1, means.shape[3]).contiguous() for m in (shift_x, shift_v))
+            similarity, slopes = _similarity(means, *shifts, *constants)
             value += factor * float(similarity)
             if gradient is None:
                 continue
-            slope = _combine(adjoint(slopes), stack)  # (h, k, w), -2 times what it stands for
+            slope = _combine(adjoint(slopes), stack)  # the loss's is -2 factor times this
             if normalize == "minmax":
-                sums[0, i, k, 0, 0] = total = slope.sum((0, 2))
-                moment = (slope * stack[:, 0]).sum((0, 2))
+                sums[0, i, k, 0, 0] = total = slope.sum(0).sum(1)
+                moment = (slope * stack[:, 0]).sum(0).sum(1)
                 sums[1, i, k, 0, 0] = moment + total * shift_x[k, 0, 0]
             out = gradient[i, k, : size[0], : size[1]]
             torch.mul(slope.transpose(0, 1), scale_x[i, k] * (-2 * factor), out=out)

@@ -1,7 +1,7 @@
 """The paper's loss: structural similarity of normalised maps."""
 
 from functools import partial
-from typing import Sequence
+from typing import Any, Dict, Sequence
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class SSIMLoss(MapLoss):
         exponents: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
-        self.options = dict(
+        self.options: Dict[str, Any] = dict(
             window_size=window_size,
             sigma=sigma,
             k1=k1,
@@ -54,7 +54,7 @@ class SSIMLoss(MapLoss):
     def compare_level(
         self, level: str, student: Tensor, teacher: Tensor, context: Context
     ) -> Tensor:
-        """See :class:`MapLoss`; on a CPU and for most settings in a form of its own, the same."""
+        """As in :class:`MapLoss`; for most settings on a CPU, the same in a faster form."""
         reference = partial(super().compare_level, level, context=context)
         if not ssim_fast.covers(student, teacher, self.normalize, **self.options):
             return reference(student, teacher)
