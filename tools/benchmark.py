@@ -116,12 +116,15 @@ def installed() -> Dict[str, Loss]:
 def make_maps(
     size: Tuple[int, int], images: int, channels: int, levels: List[str], device: str
 ) -> Tuple[Maps, Maps]:
-    """Student (with gradient) and teacher maps of an FPN in [0, 1], alike in part."""
+    """Student (with gradient) and teacher maps of an FPN in [0, 1], alike in part.
+
+    The images are padded to multiples of 32 pixels, as an FPN asks for.
+    """
     generator = torch.Generator().manual_seed(0)
     student: Maps = {}
     teacher: Maps = {}
     for level in levels:
-        h, w = (math.ceil(side / STRIDES[level]) for side in size)
+        h, w = (math.ceil(math.ceil(side / 32) * 32 / STRIDES[level]) for side in size)
         x, y = torch.randn(2, images, channels, h, w, generator=generator)
         for maps, m in ((student, x), (teacher, y.add_(x))):
             m -= m.amin((2, 3), keepdim=True)
