@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train compare test lint format clean
+.PHONY: train compare bench test lint format clean
 
 train: $(READY)  ## distil a small student on the embedded data and print the table
 	$(BIN)/python tools/train_shapes.py
@@ -13,6 +13,10 @@ compare: $(READY)  ## train the student with every method and print the table; A
 
 test: lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
+
+bench: $(READY)  ## time and memory of the loss against other implementations
+	$(BIN)/pip --disable-pip-version-check install -q -r requirements-bench.txt
+	$(BIN)/python tools/benchmark.py --loss
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

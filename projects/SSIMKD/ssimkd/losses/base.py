@@ -146,19 +146,23 @@ class MapLoss(KDLoss):
         """Mean loss of two stacks of maps, (n, C, h, w) each, over all of their elements."""
         raise NotImplementedError
 
+    def compare_level(
+        self, level: str, student: Tensor, teacher: Tensor, context: Context
+    ) -> Tensor:
+        """Mean loss over the images of a batch, whose maps are (N, C, H, W)."""
+        s, t = normalize_maps(
+            student,
+            teacher,
+            self.normalize,
+            self.normalize_scope,
+            context.inside(level, student),
+        )
+        crops = context.crops(level, s, t)
+        return torch.stack([self.compare(*maps) * share for maps, share in crops]).sum()
+
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """See the head of this file."""
-        losses = {}
-        for level in student:
-            s, t = normalize_maps(
-                student[level],
-                teacher[level],
-                self.normalize,
-                self.normalize_scope,
-                context.inside(level, student[level]),
-            )
-            crops = context.crops(level, s, t)
-            losses[level] = torch.stack(
-                [self.compare(*maps) * share for maps, share in crops]
-            ).sum()
-        return losses
+        return {
+            level: self.compare_level(level, student[level], teacher[level], context)
+            for level in student
+        }

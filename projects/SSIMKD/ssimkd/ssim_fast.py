@@ -1,0 +1,278 @@
+"""The SSIM loss of normalised maps on a CPU, its gradient formed in the forward.
+
+Equal to `normalize.py`, `Context.crops` and :func:`ssimkd.ssim.ssim_loss` one after the other,
+which define it, in a fraction of their time and memory. With v = x - y, u = x + y, mu the mean and
+V the variance under the window, the luminance l and the product cs of contrast and structure are
+
+    j = mu_v^2 / (mu_u^2 + mu_v^2 + 2 C1)      l = 1 - 2 j
+    k = V_v / (V_u + V_v + 2 C2)               cs = 1 - 2 k
+
+and with primes for maps that are shifted to be near 0, which spares V its rounding,
+
+    t = l / (V_u + V_v + 2 C2)      f = (2 j mu_x - mu_v) / (mu_u^2 + mu_v^2 + 2 C1)
+    d sum(l cs) / dx = 4 { B^T[cs f + t (mu_v' - 2 k mu_x')] + 2 x' B^T[k t] - v' B^T[t] }
+
+where B is the average under the window, B^T its adjoint. B is a product with one banded matrix per
+axis, which holds what the border does: no copies in another layout, no padding. Maps are taken a
+few at a time, as many as a core's cache holds, in stacks
+
+    stack   S maps of each of k channels    (H, S, k, W), so that both products are plain ones
+"""
+
+import weakref
+from functools import lru_cache
+from typing import Callable, List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .normalize import SCOPES, TINY
+from .ssim import Window
+
+COVERED = ("minmax", "teacher_range", "none")  # kinds of normalisation, in every scope
+CHUNK = 140_000  # cells that a thread takes at a time; a stack of four maps is then 2 MB
+BLOCKS = (20, 24)  # rows, columns of a product: longer ones meet more of the matrix's zeros
+
+
+def covers(
+    student: Tensor,
+    teacher: Tensor,
+    normalize: str,
+    border: str,
+    exponents: Sequence[float],
+    **options,
+) -> bool:
+    """Whether :func:`ssim_loss` holds for such maps and options."""
+    return (
+        student.shape == teacher.shape
+        and student.dim() == 4
+        and student.numel() > 0
+        and student.device.type == teacher.device.type == "cpu"
+        and torch.float64 not in (student.dtype, teacher.dtype)
+        and not teacher.requires_grad
+        and normalize in COVERED
+        and border != "zero"  # which a shift would change
+        and tuple(exponents) == (1, 1, 1)
+    )
+
+
+def ssim_loss(
+    student: Tensor,
+    teacher: Tensor,
+    cells: List[Tuple[int, int]],
+    normalize: str,
+    normalize_scope: str,
+    reference: Callable[[Tensor, Tensor], Tensor],
+    **options,
+) -> Tensor:
+    """The mean over images of (1 - SSIM) / 2.
+
+    Args:
+        student (Tensor): (N, C, H, W), gradient flows, also through its normalisation.
+        teacher (Tensor): (N, C, H, W), constant.
+        cells (list[(int, int)]): height and width that each image covers of its maps.
+        normalize, normalize_scope (str): see `normalize.py`.
+        reference (callable): (student, teacher) -> the same loss by autograd, for a second backward
+            or derivative.
+        options: those of :func:`ssimkd.ssim.ssim_map`, all of them; see :func:`covers`.
+
+    Returns:
+        Tensor: scalar in [0, 1], float32.
+    """
+    settings = (cells, normalize, normalize_scope, options)
+    return _Loss.apply(student, teacher, settings, reference)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, settings, reference):
+        with torch.autocast("cpu", enabled=False):
+            value, gradient = _evaluate(student, teacher, *settings, ctx.needs_input_grad[0])
+        ctx.save_for_backward(student)
+        # Weak: kept until the backward, the teacher's maps would cost as much as the gradient
+        ctx.gradient, ctx.teacher, ctx.reference = gradient, weakref.ref(teacher), reference
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (student,), twice = ctx.saved_tensors, torch.is_grad_enabled()
+        gradient, ctx.gradient = ctx.gradient, None  # given away, not copied
+        if gradient is not None and not twice:
+            return gradient.mul_(upstream).to(student.dtype), None, None, None
+        teacher = ctx.teacher()
+        if teacher is None:
+            raise RuntimeError("a second backward of the SSIM loss needs the teacher's maps")
+        with torch.enable_grad():
+            loss = ctx.reference(student, teacher)
+        return *torch.autograd.grad(loss, student, upstream, create_graph=twice), None, None, None
+
+
+def _evaluate(student, teacher, cells, normalize, scope, options, with_gradient):
+    """The loss and, where asked for, its gradient, (N, C, H, W) in float32."""
+    (images, channels), dims = student.shape[:2], SCOPES[scope]
+    crops_x, crops_y = (
+        [m if m.stride(2) == 1 else m.contiguous() for m in (z[:, :h, :w] for z, (h, w) in pairs)]
+        for pairs in (list(zip(student, cells)), list(zip(teacher, cells)))
+    )
+    low_y, high_y, scale_y = _range(crops_y, dims, normalize)
+    low_x, high_x, scale_x = low_y, high_y, scale_y
+    if normalize == "minmax":
+        low_x, high_x, scale_x = _range(crops_x, dims, normalize)
+    constants = [(options[k] * options["data_range"]) ** 2 for k in ("k1", "k2")]
+    blurs = {
+        size: _blurs(*size, *(options[k] for k in ("window_size", "sigma", "border")))
+        for size in set(cells)
+    }
+    chunk = CHUNK * torch.get_num_threads()
+    whole = all(size == student.shape[2:] for size in cells)
+    make = torch.empty if whole else torch.zeros
+    gradient = make(student.shape, dtype=torch.float32) if with_gradient else None
+    sums = torch.zeros(2, images, channels, 1, 1)  # over a map: slope, slope x normalised map
+    value = 0.0
+    for i, (x, y, size) in enumerate(zip(crops_x, crops_y, cells)):
+        blur, adjoint = blurs[size]
+        factor = 1 / (images * channels * blur.cells)
+        # A shift need only be near the mean: every fourth row will do
+        mean_x, mean_y = (m[:, ::4].mean((1, 2), True, dtype=torch.float32) for m in (x, y))
+        shift_x = (mean_x - low_x[i]) * scale_x[i]
+        shift_v = shift_x - (mean_y - low_y[i]) * scale_y[i]
+        step = max(1, chunk // (size[0] * size[1]))
+        for k in (slice(start, start + step) for start in range(0, channels, step)):
+            stack = _stack(x[k], mean_x[k], scale_x[i, k], y[k], mean_y[k], scale_y[i, k])
+            means = blur(stack)
+            shifts = (m[k, 0].expand(-1, means.shape[3]).contiguous() for m in (shift_x, shift_v))
+            similarity, slopes = _similarity(means, *shifts, *constants)
+            value += factor * float(similarity)
+            if gradient is None:
+                continue
+            slope = _combine(adjoint(slopes), stack)  # the loss's is -2 factor times this
+            if normalize == "minmax":
+                sums[0, i, k, 0, 0] = total = slope.sum(0).sum(1)
+                moment = (slope * stack[:, 0]).sum(0).sum(1)
+                sums[1, i, k, 0, 0] = moment + total * shift_x[k, 0, 0]
+            out = gradient[i, k, : size[0], : size[1]]
+            torch.mul(slope.transpose(0, 1), scale_x[i, k] * (-2 * factor), out=out)
+        sums[:, i] *= -2 * factor
+    if gradient is not None and normalize == "minmax":
+        total, moment = (s.sum(dims, keepdim=True) * scale_x for s in sums)
+        # z = (x - low) / (high - low): dz / dlow = (z - 1) / width, dz / dhigh = -z / width
+        _spread(gradient, crops_x, torch.amin, low_x, moment - total, dims)
+        _spread(gradient, crops_x, torch.amax, high_x, -moment, dims)
+    return torch.tensor((1 - value) / 2), gradient
+
+
+def _range(crops, dims, normalize):
+    """Lowest and highest value of each map's group, and 1 / their distance, (N, C, 1, 1) each."""
+    if normalize == "none":
+        zero = torch.zeros(len(crops), len(crops[0]), 1, 1)
+        return zero, zero, torch.ones_like(zero)
+    ends = []
+    for pick in (torch.amin, torch.amax):
+        end = torch.stack([pick(m, (1, 2), keepdim=True).float() for m in crops])
+        ends.append(pick(end, dims, keepdim=True).expand_as(end))
+    width = ends[1] - ends[0]
+    return *ends, torch.where(width > TINY, 1 / width, torch.zeros_like(width))
+
+
+def _spread(gradient, crops, pick, end, slope, dims):
+    """Adds the slope of a minimum or maximum to the cells that have it, in equal shares."""
+    hits = [(pick(m, 2) == e[:, 0]).nonzero(as_tuple=True) for m, e in zip(crops, end)]  # rows
+    shares = [(m[hit] == e[hit[0], 0]).float() for m, e, hit in zip(crops, end, hits)]
+    counts = torch.zeros_like(end)
+    for count, hit, share in zip(counts, hits, shares):
+        count[:, 0, 0].index_add_(0, hit[0], share.sum(1))
+    slope = slope / counts.sum(dims, keepdim=True)
+    for target, m, hit, share, s in zip(gradient, crops, hits, shares, slope):
+        target[:, : m.shape[1], : m.shape[2]][hit] += share * s[hit[0], 0]
+
+
+def _stack(x, mean_x, scale_x, y, mean_y, scale_y):
+    """x', v', u'^2, v'^2 of some maps."""
+    k, h, w = x.shape
+    stack = torch.empty(h, 4, k, w)
+    a, v, uu, vv = (s.transpose(0, 1) for s in stack.unbind(1))
+    torch.sub(x, mean_x, out=a).mul_(scale_x)
+    torch.sub(y, mean_y, out=v).mul_(scale_y)
+    torch.add(a, v, out=uu).square_()
+    torch.sub(a, v, out=v)
+    torch.mul(v, v, out=vv)
+    return stack
+
+
+def _similarity(means, shift_x, shift_v, c1, c2):
+    """Sum of SSIM from the means of a stack, which it overwrites, and the three slopes."""
+    x, v, var_u, var_v = means.unbind(1)
+    slopes = torch.empty(len(means), 3, *means.shape[2:])
+    d_mean, d_uu, d_vv = slopes.unbind(1)
+    u = torch.sub(v, x, alpha=2)  # less u's mean
+    var_u.addcmul_(u, u, value=-1).clamp_min_(0)
+    var_v.addcmul_(v, v, value=-1).clamp_min_(0)
+    var = var_u.add_(var_v).add_(2 * c2)
+    k = var_v.div_(var)
+    torch.addcmul(v, k, x, value=-2, out=d_mean)
+    x += shift_x
+    v += shift_v
+    u += shift_v - 2 * shift_x
+    vv = v * v
+    power = u.square_().add_(vv).add_(2 * c1)
+    j = vv.div_(power)
+    f = v.addcmul_(j, x, value=-2).div_(power)  # -f
+    luminance, cs = torch.rsub(j, 1, alpha=2), torch.rsub(k, 1, alpha=2)
+    torch.div(luminance, var, out=d_vv)
+    torch.mul(k, d_vv, out=d_uu)
+    d_mean.mul_(d_vv).addcmul_(f, cs, value=-1)
+    return luminance.mul_(cs).sum(), slopes
+
+
+def _combine(adjoint, stack):
+    """A quarter of d SSIM / dx', (h, k, w); overwrites the slopes' adjoints."""
+    d_mean, d_uu, d_vv = adjoint.unbind(1)
+    return d_mean.addcmul_(d_uu, stack[:, 0], value=2).addcmul_(d_vv, stack[:, 1], value=-1)
+
+
+@lru_cache(maxsize=128)  # sizes of the maps of a few dozen image sizes
+def _blurs(height, width, window_size, sigma, border):
+    """B and its adjoint on maps of one size."""
+    like = torch.empty(0, dtype=torch.float64)
+    window = Window((height, width), window_size, sigma, border, like)
+    axes = [_matrix(n, w, border) for n, w in zip((height, width), window.weights)]
+    return _Blur(axes), _Blur([m.t() for m in axes])
+
+
+def _matrix(size, weights, border):
+    """B along an axis of `size` cells, (cells of the result, size)."""
+    radius = 0 if border == "valid" else len(weights) // 2
+    mode = "reflect" if border == "reflect" else "constant"
+    impulses = F.pad(torch.eye(size, dtype=weights.dtype)[:, None], (radius, radius), mode)
+    matrix = F.conv1d(impulses, weights[None, None])[:, 0].t()
+    return matrix / matrix.sum(1, keepdim=True) if border == "renormalize" else matrix
+
+
+class _Blur:
+    """A product with a banded matrix along each axis of stacked maps (H, S, k, W)."""
+
+    def __init__(self, axes):
+        self.size = [len(m) for m in axes]
+        self.cells = self.size[0] * self.size[1]
+        self.rows, self.columns = (list(_blocks(m, n)) for m, n in zip(axes, BLOCKS))
+
+    def __call__(self, stack):
+        (h, w), (_, s, k, width) = self.size, stack.shape
+        stack, down = stack.flatten(1), torch.empty(h, s * k * width)
+        for out, seen, weights in self.rows:
+            torch.mm(weights, stack[seen], out=down[out])
+        down, across = down.view(-1, width), torch.empty(h * s * k, w)
+        for out, seen, weights in self.columns:
+            torch.mm(down[:, seen], weights.t(), out=across[:, out])
+        return across.view(h, s, k, w)
+
+
+def _blocks(matrix, length):
+    """Cuts a banded matrix: rows, the columns that they are not 0 in, and what is there."""
+    count = max(1, round(len(matrix) / length))
+    for out in torch.arange(len(matrix)).chunk(count):
+        block = matrix[out]
+        seen = block.any(0).nonzero()
+        rows, columns = (slice(int(i[0]), int(i[-1]) + 1) for i in (out, seen))
+        yield rows, columns, block[:, columns].float().contiguous()
