@@ -40,7 +40,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
     # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]
     cfg.MODEL.DISTILL.ADAPTER = "none"
-    # Leave out the cells that only pad an image to the size of its batch [shapes]
+    # Leave out the cells that only pad an image to the size of its batch: they show nothing
     cfg.MODEL.DISTILL.MASK_PADDING = True
     # Names in KD_LOSS_REGISTRY; () trains the plain detector, without a teacher
     cfg.MODEL.DISTILL.LOSSES = ("ssim",)
