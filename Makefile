@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train compare bench test lint format clean
+.PHONY: setup train compare bench test lint format clean
+
+setup: $(READY)  ## .venv alone
 
 train: $(READY)  ## distil a small student on the embedded data and print the table
 	$(BIN)/python tools/train_shapes.py

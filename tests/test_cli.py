@@ -57,6 +57,9 @@ def test_missing_coco(tmp_path, config, args, key):
         (SHAPES, ["--num-gpus", "2"], "--num-gpus is 2 and the device is cpu"),
         (SHAPES, ["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
         (SHAPES, ["--eval-only", "MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS: there is no file"),
+        (SHAPES, ["--eval-only"], "MODEL.WEIGHTS is empty: name the checkpoint to evaluate"),
+        (LAZY, ["MODEL.WEIGHTS=x.pth"], "MODEL.WEIGHTS: there are the keys"),
+        (LAZY, ["MODEL.WEIGHTS", "x.pth"], "MODEL.WEIGHTS: an override of a .py config is written"),
     ],
 )
 def test_wrong_input(tmp_path, config, args, expected):

@@ -72,9 +72,7 @@ def test_a_yaml_config_registers_and_counts(own, from_data):
     if from_data:
         check_classes(model, {"DATASETS.TRAIN": cfg.DATASETS.TRAIN})
     else:
-        message = (
-            "DATASETS.TRAIN: own_train has 2 thing classes and the head has 4: set NUM_CLASSES"
-        )
+        message = "TRAIN: own_train has 2 thing classes and the head has 4: set MODEL.ROI"
         with pytest.raises(ConfigError, match=message):
             check_classes(model, {"DATASETS.TRAIN": cfg.DATASETS.TRAIN})
     assert "own_train" in cfg.dump()  # the run's config can be written
@@ -220,6 +218,11 @@ def test_wrong_keys_of_a_lazy_config_are_named(node, message):
 def test_classes_that_cannot_be_counted():
     with pytest.raises(ConfigError, match="DATASETS.TRAIN: there is no data set that names"):
         count_classes([], "DATASETS.TRAIN")
+
+
+def test_a_misspelt_name_is_named_before_classes_are_counted():
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no data set 'crack' is registered"):
+        count_classes(["crack"], "DATASETS.TRAIN")
 
 
 def test_a_model_of_unknown_classes_is_left_alone():

@@ -29,12 +29,16 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN
         )
     try:
         if path.endswith(".py"):
-            cfg = LazyConfig.apply_overrides(LazyConfig.load(path), overrides)
+            cfg = LazyConfig.load(path)
+            check_overrides(cfg, overrides)
+            cfg = LazyConfig.apply_overrides(cfg, overrides)
         else:
             cfg = get_cfg()
             add_ssimkd_config(cfg)
             cfg.merge_from_file(path)
             cfg.merge_from_list(overrides)
+    except ConfigError:
+        raise
     except Exception as error:
         extra = f" with {' '.join(overrides)}" if overrides else ""
         raise ConfigError(f"{path}{extra}: {one_line(error)}") from error
@@ -44,6 +48,16 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN
     else:
         lazy_use_own_data(cfg, splits)
     return cfg
+
+
+def check_overrides(cfg, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: an override of a .py config is written key=value")
+        if key[0] not in "+~" and key.split(".")[0] not in cfg:
+            raise ConfigError(f"{key}: there are the keys {', '.join(cfg)}")
 
 
 def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
@@ -60,6 +74,8 @@ def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
         weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"
     for key, names in list(used.items())[: 1 if eval_only else 2]:
         check_datasets(names, key)
+    if eval_only and not weights and not resume:
+        raise ConfigError(f"{weights_key} is empty: name the checkpoint to evaluate")
     if (
         weights
         and "://" not in weights

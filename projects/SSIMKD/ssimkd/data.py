@@ -15,10 +15,11 @@ from .losses import ICDLoss
 from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
-HOW_TO_SET = {
-    "thing": "set NUM_CLASSES of MODEL.ROI_HEADS or MODEL.RETINANET (.yaml), num_classes of the "
-    "model (.py), or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data)",
-    "stuff": "set MODEL.SEM_SEG_HEAD.NUM_CLASSES (.yaml) or model.sem_seg_head.num_classes (.py)",
+FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
+HOW_TO_SET = {  # head -> the keys of its number of classes
+    "roi_heads": f"MODEL.ROI_HEADS.NUM_CLASSES (model.roi_heads.num_classes), {FROM_DATA}",
+    "model": f"MODEL.RETINANET.NUM_CLASSES (model.num_classes), {FROM_DATA}",
+    "sem_seg_head": "MODEL.SEM_SEG_HEAD.NUM_CLASSES (model.sem_seg_head.num_classes)",
 }
 
 
@@ -137,6 +138,7 @@ def count_classes(names: Sequence[str], key: str) -> int:
     Raises:
         ConfigError: there is none, or it does not name its classes.
     """
+    check_datasets(names, key)
     classes = classes_of(names[0]) if names else []
     if not classes:
         raise ConfigError(f"{key}: there is no data set that names its classes, to count them")
@@ -155,20 +157,21 @@ def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
         model (nn.Module): a detector; a head whose number of classes is not known is left alone.
         data (mapping[str, sequence[str]]): config key -> the data sets that it names.
     """
+    things = "roi_heads" if hasattr(model, "roi_heads") else "model"
     heads = {
-        "thing": getattr(model, "roi_heads", model),
-        "stuff": getattr(model, "sem_seg_head", None),
+        "thing": (things, getattr(model, "roi_heads", model)),
+        "stuff": ("sem_seg_head", getattr(model, "sem_seg_head", None)),
     }
     first: Dict[str, Tuple[str, List[str]]] = {}
     for key, names in data.items():
-        for name, (kind, head) in product(names, heads.items()):
+        for name, (kind, (where, head)) in product(names, heads.items()):
             found, expected = classes_of(name, kind), classes_in(head)
             if not (found and expected):
                 continue
             if len(found) != expected:
                 raise ConfigError(
                     f"{key}: {name} has {len(found)} {kind} classes and the head has {expected}: "
-                    + HOW_TO_SET[kind]
+                    f"set {HOW_TO_SET[where]}"
                 )
             other, classes = first.setdefault(kind, (name, found))
             for a, b in zip(classes, found):

@@ -87,7 +87,7 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
         set_too = "TEACHER.CONFIG" if node.TEACHER.CONFIG else "INHERIT"
         raise ConfigError(
             f"MODEL.DISTILL.{set_too} and .TEACHERS are both set: with several teachers it stands "
-            "in the entries of TEACHERS"
+            f"in their entries; set {set_too} to {'[]' if set_too == 'INHERIT' else repr('')}"
         )
     distillers: Dict[str, Distiller] = {}
     for number, entry in enumerate(node.TEACHERS, start=1):

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import os
-from typing import Any, Dict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -60,6 +61,15 @@ def check_distils(model: nn.Module) -> None:
             f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set DistillRCNN, "
             "DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
         )
+
+
+@contextmanager
+def fetching(key: str, weights: str) -> Iterator[None]:
+    """Around the loading of a model: what cannot be fetched is a ConfigError that names the key."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot fetch {weights}: {one_line(error)}") from error
 
 
 def save_results(results: Dict[str, Any], folder: str) -> None:
@@ -115,7 +125,8 @@ class DistillTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
-        super().resume_or_load(resume=resume)
+        with fetching("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS):
+            super().resume_or_load(resume=resume)
         resumed = resume and self.checkpointer.has_checkpoint()
         model = unwrap(self.model)
         data = self.cfg.DATASETS
@@ -181,7 +192,8 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    with fetching("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS):
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -236,7 +248,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             writer,
         ]
     )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    with fetching("train.init_checkpoint", cfg.train.init_checkpoint):
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
     data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
     check_classes(unwrap(model), data)
@@ -282,13 +295,14 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     names, key = lazy_names(cfg, "TEST")
     check_classes(unwrap(model), {key: names})
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    with fetching("train.init_checkpoint", cfg.train.init_checkpoint):
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)
 
 
 def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates a model by `cfg.dataloader`, without a trace in the random state."""
-    if "evaluator" not in cfg.dataloader:
+    if "evaluator" not in cfg.dataloader or not lazy_names(cfg, "TEST")[0]:
         return {}
     folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():

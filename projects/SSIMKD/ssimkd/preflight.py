@@ -83,7 +83,7 @@ def check_pair(
     if absent:
         logger.warning(
             "%s's detections cannot be checked: its checkpoint does not hold %s in the shape that "
-            "its config gives it (another number of classes?)",
+            "its config gives it (another number of classes? MODEL.DISTILL.TEACHER.OPTS sets it)",
             who,
             absent[0],
         )
