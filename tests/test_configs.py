@@ -38,6 +38,7 @@ BASES = {
 }
 YAML = {path.stem: str(path) for path in PATHS if path.suffix == ".yaml" and path.stem not in BASES}
 LAZY = {path.stem: str(path) for path in PATHS if path.suffix == ".py"}
+PAGE = "projects/SSIMKD/README.md"
 FCOS_ONLY = "ssimkd_fcos_R50_1x_from_retinanet_R101"  # Detectron2 has no YAML config for FCOS
 RUNNABLE = sorted(set(LAZY) - ({FCOS_ONLY} if FCOS is None else set()))
 
@@ -219,6 +220,15 @@ def test_the_readme_lists_every_config():
             head = Path(LAZY[name]).read_text().replace("\n# ", " ")
             said = re.findall(r"(\d+) (?:GPU-hours|more for)", head)
             assert said == re.findall(r"\d+", cost), name
+
+
+def test_the_methods_page_lists_every_config_with_the_same_cost():
+    tables = [(ROOT / page).read_text() for page in ("configs/README.md", PAGE)]
+    costs = [
+        dict(re.findall(r"^\| `(?:[\w/]*/)?(\w+)` \|[^|]*\| ([^|]*?) \|", text, re.MULTILINE))
+        for text in tables
+    ]
+    assert costs[0] == {name: cost for name, cost in costs[1].items() if name in LAZY}
 
 
 @cache
