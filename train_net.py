@@ -6,19 +6,18 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     python train_net.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
     python train_net.py --config-file configs/ssimkd_R50.py --num-gpus 8 train.amp.enabled=True
     python train_net.py --config-file configs/ssimkd_R50.yaml --eval-only MODEL.WEIGHTS x.pth
+    torchrun --nproc-per-node 8 train_net.py --config-file configs/ssimkd_R50.yaml
+    srun --ntasks-per-node 8 python train_net.py --config-file configs/ssimkd_R50.yaml
 """
 
-import sys
 from typing import Tuple
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from ssimkd import engine
+from ssimkd import engine, launch
 from ssimkd.cli import check_config, load_config
-from ssimkd.errors import exit_in_one_line
-from torch.multiprocessing import ProcessExitedException
 
 
 def splits_of(args) -> Tuple[str, ...]:
@@ -26,7 +25,6 @@ def splits_of(args) -> Tuple[str, ...]:
     return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
 
 
-@exit_in_one_line()
 def main(args) -> None:
     """One process of a run."""
     cfg = load_config(args.config_file, args.opts, splits_of(args))
@@ -41,19 +39,13 @@ def main(args) -> None:
     run(cfg, args.resume)
 
 
+def check(args) -> str:
+    """Raises ConfigError for what cannot run, before any folder is made; returns the device."""
+    cfg = load_config(args.config_file, args.opts, splits_of(args))
+    return check_config(
+        cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus
+    )
+
+
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    with exit_in_one_line():  # before any process is started or folder made
-        cfg = load_config(args.config_file, args.opts, splits_of(args))
-        check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:  # the process has said why
-        sys.exit(error.exit_code)
+    launch.start(main, check, launch.argument_parser().parse_args())

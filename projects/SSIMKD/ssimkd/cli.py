@@ -60,8 +60,12 @@ def check_overrides(cfg, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key}: there are the keys {', '.join(cfg)}")
 
 
-def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
-    """Raises ConfigError for what would fail later and less clearly: missing files and devices."""
+def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> str:
+    """Raises ConfigError for what would fail later and less clearly: missing files and devices.
+
+    Returns:
+        str: the config's device, "cuda" or "cpu".
+    """
     if isinstance(cfg, CfgNode):
         used = {"DATASETS.TEST": cfg.DATASETS.TEST, "DATASETS.TRAIN": cfg.DATASETS.TRAIN}
         device, use_cpu = cfg.MODEL.DEVICE, "MODEL.DEVICE cpu"
@@ -85,7 +89,8 @@ def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
         raise ConfigError(f"{weights_key}: there is no file {weights}")
     if num_gpus > 1 and not device.startswith("cuda"):
         raise ConfigError(
-            f"--num-gpus is {num_gpus} and the device is {device}: leave one of them out"
+            f"--num-gpus is {num_gpus} and the device is {device}: leave one of them out "
+            "(torchrun starts several processes on a CPU)"
         )
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and num_gpus > gpus:
@@ -94,3 +99,4 @@ def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
         )
     if amp and not gpus and not eval_only:
         raise ConfigError(f"{amp_key}: Detectron2 trains with mixed precision on a GPU only")
+    return device
