@@ -42,9 +42,7 @@ def main(args) -> None:
 def check(args) -> str:
     """Raises ConfigError for what cannot run, before any folder is made; returns the device."""
     cfg = load_config(args.config_file, args.opts, splits_of(args))
-    return check_config(
-        cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus
-    )
+    return check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
 
 
 if __name__ == "__main__":

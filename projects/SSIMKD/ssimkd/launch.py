@@ -118,7 +118,11 @@ def find_place(env: Mapping[str, str], num_gpus: int) -> Dict[str, str]:
 def from_slurm(env: Mapping[str, str], tasks: int) -> Dict[str, str]:
     """torchrun's variables for one of several tasks of Slurm; see :func:`find_place`."""
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    rank, local_rank, local_size = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), tasks // nodes
+    rank, local_rank, local_size = (
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_LOCALID"]),
+        tasks // nodes,
+    )
     if tasks % nodes or local_rank != rank % local_size:
         raise ConfigError(
             f"task {rank} of {tasks} is the {local_rank}th of its node, of {nodes} nodes: srun has "
