@@ -1,4 +1,4 @@
-"""Several processes for a test, started by torchrun's own agent; forked, which spares the imports."""
+"""Several processes for a test, forked by torchrun's own agent, which spares the imports."""
 
 import socket
 from argparse import Namespace

@@ -13,7 +13,7 @@ from processes import free_port, in_processes, options
 from ssimkd import ConfigError, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-TORCHRUN = {name: "1" for name in launch.VARIABLES}
+TORCHRUN = dict.fromkeys(launch.VARIABLES, "1")
 SLURM = {  # of srun, for the sixth of eight tasks on two nodes
     "SLURM_JOB_ID": "4711", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",

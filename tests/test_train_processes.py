@@ -89,7 +89,7 @@ def test_slurm_resumes_with_two_processes_what_one_began(alone, tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    out, _ = [finish(task) for task in tasks][0]
+    (out, _), _ = [finish(task) for task in tasks]
     # nothing is drawn here, so that it is exact all the same, images and flips included
     assert "The checkpoint is one of 1 processes, not of 2: this resume is not exact" in out
     assert_same(final(tmp_path), final(alone), rtol=1e-4, atol=1e-6)
