@@ -49,6 +49,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.INHERIT = []
     # Training images on which teacher and student are checked before the first iteration; 0 = none
     cfg.MODEL.DISTILL.CHECK_IMAGES = 8
+    # Iterations between logs of the losses' gradients at the maps against the detector's; 0 = none
+    cfg.MODEL.DISTILL.LOG_GRADIENTS = 0
     # Iterations over which all weights grow linearly from 0; 0 = none
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
 

@@ -48,6 +48,8 @@ class Distiller(nn.Module):
             `inherit.py`.
         check_images (int): training images on which teacher and student are checked before the
             first iteration, see `preflight.py`; 0: no check.
+        log_gradients (int): iterations between logs of how hard the losses pull, see `balance.py`;
+            0: none.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -66,9 +68,15 @@ class Distiller(nn.Module):
         loss_weight: float = 1.0,
         inherit: Sequence[str] = (),
         check_images: int = 8,
+        log_gradients: int = 0,
     ) -> None:
         super().__init__()
-        check_numbers(warmup_iters=warmup_iters, loss_weight=loss_weight, check_images=check_images)
+        check_numbers(
+            warmup_iters=warmup_iters,
+            loss_weight=loss_weight,
+            check_images=check_images,
+            log_gradients=log_gradients,
+        )
         check_names(adapter, losses, in_features, inherit)
         try:
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -82,6 +90,7 @@ class Distiller(nn.Module):
         self.loss_weight = float(loss_weight)
         self.inherit = list(inherit)
         self.check_images = check_images
+        self.log_gradients = log_gradients
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}
@@ -108,6 +117,7 @@ class Distiller(nn.Module):
             "loss_weight": node.TEACHER.LOSS_WEIGHT,
             "inherit": node.INHERIT,
             "check_images": node.CHECK_IMAGES,
+            "log_gradients": node.LOG_GRADIENTS,
         }
 
     @property

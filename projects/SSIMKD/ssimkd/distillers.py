@@ -47,6 +47,11 @@ class Distillers(nn.ModuleDict):
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
 
+    @property
+    def log_gradients(self) -> int:
+        """Iterations between logs of all teachers' gradients together; 0: none."""
+        return max(distiller.log_gradients for _, distiller in self.named())
+
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
         """See :meth:`Distiller.attach`."""
         for _, distiller in self.named():

@@ -11,8 +11,10 @@ from detectron2.modeling import (
     PanopticFPN,
     RetinaNet,
 )
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .balance import GradientBalance
 from .compat import FCOS
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
@@ -53,7 +55,9 @@ class DistillMixin:
         """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
         if not (self.training and self.distiller is not None and self.distiller.enabled):
             return super().forward(batched_inputs)
-        with output_of(self.backbone) as backbone:
+        period = self.distiller.log_gradients
+        watch = bool(period) and get_event_storage().iter % period == 0
+        with output_of(self.backbone, watch) as backbone:
             losses = super().forward(batched_inputs)
         kd_losses = self.distiller(
             batched_inputs, backbone["maps"], backbone["padded_size"], image_format_of(self)
@@ -67,8 +71,12 @@ def image_format_of(detector: Any) -> str:
 
 
 @contextmanager
-def output_of(backbone: nn.Module) -> Iterator[Dict[str, Any]]:
+def output_of(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, Any]]:
     """Takes what a backbone returns while the block runs; afterwards nothing stays registered.
+
+    Args:
+        backbone (nn.Module): of the student.
+        watch (bool): log the gradients at its maps, see `balance.py`.
 
     Yields:
         dict: filled by the backbone's run: "maps", level -> (N, C, H, W), and "padded_size",
@@ -78,6 +86,11 @@ def output_of(backbone: nn.Module) -> Iterator[Dict[str, Any]]:
 
     def take(module, inputs, output):
         taken.update(maps=output, padded_size=tuple(inputs[0].shape[-2:]))
+        if watch:
+            balance = GradientBalance(output)
+            taken["maps"] = balance.view("distiller")
+            return balance.view("detector")
+        return output
 
     handle = backbone.register_forward_hook(take)
     try:
