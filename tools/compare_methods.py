@@ -10,7 +10,8 @@ from ssimkd.distiller import build_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, REFERENCE = "vanilla", "ssim"
-VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/ssimkd.yaml"
+HEADS = f"{REFERENCE}:*0"  # the teacher's heads to start from, and nothing distilled
+VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/compare.yaml"
 # Each changes one thing of ssim, by keys of MODEL.DISTILL, or its weight by a factor.
 ABLATIONS = {
     "components": [
