@@ -69,6 +69,8 @@ def test_channels_that_differ_need_an_adapter(student):
         ((f"{KEY}.SSIM.WEIGHT", -1.0), f"{KEY}.SSIM: weight must be a finite number >= 0"),
         ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be a finite number >= 0"),
         ((f"{KEY}.IN_FEATURES", []), f"{KEY}.IN_FEATURES is empty"),
+        ((f"{KEY}.LEVEL_WEIGHTS", [1.0]), f"{KEY}.LEVEL_WEIGHTS has 1 numbers for the 4 levels"),
+        ((f"{KEY}.LEVEL_WEIGHTS", [1.0, 1.0, 1.0, -1.0]), f"{KEY}.LEVEL_WEIGHTS must be a finite"),
         ((f"{KEY}.L1.NORMALIZE", "max"), f"{KEY}.L1: normalize must be"),  # though ssim is used
     ],
 )
@@ -101,6 +103,17 @@ def test_trainable_parts_are_trained_with_the_student_and_leave_its_start_alone(
     assert {name.split(".")[0] for name in parts} == {"fkd", "fgd", "mgd"}
     for name, parameter in model.distiller.named_parameters():
         assert parameter.grad is not None, name  # DistributedDataParallel would wait for it
+
+
+def test_level_weights_are_factors_of_the_levels(student):
+    factors = [1.0, 0.5, 0.0, 2.0]
+    model = student(f"{KEY}.LOSSES", ("ssim", "l2"), f"{KEY}.LEVEL_WEIGHTS", factors)
+    with EventStorage(0) as storage:
+        losses = model(image_batch((96, 96), (96, 128)))
+    for name, weight in (("ssim", 16), ("l2", 100)):
+        levels = [storage.latest()[f"{name}_kd/p{i}"][0] for i in range(2, 6)]  # as without factors
+        expected = weight * sum(f * v for f, v in zip(factors, levels))
+        assert losses[f"{name}_kd_loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_warm_up_is_a_linear_ramp(student):

@@ -33,11 +33,14 @@ def add_ssimkd_config(cfg: CN) -> None:
     # Factor of all losses of this teacher
     cfg.MODEL.DISTILL.TEACHER.LOSS_WEIGHT = 1.0
     # Several teachers at once, instead of TEACHER: a list of mappings with TEACHER's keys, NAME
-    # ("teacher1", ... unless given) and, where they differ, IN_FEATURES, ADAPTER, LOSSES, INHERIT
+    # ("teacher1", ... unless given) and, where they differ, IN_FEATURES, LEVEL_WEIGHTS, ADAPTER,
+    # LOSSES, INHERIT
     cfg.MODEL.DISTILL.TEACHERS = []
 
     # Levels of the student; the teacher's level of equal stride answers
     cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    # Factor of each level's part of every loss, in the order of IN_FEATURES; [] = 1
+    cfg.MODEL.DISTILL.LEVEL_WEIGHTS = []
     # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]
     cfg.MODEL.DISTILL.ADAPTER = "none"
     # Leave out the cells that only pad an image to the size of its batch: they show nothing

@@ -40,6 +40,8 @@ class Distiller(nn.Module):
         teacher (TeacherSpec or mapping): see :class:`TeacherSpec`.
         losses (sequence[KDLoss]): each is one entry of the training losses; none: no distillation.
         in_features (sequence[str]): levels of the student, matched to the teacher's by stride.
+        level_weights (sequence[float]): factor of each level's part of every loss, in the order of
+            `in_features`; empty: 1.
         adapter (str): "none" or "conv1x1", a convolution to the teacher's channels per level.
         mask_padding (bool): leave out the cells that only pad an image to its batch's size.
         warmup_iters (int): iterations over which the weights grow linearly from 0.
@@ -62,6 +64,7 @@ class Distiller(nn.Module):
         teacher: Union[TeacherSpec, Mapping[str, Any]],
         losses: Sequence[KDLoss],
         in_features: Sequence[str] = ("p2", "p3", "p4", "p5", "p6"),
+        level_weights: Sequence[float] = (),
         adapter: str = "none",
         mask_padding: bool = True,
         warmup_iters: int = 0,
@@ -84,6 +87,7 @@ class Distiller(nn.Module):
             raise ConfigError(f"MODEL.DISTILL.TEACHER: {error}") from error
         self.losses = nn.ModuleDict({loss.name: loss for loss in losses})
         self.in_features = list(in_features)
+        self.level_weights = check_level_weights(level_weights, in_features)
         self.adapter = adapter
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
@@ -111,6 +115,7 @@ class Distiller(nn.Module):
             ),
             "losses": [build_loss(name, node) for name in node.LOSSES],
             "in_features": node.IN_FEATURES,
+            "level_weights": node.LEVEL_WEIGHTS,
             "adapter": node.ADAPTER,
             "mask_padding": node.MASK_PADDING,
             "warmup_iters": node.WARMUP_ITERS,
@@ -262,7 +267,8 @@ class Distiller(nn.Module):
                     raise FloatingPointError(explain(loss.name, level, value, student, teacher))
                 storage.put_scalar(f"{loss.name}_kd/{level}", value)
             factor = loss.weight * self.loss_weight * ramp
-            weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(list(terms.values())).sum()
+            parts = [self.level_weights.get(part, 1.0) * term for part, term in terms.items()]
+            weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(parts).sum()
         return weighted
 
 
@@ -288,6 +294,18 @@ def check_names(
             raise ConfigError(f"MODEL.DISTILL.{key} must be a list, got {value!r}")
     if not in_features:
         raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
+
+
+def check_level_weights(weights: Sequence[float], levels: Sequence[str]) -> Dict[str, float]:
+    """Level -> its factor; raises ConfigError where there is not one, finite and >= 0, for each."""
+    if weights and len(weights) != len(levels):
+        raise ConfigError(
+            f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(weights)} numbers for the {len(levels)} levels "
+            f"of IN_FEATURES, {', '.join(levels)}"
+        )
+    for weight in weights:
+        check_numbers(level_weights=weight)
+    return dict(zip(levels, map(float, weights)))
 
 
 def build_loss(name: str, node) -> KDLoss:

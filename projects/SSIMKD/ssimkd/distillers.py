@@ -12,7 +12,7 @@ from .errors import ConfigError
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold: TEACHER's keys, and those of a pair.
 TEACHER_KEYS = ("CONFIG", "WEIGHTS", "OPTS", "LOSS_WEIGHT")
-PAIR_KEYS = ("IN_FEATURES", "ADAPTER", "LOSSES", "INHERIT")
+PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 
 
 class Distillers(nn.ModuleDict):
