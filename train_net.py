@@ -9,43 +9,41 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
 """
 
 import sys
-from typing import Tuple
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd import engine
-from ssimkd.cli import check_config, load_config
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import argument_parser, check_config, load_arguments
 from ssimkd.errors import exit_in_one_line
 from torch.multiprocessing import ProcessExitedException
 
 
-def splits_of(args) -> Tuple[str, ...]:
-    """Whose data a run uses."""
-    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
-
-
-@exit_in_one_line()
 def main(args) -> None:
     """One process of a run."""
-    cfg = load_config(args.config_file, args.opts, splits_of(args))
-    default_setup(cfg, args)
-    lazy = not isinstance(cfg, CfgNode)
-    folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
-    if not lazy:
-        run = engine.evaluate if args.eval_only else engine.train
-    else:
-        run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-    run(cfg, args.resume)
+    with exit_in_one_line(args.debug):
+        cfg = load_arguments(args)
+        trust_checkpoints(args.trust_checkpoint)
+        default_setup(cfg, args)
+        lazy = not isinstance(cfg, CfgNode)
+        folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+        setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+        if not lazy:
+            run = engine.evaluate if args.eval_only else engine.train
+        else:
+            run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
+        run(cfg, args.resume)
 
 
-if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    with exit_in_one_line():  # before any process is started or folder made
-        cfg = load_config(args.config_file, args.opts, splits_of(args))
-        check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
+def run(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    args = argument_parser().parse_args(words)
+    with exit_in_one_line(args.debug):  # before any process is started or folder made
+        cfg = load_arguments(args)
+        check_config(cfg, args)
     try:
         launch(
             main,
@@ -57,3 +55,7 @@ if __name__ == "__main__":
         )
     except ProcessExitedException as error:  # the process has said why
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,17 +1,22 @@
 """`cfg.MODEL.DISTILL`: every key, its default and where the default comes from.
 
 The nodes of the losses hold the keyword arguments of their classes, in capitals. Two keys stand
-under `cfg.DATASETS`: a user's own data.
+under `cfg.DATASETS`, a user's own data, and one under `cfg.DATALOADER`.
 """
 
 from detectron2.config import CfgNode as CN
 
 # What is added to Detectron2's config: (node, key).
-OWN_KEYS = (("MODEL", "DISTILL"), ("DATASETS", "COCO"), ("DATASETS", "NUM_CLASSES_FROM_DATA"))
+OWN_KEYS = (
+    ("MODEL", "DISTILL"),
+    ("DATASETS", "COCO"),
+    ("DATASETS", "NUM_CLASSES_FROM_DATA"),
+    ("DATALOADER", "SKIP_BAD_IMAGES"),
+)
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL` and two keys of `DATASETS` to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL` and three more keys to a Detectron2 config, in place.
 
     [paper]: de Rijk et al., NeurIPS 2022. [shapes]: measured here on the embedded data set, see
     projects/SSIMKD/README.md. [authors]: the code of the loss's own authors.
@@ -20,6 +25,9 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.DATASETS.COCO = []
     # Set the heads' NUM_CLASSES to the number of classes in the first data set of TRAIN
     cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
+
+    # Train on another image in place of one that cannot be read (--skip-bad-images)
+    cfg.DATALOADER.SKIP_BAD_IMAGES = False
 
     cfg.MODEL.DISTILL = CN()
 

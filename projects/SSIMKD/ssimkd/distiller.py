@@ -292,6 +292,8 @@ def check_names(
     for key, value in (("IN_FEATURES", in_features), ("INHERIT", inherit)):
         if isinstance(value, str):
             raise ConfigError(f"MODEL.DISTILL.{key} must be a list, got {value!r}")
+        if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+            raise ConfigError(f"MODEL.DISTILL.{key} must hold different names, got {list(value)}")
     if not in_features:
         raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
 

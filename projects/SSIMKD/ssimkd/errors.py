@@ -1,8 +1,13 @@
 """The one exception for input that a user can mend."""
 
+import re
 import sys
 from contextlib import contextmanager
 from typing import Iterator
+
+from omegaconf.errors import OmegaConfBaseException
+
+WORKER = r"^ssimkd\.\w+\.\w+: "  # how a traceback names an exception of this package
 
 
 class ConfigError(ValueError):
@@ -16,9 +21,23 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def exit_in_one_line() -> Iterator[None]:
-    """Around a command: a ConfigError ends it with its one line and exit status 1."""
+def exit_in_one_line(debug: bool = False) -> Iterator[None]:
+    """Around a command: what a user can mend ends it with one line and exit status 1.
+
+    That is a ConfigError, OmegaConf's own, or a FloatingPointError: losses that are not finite.
+
+    Args:
+        debug (bool): let the exception through, for its traceback.
+    """
     try:
         yield
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    except OmegaConfBaseException as error:
+        if debug:
+            raise
+        sys.exit(f"error: {error.full_key or 'the config'}: {one_line(error)}")
+    except (ConfigError, FloatingPointError) as error:
+        if debug:
+            raise
+        # torch hands on what a data worker raised behind that worker's traceback
+        last = str(error).strip().splitlines()[-1]
+        sys.exit(f"error: {re.sub(WORKER, '', last)}")

@@ -13,10 +13,12 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import ListConfig, OmegaConf
 
 from .checkpoint import load_teacher
+from .checkpoint_file import fetch
 from .compat import model_zoo
 from .config import add_ssimkd_config
 from .data import lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
+from .yaml_file import merge_yaml
 
 
 @dataclass
@@ -51,7 +53,7 @@ class TeacherSpec:
                 return cfg
             cfg = get_cfg()
             add_ssimkd_config(cfg)  # a distilled student can be the next one's teacher
-            cfg.merge_from_file(path)
+            merge_yaml(cfg, path)
             cfg.merge_from_list(list(self.opts))
             use_own_data(cfg, ())
             return cfg
@@ -67,10 +69,9 @@ class TeacherSpec:
         """
         weights = self.weights or self._zoo_weights()
         try:
-            path = PathManager.get_local_path(weights)
-        except Exception as error:
-            reason = f"cannot fetch {weights}: {one_line(error)}"
-            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: {reason}") from error
+            path = fetch(weights)
+        except ConfigError as error:
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: {error}") from error
         if not os.path.isfile(path):
             raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
         return path
