@@ -6,55 +6,44 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     python train_net.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
     python train_net.py --config-file configs/ssimkd_R50.py --num-gpus 8 train.amp.enabled=True
     python train_net.py --config-file configs/ssimkd_R50.yaml --eval-only MODEL.WEIGHTS x.pth
+    torchrun --nproc-per-node 8 train_net.py --config-file configs/ssimkd_R50.yaml
+    srun --ntasks-per-node 8 python train_net.py --config-file configs/ssimkd_R50.yaml
 """
 
-import sys
 from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from ssimkd import engine
+from ssimkd import engine, launch
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import argument_parser, check_config, load_arguments
-from ssimkd.errors import exit_in_one_line
-from torch.multiprocessing import ProcessExitedException
 
 
 def main(args) -> None:
     """One process of a run."""
-    with exit_in_one_line(args.debug):
-        cfg = load_arguments(args)
-        trust_checkpoints(args.trust_checkpoint)
-        default_setup(cfg, args)
-        lazy = not isinstance(cfg, CfgNode)
-        folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
-        setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
-        if not lazy:
-            run = engine.evaluate if args.eval_only else engine.train
-        else:
-            run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-        run(cfg, args.resume)
+    cfg = load_arguments(args)
+    trust_checkpoints(args.trust_checkpoint)
+    default_setup(cfg, args)
+    lazy = not isinstance(cfg, CfgNode)
+    folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+    if not lazy:
+        run = engine.evaluate if args.eval_only else engine.train
+    else:
+        run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
+    run(cfg, args.resume)
+
+
+def check(args) -> str:
+    """Raises ConfigError for what cannot run, before any folder is made; returns the device."""
+    return check_config(load_arguments(args), args)
 
 
 def run(words: Optional[Sequence[str]] = None) -> None:
     """The command; `words` are its arguments, by default the process's own."""
-    args = argument_parser().parse_args(words)
-    with exit_in_one_line(args.debug):  # before any process is started or folder made
-        cfg = load_arguments(args)
-        check_config(cfg, args)
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:  # the process has said why
-        sys.exit(error.exit_code)
+    launch.start(main, check, argument_parser().parse_args(words))
 
 
 if __name__ == "__main__":

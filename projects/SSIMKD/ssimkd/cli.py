@@ -32,6 +32,13 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train on another image in place of one that cannot be read, and count them",
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,  # Detectron2's DEFAULT_TIMEOUT
+        metavar="MINUTES",
+        help="of waiting for another process (30); one that does not answer ends the run",
+    )
     add_flags(parser)
 
     def fail(message: str) -> None:
@@ -125,12 +132,15 @@ def check_overrides(cfg, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key}: there are the keys {', '.join(cfg)}")
 
 
-def check_config(cfg, args: argparse.Namespace) -> None:
+def check_config(cfg, args: argparse.Namespace) -> str:
     """Raises ConfigError for what would fail later and less clearly: settings, files, devices.
 
     Args:
         cfg (CfgNode or DictConfig): of :func:`load_arguments`.
         args (Namespace): of :func:`argument_parser`.
+
+    Returns:
+        str: the config's device, such as "cuda" or "cpu".
     """
     check_limits(cfg, args.eval_only)
     if isinstance(cfg, CfgNode):
@@ -155,6 +165,7 @@ def check_config(cfg, args: argparse.Namespace) -> None:
     check_processes(args, device, use_cpu)
     if amp and not torch.cuda.is_available() and not args.eval_only:
         raise ConfigError(f"{amp_key}: Detectron2 trains with mixed precision on a GPU only")
+    return device
 
 
 def check_weights(key: str, weights: str, resumes: bool, needed: bool) -> None:
@@ -184,7 +195,8 @@ def check_processes(args: argparse.Namespace, device: str, use_cpu: str) -> None
     cuda, gpus = device.startswith("cuda"), torch.cuda.device_count()
     if args.num_gpus > 1 and not cuda:
         raise ConfigError(
-            f"--num-gpus is {args.num_gpus} and the device is {device}: leave one of them out"
+            f"--num-gpus is {args.num_gpus} and the device is {device}: leave one of them out "
+            "(torchrun starts several processes on a CPU)"
         )
     if cuda and max(args.num_gpus, 1) > gpus:
         raise ConfigError(

@@ -22,7 +22,6 @@ from detectron2.engine import (
     default_writers,
     hooks,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
@@ -36,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .bad_images import CountSkipped, NamingMapper
 from .checkpoint import RunCheckpointer
+from .compat import create_ddp_model
 from .data import check_classes
 from .errors import ConfigError, one_line
 from .evaluation import build_evaluator, build_lazy_evaluator

@@ -38,13 +38,14 @@ class ExactResume(HookBase):
             return
         if len(self.states) != comm.get_world_size():
             logger.warning(
-                "The checkpoint is one of %d processes, not of %d: this resume is not exact",
+                "The checkpoint is one of %d processes, not of %d: this resume is not exact "
+                "(weights, optimizer and the images are; what the detector samples is not)",
                 len(self.states),
                 comm.get_world_size(),
             )
-            return
-        state = self.states[comm.get_rank()]
-        set_random_state(state)
+        else:
+            set_random_state(self.states[comm.get_rank()])
+        state = self.states[comm.get_rank() % len(self.states)]
         vars(self.model).update(state.get("model", {}))
 
     def after_step(self) -> None:

@@ -1,8 +1,10 @@
 """A training stream that can be taken up where it was left.
 
 Detectron2's training loader is endless and forgets its place. Here order and augmentation are a
-function of (seed, process, position in the stream), whatever the number of workers, so a resumed
-run sees exactly the images, flips and sizes that it would have seen.
+function of (seed, position in the stream), whatever the number of workers, so a resumed run sees
+exactly the images, flips and sizes that it would have seen. Processes share one stream as
+Detectron2's samplers do, k of them taking every k-th image: however many there are, an iteration
+sees the same images (but where lying and standing ones wait for their like, in each process).
 """
 
 import logging
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 SKIPPED = "skipped"  # key of an item: the images that it stands in for
 # Attributes of Detectron2's samplers that hold random draws.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
-Position = Tuple[int, int]  # place in the stream, index in the data set
+Position = Tuple[int, int]  # place in this process's stream, index in the data set
 
 
 class ResumableLoader:
@@ -145,7 +147,7 @@ class ResumableLoader:
 
 
 class SeededDataset(Dataset):
-    """Items of a data set, whose random augmentation depends on (seed, process, position) alone.
+    """Items of a data set, whose random augmentation depends on (seed, position) alone.
 
     Args:
         dataset (Dataset): items by index.
@@ -161,11 +163,13 @@ class SeededDataset(Dataset):
         lies: Optional[List[bool]] = None,
     ) -> None:
         self.dataset, self.skip_bad_images, self.lies = dataset, skip_bad_images, lies
-        self.seed = (seed % 2**64, comm.get_rank())  # Detectron2's "no seed" is -1
+        self.seed = (seed % 2**64, 0)  # Detectron2's "no seed" is -1; 0: as one process ever drew
+        self.rank, self.processes = comm.get_rank(), comm.get_world_size()
 
     def __getitem__(self, place: Position) -> Any:
         position, index = place
-        words = np.random.SeedSequence((*self.seed, position)).generate_state(3)
+        shared = position * self.processes + self.rank  # in the stream of all processes
+        words = np.random.SeedSequence((*self.seed, shared)).generate_state(3)
         bad = []
         for candidate in self._candidates(index):
             random.seed(int(words[0]))
