@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError
 from ssimkd.distiller import check_cells, crop_to_common, match_levels
 from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.teacher import rules_of
 
 KEY = "MODEL.DISTILL"
 
@@ -131,10 +132,12 @@ def test_another_size_divisibility_of_the_teacher_does_not_matter_much(student, 
     batch = image_batch((96, 112))
     model = student()
     expected = kd_loss(model, batch)
-    backbone = model.distiller.teacher.model.backbone
+    teacher = model.distiller.teacher
+    backbone = teacher.model.backbone
     monkeypatch.setattr(
         FPN, "size_divisibility", property(lambda self: 256 if self is backbone else 32)
     )
+    teacher.rules = rules_of(teacher.model, "BGR")
     padded = {}
     backbone.register_forward_hook(lambda module, args, maps: padded.update(maps))
     found = kd_loss(model, batch)
@@ -172,9 +175,9 @@ def test_nan_is_named_by_level_owner_and_iteration(student, whose):
     message = f"ssim_kd/p3 is nan at iteration 7, from the {whose}'s map p3"
     with pytest.raises(FloatingPointError, match=message):
         if whose == "student":  # the parent's own losses would stop first: only compare maps
-            maps = model.backbone(model.preprocess_image(batch).tensor)
+            images = model.preprocess_image(batch).tensor
             with EventStorage(7):
-                model.distiller(batch, maps, (96, 96), "BGR")
+                model.distiller(batch, model.backbone(images), images, model.rules)
         else:
             kd_loss(model, batch, iteration=7)
     handle.remove()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .losses import KD_LOSS_REGISTRY, Context, KDLoss
-from .teacher import Teacher
+from .teacher import Rules, Teacher
 from .teacher_spec import TeacherSpec
 
 ADAPTERS = ("none", "conv1x1")
@@ -111,7 +111,13 @@ class Distiller(nn.Module):
                 build_loss(name, node)  # a wrong setting is wrong whether it is used or not
         return {
             "teacher": TeacherSpec(
-                node.TEACHER.CONFIG, node.TEACHER.WEIGHTS, tuple(node.TEACHER.OPTS)
+                node.TEACHER.CONFIG,
+                node.TEACHER.WEIGHTS,
+                tuple(node.TEACHER.OPTS),
+                node.TEACHER.PRECISION,
+                node.TEACHER.COMPILE,
+                node.TEACHER.CACHE,
+                node.TEACHER.CACHE_GIB,
             ),
             "losses": [build_loss(name, node) for name in node.LOSSES],
             "in_features": node.IN_FEATURES,
@@ -192,16 +198,16 @@ class Distiller(nn.Module):
         self,
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
-        padded_size: Tuple[int, int],
-        input_format: str,
+        images: Tensor,
+        rules: Rules,
     ) -> Dict[str, Tensor]:
         """The weighted losses of one batch; per-level values go to the event storage.
 
         Args:
             batched_inputs (list[dict]): what the student was given.
             student_maps (dict[str, Tensor]): level -> (N, C, H, W), with gradient.
-            padded_size (int, int): height and width of the student's padded images, in pixels.
-            input_format (str): channel order of the images, "BGR" or "RGB".
+            images (Tensor): (N, 3, H, W), what the student's backbone was given.
+            rules (Rules): by which it was made of the images.
 
         Returns:
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
@@ -210,32 +216,31 @@ class Distiller(nn.Module):
             ConfigError: see :meth:`build_teacher`; or maps that do not agree cell by cell.
             FloatingPointError: NaN or infinity, with the level and whose it is.
         """
-        device = student_maps[self.in_features[0]].device
-        with torch.autocast(device.type, enabled=False):
-            student, teacher = self.pair(batched_inputs, student_maps, padded_size, input_format)
+        with torch.autocast(images.device.type, enabled=False):
+            student, teacher = self.pair(batched_inputs, student_maps, images, rules)
             return self._compare(student, teacher, self._context(batched_inputs))
 
     def pair(
         self,
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
-        padded_size: Tuple[int, int],
-        input_format: str,
+        images: Tensor,
+        rules: Rules,
     ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """The maps of student (after the adapter) and teacher, cell by cell; see :meth:`forward`.
 
         Returns:
             (dict, dict): level -> (N, C, H, W) in float32 or float64, equal shapes.
         """
-        device = student_maps[self.in_features[0]].device
         if self.teacher is None:
-            self.build_teacher(device)
+            self.build_teacher(images.device)
         assert self.teacher is not None
-        teacher_maps, teacher_padded = self.teacher(batched_inputs, input_format, device)
+        teacher_maps, teacher_padded = self.teacher(batched_inputs, images, rules)
+        height, width = images.shape[-2:]
         student, teacher = {}, {}
         for level, name in self.teacher_levels.items():
             stride = self.student_shapes[level].stride
-            check_cells(f"the student's {level}", student_maps[level], stride, padded_size)
+            check_cells(f"the student's {level}", student_maps[level], stride, (height, width))
             check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_padded)
             s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
             student[level] = self.adapters[level](s) if level in self.adapters else s

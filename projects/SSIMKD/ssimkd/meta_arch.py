@@ -18,6 +18,7 @@ from .balance import GradientBalance
 from .compat import FCOS
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
+from .teacher import rules_of
 
 
 class DistillMixin:
@@ -43,6 +44,7 @@ class DistillMixin:
         if distiller is not None:
             distiller.attach(self.backbone.output_shape())
         self.distiller = distiller
+        self.rules = rules_of(self, image_format_of(self))  # read once: a GPU would be waited for
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -59,9 +61,8 @@ class DistillMixin:
         watch = bool(period) and get_event_storage().iter % period == 0
         with output_of(self.backbone, watch) as backbone:
             losses = super().forward(batched_inputs)
-        kd_losses = self.distiller(
-            batched_inputs, backbone["maps"], backbone["padded_size"], image_format_of(self)
-        )
+        rules = self.rules._replace(input_format=image_format_of(self))
+        kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
         return {**losses, **kd_losses}
 
 
@@ -79,13 +80,13 @@ def output_of(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, An
         watch (bool): log the gradients at its maps, see `balance.py`.
 
     Yields:
-        dict: filled by the backbone's run: "maps", level -> (N, C, H, W), and "padded_size",
-        (height, width) of its input in pixels.
+        dict: filled by the backbone's run: "images", what it is given, (N, 3, H, W), and "maps",
+        level -> (N, C, H, W).
     """
     taken: Dict[str, Any] = {}
 
     def take(module, inputs, output):
-        taken.update(maps=output, padded_size=tuple(inputs[0].shape[-2:]))
+        taken.update(images=inputs[0], maps=output)
         if watch:
             balance = GradientBalance(output)
             taken["maps"] = balance.view("distiller")

@@ -18,6 +18,7 @@ from .compat import model_zoo
 from .config import add_ssimkd_config
 from .data import lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
+from .teacher_network import PRECISIONS
 from .yaml_file import merge_yaml
 
 
@@ -29,15 +30,35 @@ class TeacherSpec:
         config (str): name in Detectron2's zoo, with or without suffix, or path, `.yaml` or `.py`.
         weights (str): path or URL; "" is the zoo's checkpoint for `config`.
         opts (sequence[str]): overrides of the config, in its own syntax.
+        precision (str): of backbone and neck, "float32", "bfloat16" or "float16".
+        compile (bool): run them through torch.compile.
+        cache (str): folder that keeps their maps; "": none. See `teacher_cache.py`.
+        cache_gib (float): size of that folder from which nothing is added.
+
+    Raises:
+        ConfigError: one of the last four is unknown or out of its range.
     """
 
     config: str
     weights: str = ""
     opts: Sequence = ()
+    precision: str = "float32"
+    compile: bool = False
+    cache: str = ""
+    cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
         if isinstance(self.opts, ListConfig):  # from a LazyConfig
             self.opts = cast(List, OmegaConf.to_container(self.opts))
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
+                f"{', '.join(PRECISIONS)}"
+            )
+        if not self.cache_gib > 0:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"
+            )
 
     def load_config(self):
         """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
