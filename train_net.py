@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from ssimkd import engine
 from ssimkd.cli import check_config, load_config
 from ssimkd.errors import exit_in_one_line
+from ssimkd.writers import quiet_terminal
 from torch.multiprocessing import ProcessExitedException
 
 
@@ -30,9 +31,11 @@ def splits_of(args) -> Tuple[str, ...]:
 def main(args) -> None:
     """One process of a run."""
     cfg = load_config(args.config_file, args.opts, splits_of(args))
-    default_setup(cfg, args)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+    if args.quiet:
+        quiet_terminal(folder, comm.get_rank())
+    default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
@@ -42,7 +45,11 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--quiet", action="store_true", help="show progress, results and warnings alone"
+    )
+    args = parser.parse_args()
     with exit_in_one_line():  # before any process is started or folder made
         cfg = load_config(args.config_file, args.opts, splits_of(args))
         check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)

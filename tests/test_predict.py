@@ -60,7 +60,7 @@ def test_it_lists_and_draws_what_detectron2_finds(images, tmp_path):
         ] == expected.pred_classes.tolist()  # fmt: skip
         drawn = cv2.imread(str(tmp_path / path.split("/")[-1]))
         changed = np.abs(drawn.astype(int) - image).sum(2) > 60
-        left, top, right, bottom = map(int, xyxy(own[0]))
+        left, top, _, bottom = map(int, xyxy(own[0]))
         assert changed[top : bottom + 1, max(left, 1) - 1 : left + 2].any(1).mean() > 0.5
 
 

@@ -19,7 +19,6 @@ from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
     SimpleTrainer,
-    default_writers,
     hooks,
 )
 from detectron2.engine.defaults import create_ddp_model
@@ -44,6 +43,7 @@ from .loader import ResumableLoader
 from .meta_arch import DistillMixin
 from .preflight import prepare
 from .random_state import preserve_random_state
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,12 @@ class DistillTrainer(DefaultTrainer):
         ]
         return ret
 
+    def build_writers(self):
+        """Detectron2's, and what a terminal or Weights & Biases shows."""
+        cfg = self.cfg
+        batch_size, project = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DISTILL.WANDB_PROJECT
+        return build_writers(cfg.OUTPUT_DIR, self.max_iter, batch_size, project)
+
     def export(self):
         """Writes the student for stock Detectron2."""
         export_student(self.cfg, unwrap(self.model).state_dict(), self.cfg.OUTPUT_DIR)
@@ -235,7 +241,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     checkpoints = writer = None  # on the main process alone
     if comm.is_main_process():
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
+        project = cfg.train.get("wandb_project", "")
+        writers = build_writers(cfg.train.output_dir, cfg.train.max_iter, batch_size, project)
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
