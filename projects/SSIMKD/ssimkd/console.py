@@ -1,4 +1,4 @@
-"""The command `ssimkd`: one name for the scripts of the checkout that `pip install -e` installed."""
+"""The command `ssimkd`: one name for the scripts of the checkout that was installed by pip."""
 
 import runpy
 import sys

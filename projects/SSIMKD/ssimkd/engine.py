@@ -41,6 +41,7 @@ from .hooks import AfterTraining, ExactResume
 from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
+from .pictures import build_pictures
 from .preflight import prepare
 from .random_state import preserve_random_state
 from .writers import build_writers
@@ -139,10 +140,14 @@ class DistillTrainer(DefaultTrainer):
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
         model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
+        tests = self.cfg.DATASETS.TEST
         # the export before the last evaluation: a failure there must not cost the student
         ret[place:place] = [
             ExactResume(self.data_loader, model, period),
             AfterTraining(self.export),
+            build_pictures(
+                model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
+            ),
         ]
         return ret
 
@@ -253,6 +258,11 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             checkpoints,
             AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             hooks.EvalHook(cfg.train.eval_period, test),
+            build_pictures(
+                unwrap(model),
+                lazy_names(cfg, "TEST")[0],
+                lambda: instantiate(cfg.dataloader.test).dataset,
+            ),
             writer,
         ]
     )
