@@ -19,15 +19,18 @@ from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import argument_parser, check_config, load_arguments
+from ssimkd.writers import quiet_terminal
 
 
 def main(args) -> None:
     """One process of a run."""
     cfg = load_arguments(args)
     trust_checkpoints(args.trust_checkpoint)
-    default_setup(cfg, args)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+    if args.quiet:
+        quiet_terminal(folder, comm.get_rank())
+    default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train

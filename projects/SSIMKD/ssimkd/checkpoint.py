@@ -92,17 +92,18 @@ class _WholeBackbone(CheckpointReader):
         wrong = lacking(incompatible)
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
-            raise ConfigError(f"does not fit the teacher's backbone: {few(backbone)}")
+            raise ConfigError(f"does not fit the backbone of its config: {few(backbone)}")
         # a teacher that was a student itself needs nothing of its own teacher's
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
 
-def load_teacher(model: Any, weights: str) -> List[str]:
+def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEIGHTS") -> List[str]:
     """Loads a checkpoint that must hold the whole backbone.
 
     Args:
         model (nn.Module): a detector with a `.backbone`.
         weights (str): path of the checkpoint.
+        key (str): what names it, for the errors.
 
     Returns:
         list[str]: tensors outside the backbone that the checkpoint does not hold in their shape.
@@ -111,7 +112,6 @@ def load_teacher(model: Any, weights: str) -> List[str]:
         ConfigError: it cannot be read, or a tensor of the backbone is missing, of another shape or
             not finite.
     """
-    key = "MODEL.DISTILL.TEACHER.WEIGHTS"
     checkpointer = _WholeBackbone(model)
     try:
         checkpointer.load(weights)
@@ -120,5 +120,5 @@ def load_teacher(model: Any, weights: str) -> List[str]:
     for name, tensor in model.backbone.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{key}: {weights} holds NaN or infinity in backbone.{name}")
-    logger.info("Teacher's weights: %s", weights)
+    logger.info("Weights: %s", weights)
     return checkpointer.absent

@@ -33,6 +33,9 @@ def argument_parser() -> argparse.ArgumentParser:
         help="train on another image in place of one that cannot be read, and count them",
     )
     parser.add_argument(
+        "--quiet", action="store_true", help="show progress, results and warnings alone"
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=30.0,  # Detectron2's DEFAULT_TIMEOUT

@@ -72,6 +72,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.LOG_GRADIENTS = 0
     # Iterations over which all weights grow linearly from 0; 0 = none
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
+    # Project in Weights & Biases that gets the run's figures and pictures; "" = none
+    cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 
     cfg.MODEL.DISTILL.SSIM = CN()
     cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4]

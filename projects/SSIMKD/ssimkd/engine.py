@@ -19,7 +19,6 @@ from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
     SimpleTrainer,
-    default_writers,
     hooks,
 )
 from detectron2.evaluation import (
@@ -44,8 +43,10 @@ from .hooks import AfterTraining, ExactResume
 from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
+from .pictures import build_pictures
 from .preflight import prepare
 from .random_state import preserve_random_state
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -181,13 +182,23 @@ class DistillTrainer(DefaultTrainer):
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
         model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
+        tests = self.cfg.DATASETS.TEST
         # the export before the last evaluation: a failure there must not cost the student
         ret[place:place] = [
             ExactResume(self.data_loader, model, period),
             AfterTraining(self.export),
             CountSkipped(self.data_loader),
+            build_pictures(
+                model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
+            ),
         ]
         return ret
+
+    def build_writers(self):
+        """Detectron2's, and what a terminal or Weights & Biases shows."""
+        cfg = self.cfg
+        batch_size, project = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DISTILL.WANDB_PROJECT
+        return build_writers(cfg.OUTPUT_DIR, self.max_iter, batch_size, project)
 
     def export(self):
         """Writes the student for stock Detectron2."""
@@ -283,7 +294,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     checkpoints = writer = None  # on the main process alone
     if comm.is_main_process():
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
+        project = cfg.train.get("wandb_project", "")
+        writers = build_writers(cfg.train.output_dir, cfg.train.max_iter, batch_size, project)
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
@@ -294,6 +307,11 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             CountSkipped(loader),
             AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             hooks.EvalHook(cfg.train.eval_period, test),
+            build_pictures(
+                unwrap(model),
+                lazy_names(cfg, "TEST")[0],
+                lambda: instantiate(cfg.dataloader.test).dataset,
+            ),
             writer,
         ]
     )
