@@ -10,27 +10,27 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     srun --ntasks-per-node 8 python train_net.py --config-file configs/ssimkd_R50.yaml
 """
 
-from typing import Tuple
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch
-from ssimkd.cli import check_config, load_config
-
-
-def splits_of(args) -> Tuple[str, ...]:
-    """Whose data a run uses."""
-    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import argument_parser, check_config, load_arguments
+from ssimkd.writers import quiet_terminal
 
 
 def main(args) -> None:
     """One process of a run."""
-    cfg = load_config(args.config_file, args.opts, splits_of(args))
-    default_setup(cfg, args)
+    cfg = load_arguments(args)
+    trust_checkpoints(args.trust_checkpoint)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+    if args.quiet:
+        quiet_terminal(folder, comm.get_rank())
+    default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
@@ -41,9 +41,13 @@ def main(args) -> None:
 
 def check(args) -> str:
     """Raises ConfigError for what cannot run, before any folder is made; returns the device."""
-    cfg = load_config(args.config_file, args.opts, splits_of(args))
-    return check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
+    return check_config(load_arguments(args), args)
+
+
+def run(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    launch.start(main, check, argument_parser().parse_args(words))
 
 
 if __name__ == "__main__":
-    launch.start(main, check, launch.argument_parser().parse_args())
+    run()

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from ssimkd import add_ssimkd_config, shapes
@@ -120,6 +122,21 @@ def few_shapes(tmp_path_factory):
         patch.setattr(shapes, "SPLITS", {"train": 40, "val": 12})
         shapes.ensure_shapes(str(folder / shapes.FOLDER))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def few_names(few_shapes):
+    """The same images as data sets of this process: names for DATASETS.TRAIN and .TEST."""
+    names = ("few_train", "few_val")
+    for name in names:
+        split = name[len("few_") :]
+        root = f"{few_shapes}/{shapes.FOLDER}"
+        classes = {"thing_classes": list(shapes.CLASSES)}
+        register_coco_instances(name, classes, f"{root}/instances_{split}.json", f"{root}/{split}")
+    yield names
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_budgets_are_not_mixed():
 
 def test_every_registered_loss_is_compared():
     names = [m.name for m in compare.select(compare.parse_args([]))]
-    assert names == ["vanilla", *sorted(name for name, _ in KD_LOSS_REGISTRY)]
+    assert names == ["vanilla", "ssim:*0", *sorted(name for name, _ in KD_LOSS_REGISTRY)]
 
 
 def test_every_ablation_changes_the_config():

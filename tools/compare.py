@@ -11,10 +11,12 @@ Run it again after an interruption: finished runs are not repeated. On several m
 `--shard 1/3`, `2/3` and `3/3` and the same --out, or one folder each that are merged afterwards;
 then the same command without --shard measures the costs and writes the tables.
 
-A weight is searched by a quarter, one and four times the loss's default, further where the best
-lies at the edge, at the shortest budget on a fifth of the training images that the search's
-students do not see. Variants that --ablation names take the weight of ssim. In --out: table.md,
-table.csv (a row per budget and method), runs.csv (a row per run), weights.json, plot.png.
+Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml); ssim:*0 is
+that alone, without distillation. A weight is searched by a quarter, one and four times the loss's
+default, further where the best lies at the edge, at the shortest budget on a fifth of the training
+images that the search's students do not see. Variants that --ablation names take the weight of
+ssim. In --out: table.md, table.csv (a row per budget and method), runs.csv (a row per run),
+weights.json, plot.png.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import compare_report as report
 from compare_methods import (
     ABLATIONS,
     DISTILLED,
+    HEADS,
     PLAIN,
     REFERENCE,
     ROOT,
@@ -172,7 +175,7 @@ def select(args: argparse.Namespace) -> List[Method]:
     Raises:
         ConfigError: there is no such method or shard.
     """
-    every = [PLAIN, *sorted(name for name, _ in KD_LOSS_REGISTRY)]
+    every = [PLAIN, HEADS, *sorted(name for name, _ in KD_LOSS_REGISTRY)]
     names = args.methods or ([PLAIN, REFERENCE] if args.ablation else every)
     methods = [parse_method(name) for name in names]
     for group in args.ablation:

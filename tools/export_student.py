@@ -11,7 +11,8 @@ DefaultPredictor, a `.py` config one for LazyConfig.load.
 import argparse
 
 from detectron2.utils.logger import setup_logger
-from ssimkd.cli import load_config
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags, load_config
 from ssimkd.errors import exit_in_one_line
 from ssimkd.export import export_student, read_weights
 
@@ -28,9 +29,11 @@ def main() -> None:
         "--half", action="store_true", help="store kernels and matrices in float16: half the size"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    add_flags(parser)
     args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         weights = read_weights(args.weights)
         if args.half:
             # Vectors stay as they are: a running variance can leave float16's range.

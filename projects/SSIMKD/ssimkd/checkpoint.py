@@ -1,20 +1,70 @@
-"""Checkpoints of teachers, of every kind that Detectron2 reads, without a silent gap."""
+"""Checkpoints of students and teachers, of every kind that Detectron2 reads, without a gap."""
 
 import logging
 from collections import OrderedDict
-from typing import Any, List
+from typing import Any, Dict, List
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from .errors import ConfigError, one_line
+from .checkpoint_file import CheckpointReader
+from .errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
-class _WholeBackbone(DetectionCheckpointer):
+class RunCheckpointer(CheckpointReader):
+    """The checkpoints of a run's model, which never keeps random values unnoticed.
+
+    Args:
+        model (nn.Module): as Detectron2's.
+        save_dir (str): as Detectron2's.
+        whole (bool): a file must hold every tensor; one that is resumed from always must. Other
+            files may leave some as they are, but not all, nor hold a backbone of other shapes.
+        options: as Detectron2's.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **options
+    ) -> None:
+        super().__init__(model, save_dir, **options)
+        self.whole = whole
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """As Detectron2's; see :meth:`CheckpointReader.load` for the errors."""
+        self.whole = self.whole or (resume and self.has_checkpoint())
+        return super().resume_or_load(path, resume=resume)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        wrong = lacking(incompatible)
+        if wrong and self.whole:
+            raise ConfigError(f"does not fit the model: {few(list(wrong.values()))}")
+        none = all(name in wrong for name, _ in self.model.named_parameters())
+        # heads may differ, in their number of classes; a backbone of other shapes is another one
+        other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
+        if none or other:
+            raise ConfigError(f"is another model's: {few(other or list(wrong.values()))}")
+        super()._log_incompatible_keys(incompatible)
+
+
+def lacking(incompatible) -> Dict[str, str]:
+    """Tensors that a file does not hold in the model's shape -> that in words."""
+    wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
+    wrong.update(
+        (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
+        for name, found, expected in incompatible.incorrect_shapes
+    )
+    # counters of training steps have no effect
+    return {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
+
+
+def few(texts: List[str]) -> str:
+    """The first three of several facts."""
+    return "; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+class _WholeBackbone(CheckpointReader):
     """Loads a checkpoint and raises unless it covers the backbone; the heads may differ.
 
     Attributes:
@@ -39,29 +89,21 @@ class _WholeBackbone(DetectionCheckpointer):
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
-        wrong.update(
-            (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
-            for name, found, expected in incompatible.incorrect_shapes
-        )
-        # counters of training steps have no effect on a frozen network
-        wrong = {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
+        wrong = lacking(incompatible)
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
-            more = f" and {len(backbone) - 3} more" if len(backbone) > 3 else ""
-            raise ConfigError(
-                f"does not fit the teacher's backbone: {'; '.join(backbone[:3])}{more}"
-            )
+            raise ConfigError(f"does not fit the backbone of its config: {few(backbone)}")
         # a teacher that was a student itself needs nothing of its own teacher's
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
 
-def load_teacher(model: Any, weights: str) -> List[str]:
+def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEIGHTS") -> List[str]:
     """Loads a checkpoint that must hold the whole backbone.
 
     Args:
         model (nn.Module): a detector with a `.backbone`.
         weights (str): path of the checkpoint.
+        key (str): what names it, for the errors.
 
     Returns:
         list[str]: tensors outside the backbone that the checkpoint does not hold in their shape.
@@ -70,16 +112,13 @@ def load_teacher(model: Any, weights: str) -> List[str]:
         ConfigError: it cannot be read, or a tensor of the backbone is missing, of another shape or
             not finite.
     """
-    key = "MODEL.DISTILL.TEACHER.WEIGHTS"
     checkpointer = _WholeBackbone(model)
     try:
         checkpointer.load(weights)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {weights} {error}") from None
-    except Exception as error:
-        raise ConfigError(f"{key}: cannot read {weights}: {one_line(error)}") from error
+        raise ConfigError(f"{key}: {error}") from error
     for name, tensor in model.backbone.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{key}: {weights} holds NaN or infinity in backbone.{name}")
-    logger.info("Teacher's weights: %s", weights)
+    logger.info("Weights: %s", weights)
     return checkpointer.absent

@@ -6,14 +6,14 @@ import os
 from typing import Any, Dict, Tuple
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from .checkpoint_file import CheckpointReader
 from .config import OWN_KEYS
-from .errors import ConfigError, one_line
+from .errors import ConfigError
 from .lazy import target_of
 from .meta_arch import DistillMixin
 
@@ -119,14 +119,11 @@ def build_plain(plain) -> nn.Module:
 def read_weights(path: str) -> Dict[str, Any]:
     """The model's tensors in a checkpoint file (`.pth` or `.pkl`), by name."""
 
-    class Reader(DetectionCheckpointer):
+    class Reader(CheckpointReader):
         def _load_model(self, checkpoint):
             self.found = checkpoint["model"]
             self._convert_ndarray_to_tensor(self.found)
 
     reader = Reader(nn.Module())
-    try:
-        reader.load(path)
-    except Exception as error:
-        raise ConfigError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
+    reader.load(path)
     return reader.found

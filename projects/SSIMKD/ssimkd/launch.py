@@ -19,23 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .compat import create_local_process_group
-from .errors import ConfigError, exit_in_one_line, one_line
+from .errors import MENDABLE, WORKER, ConfigError, exit_in_one_line, in_user_terms, one_line
 
 # What torchrun sets, and torch's "env://" and this file read.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def argument_parser():
-    """Detectron2's, and how long processes wait for each other."""
-    parser = engine.default_argument_parser()
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=30.0,  # Detectron2's DEFAULT_TIMEOUT
-        metavar="MINUTES",
-        help="of waiting for another process (30); one that does not answer ends the run",
-    )
-    return parser
 
 
 def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
@@ -44,9 +31,9 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
     Args:
         main (callable): one process of the run, takes `args`.
         check (callable): takes `args`, raises ConfigError for what cannot run; returns the device.
-        args (Namespace): of :func:`argument_parser`.
+        args (Namespace): of :func:`ssimkd.cli.argument_parser`.
     """
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         place = find_place(os.environ, args.num_gpus)
         if place and args.num_gpus > 1:
             raise ConfigError(
@@ -73,21 +60,20 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
             timeout=timedelta(minutes=args.timeout),
         )
     except ProcessRaisedException as error:  # its message is the traceback
-        name = f"{ConfigError.__module__}.{ConfigError.__name__}: "
-        last = str(error).rstrip().splitlines()[-1]
-        if last.startswith(name):
-            raise ConfigError(last[len(name) :]) from None
+        if WORKER.match(str(error).rstrip().splitlines()[-1]):
+            raise ConfigError(str(error)) from None
         raise
     except ProcessExitedException as error:
-        sys.exit(f"error: {error}")
+        # a signal leaves no word; a process that has exited has said why
+        sys.exit(error.exit_code if error.exit_code > 0 else f"error: {error}")
 
 
 def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
     """This process's part of a run that torchrun or Slurm has started."""
     timeout = timedelta(minutes=args.timeout)
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         store = meet(timeout)
-    with said_once(store):
+    with said_once(store, args.debug):
         join(store, check(args), timeout)
         main(args)
         comm.synchronize()  # the main process may be writing still
@@ -167,16 +153,19 @@ def meet(timeout: timedelta) -> dist.Store:
 
 
 @contextmanager
-def said_once(store: dist.Store) -> Iterator[None]:
+def said_once(store: dist.Store, debug: bool) -> Iterator[None]:
     """As :func:`exit_in_one_line`, silent where another process has said the same."""
     try:
         yield
-    except ConfigError as error:
+    except MENDABLE as error:
+        if debug:
+            raise
+        said = in_user_terms(error)
         try:
-            first = store.add(f"error/{error}", 1) == 1
+            first = store.add(f"error/{said}", 1) == 1
         except RuntimeError:  # the store is gone, with the process that kept it
             first = True
-        sys.exit(f"error: {error}" if first else 1)
+        sys.exit(f"error: {said}" if first else 1)
 
 
 def join(store: dist.Store, device: str, timeout: timedelta) -> None:

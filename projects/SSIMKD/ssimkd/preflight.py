@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Set, Tuple, Union
 import torch
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from .distiller import Distiller
 from .distillers import Distillers
@@ -19,7 +19,7 @@ from .errors import ConfigError, one_line
 from .inherit import inherit
 from .meta_arch import DistillMixin, image_format_of
 from .random_state import preserve_random_state
-from .teacher import as_seen, trained_format
+from .teacher import as_seen, rules_of, trained_format
 
 logger = logging.getLogger(__name__)
 FOUND_IOU = 0.5  # overlap from which a detection has found an object
@@ -102,24 +102,32 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
         yield "", distiller
 
 
-@torch.no_grad()
 def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> None:
     """Raises ConfigError unless teacher and student give the same cells for a batch."""
-    training = model.training
-    model.eval()  # batch statistics must not move
     try:
-        images = model.preprocess_image(batch).tensor
-        maps, size = model.backbone(images), tuple(images.shape[-2:])
-        student, _ = distiller.pair(batch, maps, size, image_format_of(model))
+        student, _ = paired_maps(model, distiller, batch)
     except (ImportError, NotImplementedError) as error:  # operators that Detectron2 compiles
         raise ConfigError(
             f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} cannot run here: "
             f"{one_line(error)}"
         ) from error
-    finally:
-        model.train(training)
     shapes = ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
     logger.info("Teacher and student agree cell by cell: %s", shapes)
+
+
+@torch.no_grad()
+def paired_maps(
+    model: Any, distiller: Distiller, batch: List[Dict]
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+    """The maps of a student in evaluation mode and of its teacher: :meth:`Distiller.pair`."""
+    training = model.training
+    model.eval()  # batch statistics must not move
+    try:
+        images = model.preprocess_image(batch).tensor
+        rules = rules_of(model, image_format_of(model))
+        return distiller.pair(batch, model.backbone(images), images, rules)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

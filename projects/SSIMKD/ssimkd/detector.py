@@ -1,0 +1,103 @@
+"""A trained detector, ready to use: with its weights, its images' preparation and its classes."""
+
+from typing import Any, Callable, Dict
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import DatasetMapper, Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+from torch import nn
+
+from .checkpoint import load_teacher
+from .errors import ConfigError
+from .export import build_plain, plain_config
+from .lazy import lazy_names
+from .random_state import preserve_random_state
+
+
+def load_detector(cfg, weights: str = "") -> nn.Module:
+    """The plain detector of a config with its weights, in evaluation mode; no teacher is built.
+
+    Args:
+        cfg (CfgNode or DictConfig): of a student or of a plain detector.
+        weights (str): checkpoint, path or URL; "" is the config's own.
+
+    Returns:
+        nn.Module: on the config's device, on the CPU where there is no GPU.
+
+    Raises:
+        ConfigError: no weights are named, they cannot be read or are not all of the detector's.
+    """
+    lazy = not isinstance(cfg, CfgNode)
+    weights = weights or (cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS)
+    if not weights:
+        raise ConfigError("--weights: name the detector's checkpoint; its config has none")
+    with torch.random.fork_rng(devices=[]):
+        model = build_plain(plain_config(cfg, weights))
+    absent = load_teacher(model, weights, "--weights")  # as strict as it is with teachers
+    if absent:
+        raise ConfigError(f"--weights: {weights} does not hold {absent[0]} as this config has it")
+    return model.eval().requires_grad_(False).to(device_of(cfg))
+
+
+def device_of(cfg) -> torch.device:
+    """The device of a config, or the CPU where there is no GPU."""
+    device = cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.get("device", "cuda")
+    return torch.device(device if torch.cuda.is_available() else "cpu")
+
+
+def image_mapper(cfg) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
+    """What prepares {"file_name": path} for a detector, as in an evaluation of its config.
+
+    Raises:
+        ConfigError: a LazyConfig has none.
+    """
+    if isinstance(cfg, CfgNode):
+        return DatasetMapper(cfg, is_train=False)
+    if "dataloader" not in cfg:
+        raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
+    return instantiate(cfg.dataloader.test.mapper)
+
+
+def metadata_of(cfg) -> Metadata:
+    """Detectron2's metadata of a config's first test set, with the names of the classes."""
+    names = cfg.DATASETS.TEST if isinstance(cfg, CfgNode) else lazy_names(cfg, "TEST")[0]
+    return MetadataCatalog.get(names[0] if len(names) else "__unused")
+
+
+def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
+    """An image file with a detector's boxes, masks and keypoints.
+
+    The colours are the same each time, and the random generators stay as they are.
+
+    Args:
+        file_name (str): the image.
+        detections (Instances): in its pixels.
+        metadata (Metadata): names the classes.
+
+    Returns:
+        ndarray: (H, W, 3) uint8, RGB.
+    """
+    visualizer = Visualizer(read_image(file_name, "RGB"), metadata)
+    with preserve_random_state():
+        np.random.seed(0)
+        drawn = visualizer.draw_instance_predictions(detections.to("cpu"))
+    return drawn.get_image()
+
+
+def write_image(path: str, image: np.ndarray) -> None:
+    """Writes an RGB image (H, W, 3) in the format of the file's suffix.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        written = cv2.imwrite(path, image[..., ::-1])
+    except cv2.error as error:
+        raise ConfigError(f"--output: cannot write {path}") from error
+    if not written:
+        raise ConfigError(f"--output: cannot write {path}")

@@ -1,0 +1,127 @@
+"""The tool that draws detections: what a user gets, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+
+import cv2
+import numpy as np
+import predict
+import pytest
+import torch
+from conftest import ROOT, save_teacher, shapes_cfg
+from detectron2.engine import DefaultPredictor
+from ssimkd.detector import draw_detections, image_mapper, load_detector, metadata_of
+from ssimkd.errors import ConfigError
+from ssimkd.export import export_student, read_weights
+from ssimkd.random_state import get_random_state
+
+TEACHER = ("configs/shapes/teacher.yaml", "configs/shapes/teacher.pth")
+
+
+@pytest.fixture
+def images(few_shapes):
+    return [f"{few_shapes}/ssimkd_shapes/val/{number:06d}.jpg" for number in range(2)]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
+    predict.main()
+
+
+def xyxy(entry):
+    x, y, w, h = entry["bbox"]
+    return [x, y, x + w, y + h]
+
+
+def test_it_lists_and_draws_what_detectron2_finds(images, tmp_path):
+    """As a user runs it; DefaultPredictor is the reference."""
+    config, weights = TEACHER
+    command = [sys.executable, "tools/predict.py", "--config", config, "--weights", weights]
+    command += [*images, "--output", str(tmp_path), "--confidence-threshold", "0.7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    last = f"{len(found)} objects in 2 images: {tmp_path}/predictions.json"
+    assert done.stdout.splitlines()[-1] == last
+    predictor = DefaultPredictor(shapes_cfg("teacher", "MODEL.WEIGHTS", weights))
+    for path in images:
+        image = cv2.imread(path)
+        expected = predictor(image)["instances"]
+        expected = expected[expected.scores >= 0.7]
+        own = [entry for entry in found if entry["file_name"] == path]
+        assert len(own) == len(expected) > 0
+        boxes = torch.tensor([xyxy(entry) for entry in own])
+        torch.testing.assert_close(boxes, expected.pred_boxes.tensor)
+        classes = ["disk", "ring", "triangle", "cross"]
+        assert [classes.index(entry["category_name"]) for entry in own] == [
+            entry["category_id"] for entry in own
+        ] == expected.pred_classes.tolist()  # fmt: skip
+        drawn = cv2.imread(str(tmp_path / path.split("/")[-1]))
+        changed = np.abs(drawn.astype(int) - image).sum(2) > 60
+        left, top, _, bottom = map(int, xyxy(own[0]))
+        assert changed[top : bottom + 1, max(left, 1) - 1 : left + 2].any(1).mean() > 0.5
+
+
+def test_a_lazy_student(images, tmp_path, monkeypatch):
+    """A checkpoint of a distilled run gives the same through its lazy config and its YAML twin."""
+    path = save_teacher(
+        shapes_cfg("ssimkd", "MODEL.DISTILL.ADAPTER", "conv1x1"), tmp_path / "s.pth"
+    )
+    found = []
+    for config in ("tests/lazy_shapes.py", "configs/shapes/ssimkd.yaml"):
+        out = tmp_path / config.replace("/", "_")
+        args = ["--config-file", config, *images, "--weights", path, "--output", out]
+        run(monkeypatch, *args, "--confidence-threshold", 0)
+        found.append(json.loads((out / "predictions.json").read_text()))
+    assert found[0] == found[1] and len(found[0]) > 100
+
+
+def test_an_exported_student_needs_no_weights_named(images, tmp_path, monkeypatch):
+    cfg = shapes_cfg("teacher")
+    _, config = export_student(cfg, read_weights(TEACHER[1]), str(tmp_path))
+    own_data = ["--opts", "DATASETS.TEST", "()"]
+    args = ["--config", config, *images, "--output", tmp_path / "seen", *own_data]
+    run(monkeypatch, *args)
+    found = json.loads((tmp_path / "seen/predictions.json").read_text())
+    # without a test set nobody knows the names
+    assert found and {entry["category_name"] for entry in found} <= set("0123")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": ["nowhere.jpg"]}, "there is no image nowhere.jpg"),
+        ({"images": ["{out}/bad.jpg"], "output": "{out}/seen"}, "bad.jpg cannot be read as an ima"),
+        ({"images": ["{out}/a.jpg"]}, "a.jpg would be overwritten"),
+        ({"images": ["{out}/a.jpg", "{out}/b/a.jpg"], "output": "{out}/c"}, "have the same name"),
+        ({"weights": "nowhere.pth"}, "--weights: cannot read nowhere.pth"),
+        ({"weights": ""}, "--weights: name the detector's checkpoint"),
+        ({"config_file": "configs/shapes/vanilla.yaml"}, "does not fit the backbone of its config"),
+        ({"opts": ["MODEL.ROI_HEADS.NUM_CLASSES", "5"]}, "does not hold roi_heads.box_predictor"),
+    ],
+)
+def test_what_it_refuses(images, tmp_path, change, message):
+    (tmp_path / "b").mkdir()
+    for name in ("a.jpg", "b/a.jpg"):
+        shutil.copy(images[0], tmp_path / name)
+    (tmp_path / "bad.jpg").write_text("no image")
+    args = {"images": images, "output": "{out}", "config_file": TEACHER[0], "weights": TEACHER[1]}
+    args = {"opts": [], "confidence_threshold": 0.5, **args, **change}
+    args["images"] = [path.format(out=tmp_path) for path in args["images"]]
+    args["output"] = args["output"].format(out=tmp_path)
+    before = (tmp_path / "a.jpg").read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        predict.predict(Namespace(**args))
+    assert (tmp_path / "a.jpg").read_bytes() == before
+
+
+def test_drawings_are_the_same_each_time_and_leave_the_generators_alone(images):
+    cfg = shapes_cfg("teacher")
+    model = load_detector(cfg, TEACHER[1])
+    found = model([image_mapper(cfg)({"file_name": images[0]})])[0]["instances"]
+    before = get_random_state()["numpy"][1]
+    first, second = (draw_detections(images[0], found, metadata_of(cfg)) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert torch.equal(get_random_state()["numpy"][1], before)
