@@ -1,5 +1,6 @@
-"""Several processes for a test, started by torchrun's own agent; forked: that spares imports."""
+"""Several processes for a test, forked by torchrun's own agent, which spares the imports."""
 
+import socket
 from argparse import Namespace
 from uuid import uuid4
 
@@ -10,7 +11,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 def options(minutes=1.0):
     """What `launch.start` reads of a command line."""
-    return Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", timeout=minutes)
+    return Namespace(
+        num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", timeout=minutes, debug=False
+    )
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
 
 
 def in_processes(count, function, *args, minutes=1.0):

@@ -12,6 +12,7 @@ from processes import in_processes
 from ssimkd.compat import create_ddp_model
 from ssimkd.distiller import build_loss
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 # Every anchor and every proposal counts and each image has as many, so that nothing is drawn and
 # the detector's losses are means over images, as those of the distillation are.
@@ -96,6 +97,27 @@ def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
         assert k.split(".")[-1].startswith(("running_", "num_")) or np.array_equal(
             first["after"][k], second["after"][k]
         ), k
+
+
+def sent_in_a_step(teacher_file):
+    """Numbers that DistributedDataParallel sends, and those of the student's that are trained."""
+    weights = ("MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file)
+    model = build_model(shapes_cfg("ssimkd", *weights)).train()
+    wrapped, sizes = create_ddp_model(model, broadcast_buffers=False), []
+
+    def send(_, bucket):
+        sizes.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, send)
+    with EventStorage():
+        torch.stack(list(wrapped(image_batch((64, 64))).values())).sum().backward()
+    return sum(sizes), sum(x.numel() for x in model.parameters() if x.requires_grad)
+
+
+def test_a_step_sends_the_students_gradients_and_nothing_of_the_teacher(teacher_file):
+    for sent, trained in in_processes(2, sent_in_a_step, teacher_file):
+        assert sent == trained > 100_000
 
 
 def gradient(norm, dtype):

@@ -64,7 +64,8 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
             raise ConfigError(str(error)) from None
         raise
     except ProcessExitedException as error:
-        sys.exit(f"error: {error}")
+        # a signal leaves no word; a process that has exited has said why
+        sys.exit(error.exit_code if error.exit_code > 0 else f"error: {error}")
 
 
 def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
