@@ -7,8 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-import train_net
-from conftest import ROOT, shapes_cfg
+from conftest import shapes_cfg
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -21,6 +20,8 @@ from ssimkd.coco_file import read_coco
 from ssimkd.engine import DistillTrainer
 from ssimkd.errors import exit_in_one_line
 from ssimkd.loader import ResumableLoader
+
+import train_net
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
@@ -85,7 +86,7 @@ def broken(folder, kind):
     if kind == "truncated":
         path.write_bytes(content[: len(content) // 2])
     elif kind == "corrupt":
-        path.write_bytes(content[:60] + bytes(200) + content[260:])
+        path.write_bytes(content[:30] + bytes(20) + content[50:])
     elif kind == "text":
         path.write_text("no image")
     elif kind == "empty":
@@ -99,7 +100,7 @@ def broken(folder, kind):
 
 BROKEN = {
     "truncated": "OSError",
-    "corrupt": "(OSError|SyntaxError)",
+    "corrupt": "UnidentifiedImageError",
     "text": "UnidentifiedImageError",
     "empty": "UnidentifiedImageError",
     "huge": "DecompressionBombError",
@@ -188,12 +189,9 @@ def test_a_resumed_stream_skips_alike(workers, taken):
 def test_other_images_are_as_without_it():
     """Positions, batches and draws: only the bad images' places change."""
     good = take(stream(), 12)
-    BAD_BEFORE = set(BAD)
-    BAD.clear()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "BAD", set())
         whole = take(stream(), 12)
-    finally:
-        BAD.update(BAD_BEFORE)
     for a, b in zip((x for batch in good for x in batch), (x for batch in whole for x in batch)):
         changed = int(b["file_name"][:-4]) in BAD
         assert (a["file_name"] != b["file_name"]) is changed and a["drawn"] == b["drawn"]
@@ -236,7 +234,8 @@ def test_they_are_counted_at_the_end(caplog):
     hook.trainer.iter = 4
     hook.after_train()
     assert caplog.records[0].getMessage().startswith("3 images were skipped (--skip-bad-images):")
-    CountSkipped([]).after_train
+    hook.loader = []  # a stream of another kind
+    hook.after_train()
 
 
 @pytest.fixture
@@ -310,4 +309,3 @@ def test_a_lazy_evaluation_names_it(own, tmp_path):
     cfg.dataloader.evaluator = L(list)()
     with pytest.raises(BadImageError, match="2.png: UnidentifiedImageError"):
         lazy_test(cfg, torch.nn.Identity())
-    assert str(ROOT)

@@ -16,13 +16,14 @@ import export_student
 import numpy as np
 import pytest
 import torch
-import train_net
 from conftest import shapes_cfg
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.checkpoint import RunCheckpointer, load_teacher
 from ssimkd.checkpoint_file import check_download, read_checkpoint, trust_checkpoints
 from ssimkd.export import read_weights
+
+import train_net
 
 
 class Attack:
@@ -85,7 +86,7 @@ def test_a_pickle_of_arrays_and_tensors_is_read(tmp_path, protocol):
 
 @pytest.mark.parametrize("name", ["x.pth", "legacy.pth"])
 def test_a_pth_of_arrays_scalars_and_tensors_is_read(tmp_path, name):
-    """NumPy scalars, which torch's own restricted reader refuses, are in checkpoints of trainers."""
+    """Trainers write NumPy scalars, which torch's own restricted reader refuses."""
     assert_same(read_checkpoint(write(tmp_path / name, HARMLESS)), HARMLESS)
 
 

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_net
 from conftest import ROOT, shapes_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import SimpleTrainer
@@ -16,6 +15,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 from ssimkd import ConfigError
 from ssimkd.errors import exit_in_one_line
+
+import train_net
 
 KD, TEACHER = "MODEL.DISTILL", "MODEL.DISTILL.TEACHER"
 YAML, VANILLA = "configs/shapes/ssimkd.yaml", "configs/shapes/vanilla.yaml"
@@ -33,7 +34,7 @@ def files(tmp_path_factory, few_shapes):
         "syntax.py": "x = (",
         "raises.py": "import no_such_package",
         "code.yaml": f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{folder}/ran]\n",
-        "eval.yaml": f'SEED: !!python/object/apply:eval [\'__import__("os").mkdir("{folder}/ran")\']',
+        "eval.yaml": f'SEED: !!python/object/apply:eval [\'open("{folder}/ran", "w")\']',
         "nan.yaml": weight(".nan"),
         "integer.yaml": weight("16"),
         "garbage.pth": "garbage",
@@ -121,7 +122,7 @@ CASES = [
     ([YAML, f"{KD}.SSIM.WEIGHT", "nan"], f"{KD}.SSIM.WEIGHT"),
     ([YAML, f"{KD}.SSIM.WEIGHT", "-1"], f"{KD}.SSIM: weight must be a finite number >= 0"),
     ([YAML, f"{KD}.SSIM.WEIGHT", "1e400"], f"{KD}.SSIM: weight must be a finite number >= 0"),
-    ([YAML, f"{KD}.SSIM.WIEGHT", "1.0"], f"{KD}.SSIM.WIEGHT"),
+    ([YAML, f"{KD}.SSIM.HEFT", "1.0"], f"{KD}.SSIM.HEFT"),
     ([YAML, f"{KD}.SSIM.WINDOW_SIZE", "4"], f"{KD}.SSIM: window_size must be an odd"),
     ([YAML, f"{KD}.SSIM.SIGMA", "1e400"], f"{KD}.SSIM: sigma must be positive and finite"),
     ([YAML, f"{KD}.SSIM.BORDER", "wrap"], f"{KD}.SSIM: border must be one of"),
@@ -213,12 +214,12 @@ CASES = [
 ]
 
 
-class Started(Exception):
+class StartedError(Exception):
     """The training began: the input was taken for right."""
 
 
 def start(self):
-    raise Started
+    raise StartedError
 
 
 def contents(folder):
@@ -285,7 +286,7 @@ LAZY_CASES = [
     ("model.distiller.losses.0=3", "model.distiller"),
     ("model.distiller.losses.0.weight=nan", "weight must be a finite number >= 0, got nan"),
     ("model.distiller.losses.0.weight=-1", "weight must be a finite number >= 0, got -1"),
-    ("+model.distiller.losses.0.wieght=1", "wieght"),
+    ("+model.distiller.losses.0.heft=1", "heft"),
     ("model.distiller.losses.0.border=wrap", "border must be one of"),
     ("model.distiller.in_features=[]", f"{KD}.IN_FEATURES is empty"),
     ("model.distiller.adapter=x", f"{KD}.ADAPTER: 'x' is none of"),
@@ -314,7 +315,7 @@ def test_an_integer_is_a_weight(few_shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
     monkeypatch.setattr(SimpleTrainer, "run_step", start)
     words = ["--config-file", YAML, "OUTPUT_DIR", str(tmp_path), f"{KD}.SSIM.WEIGHT", "16"]
-    with pytest.raises(Started):
+    with pytest.raises(StartedError):
         train_net.run(words)
     assert "WEIGHT: 16.0" in (tmp_path / "config.yaml").read_text()
 
@@ -325,9 +326,9 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
 
 
 def test_losses_that_are_not_finite_end_in_one_line():
-    with pytest.raises(SystemExit, match="^error: loss is nan at iteration 3$"):
-        with exit_in_one_line():
-            raise FloatingPointError("loss is nan at iteration 3")
+    message = "loss is nan at iteration 3"
+    with pytest.raises(SystemExit, match=f"^error: {message}$"), exit_in_one_line():
+        raise FloatingPointError(message)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,10 @@ def test_as_a_process(words, status, expected, few_shapes):
     env = {**os.environ, "DETECTRON2_DATASETS": few_shapes}
     done = subprocess.run(
         [sys.executable, "train_net.py", "--config-file", *words],
-        **{"cwd": ROOT, "env": env, "capture_output": True, "text": True},
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == status and len(errors) == 1 and expected in errors[0]
