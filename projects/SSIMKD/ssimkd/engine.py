@@ -12,7 +12,7 @@ import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
-from detectron2.config import LazyCall, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config, build_detection_train_loader
 from detectron2.engine import (
@@ -373,7 +373,7 @@ def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     with preserve_random_state():
         with building("dataloader.test or dataloader.evaluator"):
             node = cfg.dataloader.test
-            node.mapper = LazyCall(NamingMapper)(mapper=node.mapper)
+            node.mapper = NamingMapper(instantiate(node.mapper))
             loader = instantiate(node)
             evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
         results = inference_on_dataset(model, loader, evaluator)
