@@ -16,8 +16,9 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd import engine
-from ssimkd.cli import check_config, load_config
+from ssimkd.cli import check_config, load_config, writing_to
 from ssimkd.errors import exit_in_one_line
+from ssimkd.preemption import forward_to_children
 from torch.multiprocessing import ProcessExitedException
 
 
@@ -30,9 +31,10 @@ def splits_of(args) -> Tuple[str, ...]:
 def main(args) -> None:
     """One process of a run."""
     cfg = load_config(args.config_file, args.opts, splits_of(args))
-    default_setup(cfg, args)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
+    with writing_to("train.output_dir" if lazy else "OUTPUT_DIR", folder):
+        default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
@@ -46,6 +48,8 @@ if __name__ == "__main__":
     with exit_in_one_line():  # before any process is started or folder made
         cfg = load_config(args.config_file, args.opts, splits_of(args))
         check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
+    if args.num_gpus > 1:
+        forward_to_children()
     try:
         launch(
             main,

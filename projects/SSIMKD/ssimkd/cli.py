@@ -1,7 +1,8 @@
 """From a command line to a config that can run."""
 
 import os
-from typing import List, Sequence
+from contextlib import contextmanager
+from typing import Iterator, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -58,6 +59,15 @@ def check_overrides(cfg, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{override}: an override of a .py config is written key=value")
         if key[0] not in "+~" and key.split(".")[0] not in cfg:
             raise ConfigError(f"{key}: there are the keys {', '.join(cfg)}")
+
+
+@contextmanager
+def writing_to(key: str, folder: str) -> Iterator[None]:
+    """Around the first writing to a run's folder: that it cannot is a ConfigError with the key."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot write to {folder}: {one_line(error)}") from error
 
 
 def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:

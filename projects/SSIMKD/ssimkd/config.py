@@ -49,6 +49,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.INHERIT = []
     # Training images on which teacher and student are checked before the first iteration; 0 = none
     cfg.MODEL.DISTILL.CHECK_IMAGES = 8
+    # Steps with NaN or infinity in a loss or gradient that a run leaves out before it stops
+    cfg.MODEL.DISTILL.SKIP_NONFINITE_STEPS = 0
     # Iterations over which all weights grow linearly from 0; 0 = none
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
 

@@ -1,5 +1,6 @@
 """Adapters and losses over the levels that teacher and student share."""
 
+import logging
 import math
 from contextlib import contextmanager
 from typing import (
@@ -27,6 +28,7 @@ from .losses import KD_LOSS_REGISTRY, Context, KDLoss
 from .teacher import Teacher
 from .teacher_spec import TeacherSpec
 
+logger = logging.getLogger(__name__)
 ADAPTERS = ("none", "conv1x1")
 
 
@@ -48,6 +50,8 @@ class Distiller(nn.Module):
             `inherit.py`.
         check_images (int): training images on which teacher and student are checked before the
             first iteration, see `preflight.py`; 0: no check.
+        skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
+            stops, see `finite.py`.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -66,9 +70,15 @@ class Distiller(nn.Module):
         loss_weight: float = 1.0,
         inherit: Sequence[str] = (),
         check_images: int = 8,
+        skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
-        check_numbers(warmup_iters=warmup_iters, loss_weight=loss_weight, check_images=check_images)
+        check_numbers(
+            warmup_iters=warmup_iters,
+            loss_weight=loss_weight,
+            check_images=check_images,
+            skip_nonfinite_steps=skip_nonfinite_steps,
+        )
         check_names(adapter, losses, in_features, inherit)
         try:
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -82,6 +92,7 @@ class Distiller(nn.Module):
         self.loss_weight = float(loss_weight)
         self.inherit = list(inherit)
         self.check_images = check_images
+        self.skip_nonfinite_steps = skip_nonfinite_steps
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}
@@ -108,6 +119,7 @@ class Distiller(nn.Module):
             "loss_weight": node.TEACHER.LOSS_WEIGHT,
             "inherit": node.INHERIT,
             "check_images": node.CHECK_IMAGES,
+            "skip_nonfinite_steps": node.SKIP_NONFINITE_STEPS,
         }
 
     @property
@@ -193,7 +205,8 @@ class Distiller(nn.Module):
 
         Raises:
             ConfigError: see :meth:`build_teacher`; or maps that do not agree cell by cell.
-            FloatingPointError: NaN or infinity, with the level and whose it is.
+            FloatingPointError: NaN or infinity, with the level and whose it is; unless steps may
+                be left out.
         """
         device = student_maps[self.in_features[0]].device
         with torch.autocast(device.type, enabled=False):
@@ -248,12 +261,18 @@ class Distiller(nn.Module):
                 terms = loss(student, teacher, context)
             values = torch.stack([term.detach() for term in terms.values()]).tolist()
             for level, value in zip(terms, values):
-                if not math.isfinite(value):
-                    raise FloatingPointError(explain(loss.name, level, value, student, teacher))
-                storage.put_scalar(f"{loss.name}_kd/{level}", value)
+                if math.isfinite(value):
+                    storage.put_scalar(f"{loss.name}_kd/{level}", value)
+                else:
+                    self._refuse(explain(loss.name, level, value, student, teacher))
             factor = loss.weight * self.loss_weight * ramp
             weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(list(terms.values())).sum()
         return weighted
+
+    def _refuse(self, text: str) -> None:
+        if not self.skip_nonfinite_steps:
+            raise FloatingPointError(text)
+        logger.warning(text)  # the gradient tells the other processes, see `finite.py`
 
 
 def check_numbers(**options: float) -> None:
@@ -358,4 +377,4 @@ def explain(name: str, level: str, value: float, student, teacher) -> str:
     for whose, maps in (("the student's map", student), ("the teacher's map", teacher)):
         if level in maps and not torch.isfinite(maps[level]).all():
             source = f"{whose} {level}, which holds NaN or infinity"
-    return f"{name}_kd/{level} is {value} at iteration {get_event_storage().iter}, from {source}"
+    return f"{name}_kd/{level} is {value}, from {source}"

@@ -9,10 +9,10 @@ import json
 import logging
 import math
 import os
+import weakref
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.data.build import _train_loader_from_config, build_detection_train_loader
 from detectron2.engine import (
@@ -34,16 +34,20 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpointer import WholeCheckpointer, whole_file
 from .data import check_classes
 from .errors import ConfigError, one_line
 from .evaluation import build_evaluator, build_lazy_evaluator
 from .export import export_student
+from .finite import FiniteSteps
 from .hooks import AfterTraining, ExactResume
 from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
-from .preflight import prepare
+from .preemption import StopOnSignal, leave_to_parent
+from .preflight import distillers_of, prepare
 from .random_state import preserve_random_state
+from .same_run import describe_run
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +79,13 @@ def fetching(key: str, weights: str) -> Iterator[None]:
 def save_results(results: Dict[str, Any], folder: str) -> None:
     """Writes an evaluation's metrics to `results.json`, on the main process."""
     if comm.is_main_process() and results:
-        with open(os.path.join(folder, "results.json"), "w") as f:
+        with whole_file(os.path.join(folder, "results.json"), "w") as f:
             json.dump(without_nan(results), f, indent=2)
+
+
+def steps_to_skip(model: nn.Module) -> int:
+    """How many steps with NaN or infinity a run may leave out."""
+    return max((distiller.skip_nonfinite_steps for _, distiller in distillers_of(model)), default=0)
 
 
 def without_nan(value: Any) -> Any:
@@ -116,6 +125,13 @@ class DistillTrainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name)
 
     @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """Detectron2's, whose processes outlive a signal to the whole job."""
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = leave_to_parent
+        return loader
+
+    @classmethod
     def test(cls, cfg, model, evaluators=None):
         """Evaluates, without a trace in the random state of the training around it."""
         with preserve_random_state():
@@ -135,16 +151,25 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self):
         """Detectron2's hooks, the state for an exact resume, and the export at the end."""
+        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
+        self.checkpointer = WholeCheckpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            run=describe_run(self.cfg, model),
+            trainer=weakref.proxy(self),
+        )
         ret = super().build_hooks()
+        exact = ExactResume(self.data_loader, model, period)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
-        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
+        ret.insert(place, exact)
         # the export before the last evaluation: a failure there must not cost the student
+        place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         ret[place:place] = [
-            ExactResume(self.data_loader, model, period),
+            StopOnSignal(exact.collect, self.checkpointer),
             AfterTraining(self.export),
         ]
-        return ret
+        return [FiniteSteps(steps_to_skip(model)), *ret]
 
     def export(self):
         """Writes the student for stock Detectron2."""
@@ -191,7 +216,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg.MODEL.DISTILL.LOSSES = ()
     model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     with fetching("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
@@ -222,7 +247,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    run = describe_run(original, unwrap(model))
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
+    exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
     results: Dict[str, Any] = {}
 
     def test() -> Dict[str, Any]:
@@ -239,10 +266,12 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
+            FiniteSteps(steps_to_skip(unwrap(model))),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            ExactResume(loader, unwrap(model), cfg.train.checkpointer.period),
+            exact,
             checkpoints,
+            StopOnSignal(exact.collect, checkpointer),
             AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             hooks.EvalHook(cfg.train.eval_period, test),
             writer,
@@ -294,7 +323,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = create_ddp_model(lazy_model(cfg))
     names, key = lazy_names(cfg, "TEST")
     check_classes(unwrap(model), {key: names})
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
+    checkpointer = WholeCheckpointer(model, save_dir=cfg.train.output_dir)
     with fetching("train.init_checkpoint", cfg.train.init_checkpoint):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)
@@ -307,6 +336,7 @@ def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():
         loader = instantiate(cfg.dataloader.test)
+        loader.worker_init_fn = leave_to_parent  # as DistillTrainer.build_test_loader
         evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():

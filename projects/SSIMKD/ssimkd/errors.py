@@ -17,8 +17,8 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """Around a command: a ConfigError ends it with its one line and exit status 1."""
+    """Around a command: a ConfigError or NaN ends it with its one line and exit status 1."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -16,6 +16,7 @@ from torch import nn
 from .compat import FCOS
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
+from .finite import naming_place
 
 
 class DistillMixin:
@@ -53,11 +54,11 @@ class DistillMixin:
         """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
         if not (self.training and self.distiller is not None and self.distiller.enabled):
             return super().forward(batched_inputs)
-        with output_of(self.backbone) as backbone:
+        with output_of(self.backbone) as backbone, naming_place(batched_inputs, backbone):
             losses = super().forward(batched_inputs)
-        kd_losses = self.distiller(
-            batched_inputs, backbone["maps"], backbone["padded_size"], image_format_of(self)
-        )
+            kd_losses = self.distiller(
+                batched_inputs, backbone["maps"], backbone["padded_size"], image_format_of(self)
+            )
         return {**losses, **kd_losses}
 
 
