@@ -3,7 +3,8 @@
 import argparse
 import os
 import re
-from typing import Any, List, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -142,6 +143,15 @@ def check_overrides(cfg, overrides: Sequence[str]) -> None:
                 known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
                 raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
             node = OmegaConf.select(node, part)
+
+
+@contextmanager
+def writing_to(key: str, folder: str) -> Iterator[None]:
+    """Around the first writing to a run's folder: that it cannot is a ConfigError with the key."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot write to {folder}: {one_line(error)}") from error
 
 
 def check_config(cfg, args: argparse.Namespace) -> str:
