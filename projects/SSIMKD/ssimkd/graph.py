@@ -1,8 +1,8 @@
 """A detector as a graph that runs without Detectron2: TorchScript or ONNX.
 
     image    (3, H, W) uint8     as the config's mapper gives it: resized, in its channel order
-    outputs  one tensor per field of Detectron2's Instances, n detections each, such as
-             pred_boxes (n, 4) x0, y0, x1, y1 in pixels of this image, scores (n,), pred_classes (n,)
+    outputs  one tensor of n rows per field of Detectron2's Instances, such as pred_boxes (n, 4):
+             x0, y0, x1, y1 in pixels of this image
 
 It is made by tracing one image; H and W may vary afterwards. torch.export does not work: Detectron2
 pads images by sizes that it computes in tensors, which its guards do not follow.
