@@ -79,6 +79,7 @@ def lines(
         chart.axes.plot(x, y, color=colour[label], linewidth=1.2, marker=marker, markersize=3)
     for label, value in levels.items():
         chart.axes.axhline(value, color=colour[label], linewidth=1.2, linestyle="--")
+    chart.axes.set_xlim(left=0)
     return chart.svg()
 
 

@@ -6,12 +6,14 @@ import re
 from typing import Any, Dict, List, Mapping, Optional
 
 import jinja2
+import numpy as np
+from PIL import Image
 from torch import nn
 
 from ..meta_arch import image_format_of
 from ..preflight import distillers_of
 from ..run_record import machine, now
-from ..similarity_maps import NAMES, similarity_maps
+from ..similarity_maps import NAMES, render, similarity_maps
 from . import charts, pictures
 from .detection_errors import KINDS, DetectionErrors, detection_errors
 from .detector import detectors_of
@@ -21,6 +23,7 @@ from .similarity import LevelSimilarity, measure_levels
 
 SAMPLE = 24  # validation images that are looked at
 SHOWN = 3  # of them, at equal distances, and as many that are the least similar
+COLOURS = 96  # of a PNG for a README
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 
@@ -70,7 +73,7 @@ class Report:
                 f"{', '.join(distiller.in_features)}; adapter: {distiller.adapter}"
             )
         iterations = self.run.scalars.get("iteration", ([], []))[0]
-        words["iterations"] = str(iterations[-1] + 1) if iterations else "not known"
+        words["iterations"] = str(iterations[-1]) if iterations else "not known"
         words["evaluated on"] = self.run.dataset or "nothing"
         words["ended"] = self.run.ended
         return words
@@ -93,8 +96,9 @@ class Report:
         kinds = {
             "Losses": [n for n in names if "loss" in n and "/" not in n],
             "Distillation by level, not weighted": [n for n in names if "_kd/" in n],
-            "Learning rate": [n for n in names if n == "lr"],
-            "AP": [n for n in names if re.search(r"(^|/)(bbox|segm|keypoints)/AP$", n)],
+            "AP and learning rate": [
+                n for n in names if re.search(r"^lr$|(^|/)(bbox|segm|keypoints)/AP$", n)
+            ],
         }
         return {kind: [self.curve(n) for n in found] for kind, found in kinds.items() if found}
 
@@ -292,16 +296,33 @@ class Report:
             settings=self.settings(),
             notes=self.notes,
             sample=len(self.samples),
+            shown_score=pictures.SHOWN_SCORE,
             machine=machine(),
             made=now(),
         )
 
     def save_pictures(self, folder: str) -> List[str]:
-        """Writes two small PNGs for a README; returns their paths."""
+        """Writes small PNGs for a README; returns their paths.
+
+        detections.png: images with the truth and every detector's boxes. similarity.png, of a run
+        with a teacher: the maps of the first image.
+        """
         os.makedirs(folder, exist_ok=True)
-        return []
+        found = {}
+        if self.samples:
+            rows = [pictures.side_by_side(self.detections(c["index"])) for c in self.chosen()]
+            found["detections.png"] = np.vstack(rows[:SHOWN])
+        if self.levels:
+            x = self.inputs[0]
+            image = pictures.as_rgb(x, self.shown)
+            found["similarity.png"] = render(similarity_maps(self.model, x), image)
+        paths = [os.path.join(folder, name) for name in found]
+        for path, picture in zip(paths, found.values()):
+            Image.fromarray(picture).quantize(COLOURS).save(path, optimize=True)
+        return paths
 
 
 def number(value: Optional[float], digits: int = 1) -> str:
     """A value as the page writes it; a dash where it is not known."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+    known = value is not None and not math.isnan(value)
+    return f"{value:.{digits}f}" if known else "\N{EN DASH}"

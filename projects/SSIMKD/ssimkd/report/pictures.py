@@ -12,7 +12,7 @@ from detectron2.structures import BoxMode
 from ..similarity_maps import NAMES, overlay, scales, tile
 from .detector import Detector
 
-SHOWN_SCORE = 0.5  # detections below it are not drawn
+SHOWN_SCORE = 0.3  # detections below it are not drawn
 LEAST_WIDTH = 320  # pixels: smaller images are enlarged before anything is drawn on them
 MOST_WIDTH = 640  # pixels, of a picture in the page
 PALETTE = ((59, 130, 246), (245, 158, 11), (16, 185, 129), (236, 72, 153), (139, 92, 246))
