@@ -90,4 +90,4 @@ def machine() -> str:
     gpus = torch.cuda.device_count()
     if gpus:
         return f"{gpus} x {torch.cuda.get_device_name(0)}"
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads of torch"
+    return f"CPU ({platform.machine()}), threads of torch: {torch.get_num_threads()}"

@@ -16,10 +16,10 @@ from ..run_record import machine, now
 from ..similarity_maps import NAMES, render, similarity_maps
 from . import charts, pictures
 from .detection_errors import KINDS, DetectionErrors, detection_errors
-from .detector import detectors_of
+from .detector import detectors_of, distils
 from .differences import differences
 from .run import Run, Series
-from .similarity import LevelSimilarity, measure_levels
+from .similarity import measure_levels
 
 SAMPLE = 24  # validation images that are looked at
 SHOWN = 3  # of them, at equal distances, and as many that are the least similar
@@ -43,14 +43,11 @@ class Report:
         self.shown = image_format_of(self.model)
         self.samples = run.samples(SAMPLE) if self.model is not None else []
         self.inputs = [x for _, x in self.samples]
-        self.levels: Dict[str, LevelSimilarity] = measure_levels(self.model, self.inputs)
+        taught = any(d.label.startswith("teacher") for d in self.detectors)
+        self.levels = measure_levels(self.model, self.inputs) if taught else {}
         self.colour = charts.colours([d.label for d in self.detectors])
-        if not self.levels:
-            self.notes.append(
-                "This run has no teacher: what compares it with one is left out."
-                if not any(d.enabled for _, d in distillers_of(self.model))
-                else "There are no images to compare student and teacher on."
-            )
+        if not distils(self.model):
+            self.notes.append("This run has no teacher: what compares it with one is left out.")
         if not run.results:
             self.notes.append("This run was not evaluated: there is no results.json.")
 
