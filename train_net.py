@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import argument_parser, check_config, load_arguments, writing_to
+from ssimkd.run_record import record_run
 from ssimkd.writers import quiet_terminal
 
 
@@ -37,7 +38,8 @@ def main(args) -> None:
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-    run(cfg, args.resume)
+    with record_run(folder):
+        run(cfg, args.resume)
 
 
 def check(args) -> str:
