@@ -4,7 +4,7 @@ r"""Times the teacher's settings, and says how far each of them changes its maps
     python tools/benchmark_teacher.py                # the teacher of the embedded data
     python tools/benchmark_teacher.py --compile      # torch.compile, too: minutes on a CPU
     python tools/benchmark_teacher.py --config COCO-Detection/faster_rcnn_R_101_FPN_3x \
-        --images 1 --size 320 512                    # another one, with random weights
+        --images 1 --size 320 512                    # times of another one: random weights
     python tools/benchmark_teacher.py --step         # training steps, with maps kept on disk
 
 Times are medians over repeats that take the settings in turn; CPU time, where a CPU runs them.
@@ -204,7 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="a teacher's, with random weights")
+    parser.add_argument("--config", help="a teacher's, as MODEL.DISTILL.TEACHER.CONFIG")
+    parser.add_argument("--weights", default="", help="of --config; else random: no SSIM to go by")
     parser.add_argument("--size", type=int, nargs=2, default=(96, 96), help="image, in pixels")
     parser.add_argument("--images", type=int, default=8, help="images of a batch")
     parser.add_argument("--repeats", type=int, default=15)
@@ -214,8 +215,8 @@ def main() -> None:
     parser.add_argument("--step", action="store_true", help="time training steps instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.weights = "" if args.config else "configs/shapes/teacher.pth"
-    args.config = args.config or "configs/shapes/teacher.yaml"
+    if not args.config:
+        args.config, args.weights = "configs/shapes/teacher.yaml", "configs/shapes/teacher.pth"
     (bench_step if args.step else bench_forward)(args, torch.device(args.device))
 
 
