@@ -5,7 +5,7 @@ r"""Times the teacher's settings, and says how far each of them changes its maps
     python tools/benchmark_teacher.py --compile      # torch.compile, too: minutes on a CPU
     python tools/benchmark_teacher.py --config COCO-Detection/faster_rcnn_R_101_FPN_3x \
         --images 1 --size 320 512                    # times of another one: random weights
-    python tools/benchmark_teacher.py --step         # training steps, with maps kept on disk
+    python tools/benchmark_teacher.py --step         # training steps, with maps kept on disk, too
 
 Times are medians over repeats that take the settings in turn; CPU time, where a CPU runs them.
 Ratios are to the detector's own backbone under torch.no_grad(). Images are those of the embedded
@@ -150,10 +150,11 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> None:
         steps = {
             "no distillation": Step(device, shown, "MODEL.DISTILL.LOSSES", ()),
             "as it is": Step(device, shown),
-            "bfloat16": Step(device, shown, f"{KEY}.PRECISION", "bfloat16"),
             "maps kept, all new": Step(device, shown, f"{KEY}.CACHE", f"{folder}/new"),
             "maps kept, all known": Step(device, shown, f"{KEY}.CACHE", f"{folder}/known"),
         }
+        if args.compile:
+            steps["fast teacher"] = Step(device, shown, *FAST_TEACHER)
         steps["maps kept, all new"].forgets = folder
         for _ in shown:
             steps["maps kept, all known"]()  # fills
