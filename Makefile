@@ -16,7 +16,7 @@ compare: $(READY)  ## train the student with every method and print the table; A
 test: lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
 
-soak: $(READY)  ## the longer tests, which `make test` leaves out
+soak: $(READY)  ## the tests of faults and long runs that take minutes each
 	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)  ## time and memory of the loss against other implementations

@@ -18,7 +18,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch
 from ssimkd.checkpoint_file import trust_checkpoints
-from ssimkd.cli import argument_parser, check_config, load_arguments
+from ssimkd.cli import argument_parser, check_config, load_arguments, writing_to
+from ssimkd.run_record import record_run
 from ssimkd.writers import quiet_terminal
 
 
@@ -28,15 +29,17 @@ def main(args) -> None:
     trust_checkpoints(args.trust_checkpoint)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
-    if args.quiet:
-        quiet_terminal(folder, comm.get_rank())
-    default_setup(cfg, args)
+    with writing_to("train.output_dir" if lazy else "OUTPUT_DIR", folder):
+        if args.quiet:
+            quiet_terminal(folder, comm.get_rank())
+        default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-    run(cfg, args.resume)
+    with record_run(folder):
+        run(cfg, args.resume)
 
 
 def check(args) -> str:

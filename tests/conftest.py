@@ -1,5 +1,6 @@
 """Shared pieces: small detectors on the CPU, teachers made on the spot, random batches."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def save_teacher(cfg, path, seed=0):
     model = build_model(cfg) if isinstance(cfg, CfgNode) else instantiate(cfg)
     torch.save({"model": model.state_dict()}, path)
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before():
+    """A script's set-up of the package's logger ends with its test: caplog needs propagation."""
+    logger = logging.getLogger("ssimkd")
+    handlers = logger.handlers[:]
+    yield
+    logger.handlers, logger.propagate = handlers, True
 
 
 @pytest.fixture(scope="session")

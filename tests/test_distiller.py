@@ -159,7 +159,7 @@ def test_crop_to_common_keeps_the_top_left():
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_nan_is_named_by_level_owner_and_iteration(student, whose):
+def test_nan_is_named_by_level_and_owner(student, whose):
     model = student()
     batch = image_batch((96, 96))
     kd_loss(model, batch)
@@ -172,7 +172,7 @@ def test_nan_is_named_by_level_owner_and_iteration(student, whose):
         return output
 
     handle = conv.register_forward_hook(spoil)
-    message = f"ssim_kd/p3 is nan at iteration 7, from the {whose}'s map p3"
+    message = f"ssim_kd/p3 is nan, from the {whose}'s map p3"
     with pytest.raises(FloatingPointError, match=message):
         if whose == "student":  # the parent's own losses would stop first: only compare maps
             images = model.preprocess_image(batch).tensor

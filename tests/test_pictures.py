@@ -8,7 +8,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from ssimkd import engine
 from ssimkd.cli import load_config
-from ssimkd.detector import image_mapper, load_detector
+from ssimkd.detector import image_reader, load_detector
 from ssimkd.pictures import build_pictures
 from ssimkd.random_state import get_random_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,7 +20,7 @@ TEACHER = ("MODEL.DISTILL.TEACHER.WEIGHTS", "configs/shapes/teacher.pth")
 @pytest.fixture
 def item(few_shapes):
     path = f"{few_shapes}/ssimkd_shapes/val/000000.jpg"
-    return image_mapper(shapes_cfg("vanilla"))({"file_name": path})
+    return image_reader(shapes_cfg("vanilla"))(path)
 
 
 def taken(model, item, steps):

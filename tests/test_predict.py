@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, save_teacher, shapes_cfg
 from detectron2.engine import DefaultPredictor
-from ssimkd.detector import draw_detections, image_mapper, load_detector, metadata_of
+from ssimkd.detector import draw_detections, image_reader, load_detector, metadata_of
 from ssimkd.errors import ConfigError
 from ssimkd.export import export_student, read_weights
 from ssimkd.random_state import get_random_state
@@ -120,7 +120,7 @@ def test_what_it_refuses(images, tmp_path, change, message):
 def test_drawings_are_the_same_each_time_and_leave_the_generators_alone(images):
     cfg = shapes_cfg("teacher")
     model = load_detector(cfg, TEACHER[1])
-    found = model([image_mapper(cfg)({"file_name": images[0]})])[0]["instances"]
+    found = model([image_reader(cfg)(images[0])])[0]["instances"]
     before = get_random_state()["numpy"][1]
     first, second = (draw_detections(images[0], found, metadata_of(cfg)) for _ in range(2))
     assert np.array_equal(first, second)

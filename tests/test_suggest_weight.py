@@ -43,7 +43,7 @@ def test_the_proposal_makes_the_ratio(few_shapes, monkeypatch):
 
 def test_lazy(few_shapes, monkeypatch):
     ratio, weight, proposed = suggest(few_shapes, monkeypatch, *LAZY)
-    assert weight == 4 and proposed == pytest.approx(4 / ratio, rel=0.06)
+    assert weight == 4 and proposed == pytest.approx(4 * 8 / ratio, rel=0.06)
 
 
 def test_text_by_hand():

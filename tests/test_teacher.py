@@ -87,7 +87,7 @@ def test_a_lazy_teacher_from_the_zoo(tmp_path):
         (TeacherSpec(CONFIG), f"{KEY}.WEIGHTS is empty and .* {CONFIG}"),
         (TeacherSpec(CONFIG, "no/such.pth"), f"{KEY}.WEIGHTS: there is no file no/such.pth"),
         (TeacherSpec(CONFIG, "x.pth", ["NO.KEY", 1]), f"{KEY}.CONFIG or .OPTS: .*NO.KEY"),
-        (TeacherSpec(CONFIG, CONFIG), f"{KEY}.WEIGHTS: cannot read {CONFIG}"),
+        (TeacherSpec(CONFIG, CONFIG), f"{KEY}.WEIGHTS: {CONFIG} cannot be read: it is no"),
     ],
 )
 def test_what_cannot_be_found_is_named(spec, message):

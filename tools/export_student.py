@@ -5,7 +5,13 @@ r"""Writes the student of a checkpoint for stock Detectron2, as every training r
         --weights output/ssimkd_R50/model_0044999.pth --out output/exported
 
 makes student.pth and student.yaml in output/exported. A `.yaml` config becomes one for
-DefaultPredictor, a `.py` config one for LazyConfig.load.
+DefaultPredictor, a `.py` config one for LazyConfig.load. With
+
+    --format torchscript --images a.jpg b.jpg c.jpg
+
+it is student.ts, with --format onnx student.onnx: a graph that runs without Detectron2, written
+only if it finds in these images what the detector finds. docs/tools.md says what goes in and comes
+out, and which detectors cannot be a graph.
 """
 
 import argparse
@@ -13,8 +19,32 @@ import argparse
 from detectron2.utils.logger import setup_logger
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, load_config
-from ssimkd.errors import exit_in_one_line
+from ssimkd.detector import image_reader, load_detector
+from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.export import export_student, read_weights
+from ssimkd.graph import SUFFIXES, write_graph
+
+
+def export_weights(args: argparse.Namespace) -> None:
+    """Writes student.pth and student.yaml."""
+    weights = read_weights(args.weights)
+    if args.half:
+        # Vectors stay as they are: a running variance can leave float16's range.
+        weights = {k: v.half() if v.dim() > 1 else v for k, v in weights.items()}
+    export_student(load_config(args.config_file, args.opts, splits=()), weights, args.out)
+
+
+def export_graph(args: argparse.Namespace) -> None:
+    """Writes student.ts or student.onnx."""
+    if args.half:
+        raise ConfigError("--half: for --format detectron2 alone")
+    if len(args.images) < 2:
+        raise ConfigError(f"--images: --format {args.format} needs two, better more, to be checked")
+    cfg = load_config(args.config_file, args.opts, splits=())
+    read = image_reader(cfg)
+    images = [read(path)["image"] for path in args.images]
+    path = write_graph(load_detector(cfg, args.weights).cpu(), images, args.format, args.out)
+    print(f"{path}: agrees with the detector on {len(images)} images")
 
 
 def main() -> None:
@@ -22,9 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help="config of the distilled run")
+    parser.add_argument(
+        "--config-file", "--config", required=True, help="config of the distilled run"
+    )
     parser.add_argument("--weights", required=True, help="its checkpoint, path or URL")
-    parser.add_argument("--out", required=True, help="folder of the two files")
+    parser.add_argument("--out", required=True, help="folder of what is written")
+    parser.add_argument(
+        "--format", choices=("detectron2", *SUFFIXES), default="detectron2", help="what is written"
+    )
+    parser.add_argument(
+        "--images", nargs="+", default=[], help="files, before another option: to check a graph on"
+    )
     parser.add_argument(
         "--half", action="store_true", help="store kernels and matrices in float16: half the size"
     )
@@ -34,11 +72,7 @@ def main() -> None:
     trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
     with exit_in_one_line(args.debug):
-        weights = read_weights(args.weights)
-        if args.half:
-            # Vectors stay as they are: a running variance can leave float16's range.
-            weights = {k: v.half() if v.dim() > 1 else v for k, v in weights.items()}
-        export_student(load_config(args.config_file, args.opts, splits=()), weights, args.out)
+        export_weights(args) if args.format == "detectron2" else export_graph(args)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from detectron2.utils.logger import setup_logger
 from ssimkd.cli import load_config
 from ssimkd.detector import (
     draw_detections,
-    image_mapper,
+    image_reader,
     load_detector,
     metadata_of,
     write_image,
 )
-from ssimkd.errors import ConfigError, exit_in_one_line, one_line
+from ssimkd.errors import ConfigError, exit_in_one_line
 from tqdm import tqdm
 
 
@@ -72,15 +72,11 @@ def predict(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Draws the detections of all images; returns their list."""
     check_files(args.images, args.output)
     cfg = load_config(args.config_file, args.opts, splits=("TEST",))
-    model, mapper, metadata = load_detector(cfg, args.weights), image_mapper(cfg), metadata_of(cfg)
+    model, read, metadata = load_detector(cfg, args.weights), image_reader(cfg), metadata_of(cfg)
     os.makedirs(args.output, exist_ok=True)
     entries = []
     for path in tqdm(args.images, unit="img", disable=None):
-        try:
-            image = mapper({"file_name": path})
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as an image: {one_line(error)}") from error
-        found = model([image])[0]["instances"].to("cpu")
+        found = model([read(path)])[0]["instances"].to("cpu")
         found = found[found.scores >= args.confidence_threshold]
         drawing = draw_detections(path, found, metadata)
         write_image(os.path.join(args.output, os.path.basename(path)), drawing)

@@ -7,8 +7,9 @@ r"""Proposes the weight of the distillation losses of a config, from the start o
 
 Runs the config's training for some iterations, writes nothing beside it, and measures how long the
 gradient of the distillation losses is against that of the detector's own, at the maps that the
-backbone returns. The proposal makes it --ratio times as long: it is a place to start a search from,
-not its end. Several losses keep their weights' proportions.
+backbone returns. The proposal makes it --ratio times as long: a place to start a search from, not
+its end. On the embedded data the losses did well from about 5 times on. Several losses keep their
+weights' proportions.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--config-file", required=True, help="of the run to come, .yaml or .py")
     parser.add_argument("--iters", type=int, default=300, help="iterations to watch")
-    parser.add_argument("--ratio", type=float, default=1.0, help="length that is wanted")
+    parser.add_argument("--ratio", type=float, default=8.0, help="wanted (8)")
     parser.add_argument("--num-gpus", type=int, default=1)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
     args = parser.parse_args()

@@ -20,8 +20,8 @@ class RunCheckpointer(CheckpointReader):
     Args:
         model (nn.Module): as Detectron2's.
         save_dir (str): as Detectron2's.
-        whole (bool): a file must hold every tensor; one that is resumed from always must. Other
-            files may leave some as they are, but not all, nor hold a backbone of other shapes.
+        whole (bool): a file must hold every tensor. Otherwise it may leave some as they are, but
+            not all, nor hold a backbone of other shapes.
         options: as Detectron2's.
     """
 
@@ -30,11 +30,6 @@ class RunCheckpointer(CheckpointReader):
     ) -> None:
         super().__init__(model, save_dir, **options)
         self.whole = whole
-
-    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """As Detectron2's; see :meth:`CheckpointReader.load` for the errors."""
-        self.whole = self.whole or (resume and self.has_checkpoint())
-        return super().resume_or_load(path, resume=resume)
 
     def _log_incompatible_keys(self, incompatible) -> None:
         wrong = lacking(incompatible)

@@ -44,10 +44,6 @@ def _tensor_storage(content: bytes) -> Any:
 # What a pickle may name -> what it gets. NumPy 2 renamed its core; files of both are about.
 ADMITTED: Dict[str, Any] = {
     "_codecs.encode": codecs.encode,  # how protocol 2 writes bytes
-    "builtins.bytearray": bytearray,
-    "builtins.complex": complex,
-    "builtins.frozenset": frozenset,
-    "builtins.set": set,
     "collections.OrderedDict": OrderedDict,
     "numpy.dtype": np.dtype,
     "numpy.ndarray": np.ndarray,
@@ -55,6 +51,9 @@ ADMITTED: Dict[str, Any] = {
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch.storage._load_from_bytes": _tensor_storage,
 }
+for _kind in (set, frozenset, complex, bytearray):
+    for _module in ("builtins", "__builtin__"):  # the latter in protocols of Python 2
+        ADMITTED[f"{_module}.{_kind.__name__}"] = _kind
 for _core in ("numpy.core", "numpy._core"):
     ADMITTED[f"{_core}.multiarray._reconstruct"] = multiarray._reconstruct
     ADMITTED[f"{_core}.multiarray.scalar"] = multiarray.scalar

@@ -3,11 +3,13 @@
 import argparse
 import os
 import re
-from typing import Any, List, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.engine import default_argument_parser
+from omegaconf import OmegaConf
 
 from .checkpoint_file import TRUST
 from .config import add_ssimkd_config
@@ -126,13 +128,30 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
 
 
 def check_overrides(cfg, overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own."""
+    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own.
+
+    What is called is not looked at: it refuses arguments that it does not know.
+    """
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: an override of a .py config is written key=value")
-        if key[0] not in "+~" and key.split(".")[0] not in cfg:
-            raise ConfigError(f"{key}: there are the keys {', '.join(cfg)}")
+        node, called = cfg, False
+        for part in [] if key.startswith(("+", "~")) else key.split("."):
+            called = called or "_target_" in node
+            if not OmegaConf.is_config(node) or not (called or part in node):
+                known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
+                raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
+            node = OmegaConf.select(node, part)
+
+
+@contextmanager
+def writing_to(key: str, folder: str) -> Iterator[None]:
+    """Around the first writing to a run's folder: that it cannot is a ConfigError with the key."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot write to {folder}: {one_line(error)}") from error
 
 
 def check_config(cfg, args: argparse.Namespace) -> str:

@@ -70,6 +70,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.CHECK_IMAGES = 8
     # Iterations between logs of the losses' gradients at the maps against the detector's; 0 = none
     cfg.MODEL.DISTILL.LOG_GRADIENTS = 0
+    # Steps with NaN or infinity in a loss or gradient that a run leaves out before it stops
+    cfg.MODEL.DISTILL.SKIP_NONFINITE_STEPS = 0
     # Iterations over which all weights grow linearly from 0; 0 = none
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
     # Project in Weights & Biases that gets the run's figures and pictures; "" = none

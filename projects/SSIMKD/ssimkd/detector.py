@@ -13,7 +13,7 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from .checkpoint import load_teacher
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .export import build_plain, plain_config
 from .lazy import lazy_names
 from .random_state import preserve_random_state
@@ -50,17 +50,28 @@ def device_of(cfg) -> torch.device:
     return torch.device(device if torch.cuda.is_available() else "cpu")
 
 
-def image_mapper(cfg) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
-    """What prepares {"file_name": path} for a detector, as in an evaluation of its config.
+def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
+    """What reads an image file for a detector and prepares it as an evaluation of its config does.
+
+    Its call raises ConfigError for a file that is no image.
 
     Raises:
-        ConfigError: a LazyConfig has none.
+        ConfigError: a LazyConfig does not say how.
     """
     if isinstance(cfg, CfgNode):
-        return DatasetMapper(cfg, is_train=False)
-    if "dataloader" not in cfg:
+        mapper = DatasetMapper(cfg, is_train=False)
+    elif "dataloader" in cfg:
+        mapper = instantiate(cfg.dataloader.test.mapper)
+    else:
         raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
-    return instantiate(cfg.dataloader.test.mapper)
+
+    def read(path: str) -> Dict[str, Any]:
+        try:
+            return mapper({"file_name": path})
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read as an image: {one_line(error)}") from error
+
+    return read
 
 
 def metadata_of(cfg) -> Metadata:

@@ -1,5 +1,6 @@
 """Adapters and losses over the levels that teacher and student share."""
 
+import logging
 import math
 from contextlib import contextmanager
 from typing import (
@@ -27,6 +28,7 @@ from .losses import KD_LOSS_REGISTRY, Context, KDLoss
 from .teacher import Rules, Teacher
 from .teacher_spec import TeacherSpec
 
+logger = logging.getLogger(__name__)
 ADAPTERS = ("none", "conv1x1")
 
 
@@ -52,6 +54,8 @@ class Distiller(nn.Module):
             first iteration, see `preflight.py`; 0: no check.
         log_gradients (int): iterations between logs of how hard the losses pull, see `balance.py`;
             0: none.
+        skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
+            stops, see `finite.py`.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -72,6 +76,7 @@ class Distiller(nn.Module):
         inherit: Sequence[str] = (),
         check_images: int = 8,
         log_gradients: int = 0,
+        skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
         check_numbers(
@@ -79,6 +84,7 @@ class Distiller(nn.Module):
             loss_weight=loss_weight,
             check_images=check_images,
             log_gradients=log_gradients,
+            skip_nonfinite_steps=skip_nonfinite_steps,
         )
         check_names(adapter, losses, in_features, inherit)
         try:
@@ -95,6 +101,7 @@ class Distiller(nn.Module):
         self.inherit = list(inherit)
         self.check_images = check_images
         self.log_gradients = log_gradients
+        self.skip_nonfinite_steps = skip_nonfinite_steps
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}
@@ -129,6 +136,7 @@ class Distiller(nn.Module):
             "inherit": node.INHERIT,
             "check_images": node.CHECK_IMAGES,
             "log_gradients": node.LOG_GRADIENTS,
+            "skip_nonfinite_steps": node.SKIP_NONFINITE_STEPS,
         }
 
     @property
@@ -214,7 +222,8 @@ class Distiller(nn.Module):
 
         Raises:
             ConfigError: see :meth:`build_teacher`; or maps that do not agree cell by cell.
-            FloatingPointError: NaN or infinity, with the level and whose it is.
+            FloatingPointError: NaN or infinity, with the level and whose it is; unless steps may
+                be left out.
         """
         with torch.autocast(images.device.type, enabled=False):
             student, teacher = self.pair(batched_inputs, student_maps, images, rules)
@@ -268,13 +277,19 @@ class Distiller(nn.Module):
                 terms = loss(student, teacher, context)
             values = torch.stack([term.detach() for term in terms.values()]).tolist()
             for level, value in zip(terms, values):
-                if not math.isfinite(value):
-                    raise FloatingPointError(explain(loss.name, level, value, student, teacher))
-                storage.put_scalar(f"{loss.name}_kd/{level}", value)
+                if math.isfinite(value):
+                    storage.put_scalar(f"{loss.name}_kd/{level}", value)
+                else:
+                    self._refuse(explain(loss.name, level, value, student, teacher))
             factor = loss.weight * self.loss_weight * ramp
             parts = [self.level_weights.get(part, 1.0) * term for part, term in terms.items()]
             weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(parts).sum()
         return weighted
+
+    def _refuse(self, text: str) -> None:
+        if not self.skip_nonfinite_steps:
+            raise FloatingPointError(text)
+        logger.warning(text)  # the gradient tells the other processes, see `finite.py`
 
 
 def check_numbers(**options: float) -> None:
@@ -393,4 +408,4 @@ def explain(name: str, level: str, value: float, student, teacher) -> str:
     for whose, maps in (("the student's map", student), ("the teacher's map", teacher)):
         if level in maps and not torch.isfinite(maps[level]).all():
             source = f"{whose} {level}, which holds NaN or infinity"
-    return f"{name}_kd/{level} is {value} at iteration {get_event_storage().iter}, from {source}"
+    return f"{name}_kd/{level} is {value}, from {source}"

@@ -120,7 +120,8 @@ def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
     settings: List[Any] = []
     for key, value in entry.items():
         if key in TEACHER_KEYS:
-            value = float(value) if key in NUMBERS else value  # 1 is as good as 1.0
+            if key in NUMBERS and isinstance(value, int):
+                value = float(value)  # 1 is as good as 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
         elif key in PAIR_KEYS:
             settings += [f"MODEL.DISTILL.{key}", value]

@@ -12,7 +12,7 @@ import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
-from detectron2.config import LazyCall, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config, build_detection_train_loader
 from detectron2.engine import (
@@ -33,19 +33,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .bad_images import CountSkipped, NamingMapper
-from .checkpoint import RunCheckpointer
+from .checkpointer import WholeCheckpointer, whole_file
 from .compat import create_ddp_model
 from .data import check_classes
 from .errors import ConfigError, one_line
 from .evaluation import build_evaluator, build_lazy_evaluator
 from .export import export_student
+from .finite import FiniteSteps
 from .hooks import AfterTraining, ExactResume
 from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
 from .pictures import build_pictures
-from .preflight import prepare
+from .preemption import StopOnSignal, leave_to_parent
+from .preflight import distillers_of, prepare
 from .random_state import preserve_random_state
+from .same_run import describe_run
 from .writers import build_writers
 
 logger = logging.getLogger(__name__)
@@ -92,8 +95,13 @@ def building(what: str) -> Iterator[None]:
 def save_results(results: Dict[str, Any], folder: str) -> None:
     """Writes an evaluation's metrics to `results.json`, on the main process."""
     if comm.is_main_process() and results:
-        with open(os.path.join(folder, "results.json"), "w") as f:
+        with whole_file(os.path.join(folder, "results.json"), "w") as f:
             json.dump(without_nan(results), f, indent=2)
+
+
+def steps_to_skip(model: nn.Module) -> int:
+    """How many steps with NaN or infinity a run may leave out."""
+    return max((distiller.skip_nonfinite_steps for _, distiller in distillers_of(model)), default=0)
 
 
 def without_nan(value: Any) -> Any:
@@ -133,10 +141,12 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        """Detectron2's; an image that cannot be read is named."""
+        """Detectron2's; it names an image that it cannot read, and outlives a job's signals."""
         with building(f"DATASETS.TEST: {dataset_name}"):
             mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader.worker_init_fn = leave_to_parent
+        return loader
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -175,24 +185,31 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self):
         """Detectron2's hooks, the state for an exact resume, and the export at the end."""
+        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
         # before the hook that saves takes Detectron2's own
-        options = self.checkpointer.checkpointables
-        self.checkpointer = RunCheckpointer(self.checkpointer.model, self.cfg.OUTPUT_DIR, **options)
+        self.checkpointer = WholeCheckpointer(
+            self.checkpointer.model,
+            self.cfg.OUTPUT_DIR,
+            run=describe_run(self.cfg, model),
+            **self.checkpointer.checkpointables,
+        )
         ret = super().build_hooks()
+        exact = ExactResume(self.data_loader, model, period)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
-        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
         tests = self.cfg.DATASETS.TEST
+        ret.insert(place, exact)
         # the export before the last evaluation: a failure there must not cost the student
+        place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         ret[place:place] = [
-            ExactResume(self.data_loader, model, period),
+            StopOnSignal(exact.collect, self.checkpointer),
             AfterTraining(self.export),
             CountSkipped(self.data_loader),
             build_pictures(
                 model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
             ),
         ]
-        return ret
+        return [FiniteSteps(steps_to_skip(model)), *ret]
 
     def build_writers(self):
         """Detectron2's, and what a terminal or Weights & Biases shows."""
@@ -246,7 +263,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     with building("MODEL"):
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+    checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
     with loading("--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
@@ -279,7 +296,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = RunCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    run = describe_run(original, unwrap(model))
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
+    exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
     results: Dict[str, Any] = {}
 
     def test() -> Dict[str, Any]:
@@ -300,10 +319,12 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
+            FiniteSteps(steps_to_skip(unwrap(model))),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=scheduler),
-            ExactResume(loader, unwrap(model), cfg.train.checkpointer.period),
+            exact,
             checkpoints,
+            StopOnSignal(exact.collect, checkpointer),
             CountSkipped(loader),
             AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             hooks.EvalHook(cfg.train.eval_period, test),
@@ -357,7 +378,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = create_ddp_model(lazy_model(cfg))
     names, key = lazy_names(cfg, "TEST")
     check_classes(unwrap(model), {key: names})
-    checkpointer = RunCheckpointer(model, cfg.train.output_dir, whole=True)
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
     resumed = resume and checkpointer.has_checkpoint()
     with loading("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -373,9 +394,10 @@ def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     with preserve_random_state():
         with building("dataloader.test or dataloader.evaluator"):
             node = cfg.dataloader.test
-            node.mapper = LazyCall(NamingMapper)(mapper=node.mapper)
+            node.mapper = NamingMapper(instantiate(node.mapper))
             loader = instantiate(node)
             evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
+        loader.worker_init_fn = leave_to_parent  # as DistillTrainer.build_test_loader
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)

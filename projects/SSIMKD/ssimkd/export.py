@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from .checkpoint_file import CheckpointReader
+from .checkpointer import whole_file
 from .config import OWN_KEYS
 from .errors import ConfigError
 from .lazy import target_of
@@ -42,8 +43,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     check_weights(plain, weights)
     os.makedirs(folder, exist_ok=True)
     # Written beside and renamed: an interrupted export leaves what was there.
-    torch.save({"model": weights, "__author__": "SSIMKD"}, paths[0] + ".tmp")
-    os.replace(paths[0] + ".tmp", paths[0])
+    with whole_file(paths[0]) as file:
+        torch.save({"model": weights, "__author__": "SSIMKD"}, file)
     draft = os.path.join(folder, "student.tmp.yaml")
     if isinstance(plain, CfgNode):
         with open(draft, "w") as f:

@@ -52,8 +52,12 @@ class ExactResume(HookBase):
         """Collects the generators of all processes where a checkpoint is about to be written."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
-            own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
-            self.states = comm.gather({**get_random_state(), "model": own})
+            self.collect()
+
+    def collect(self) -> None:
+        """Collects them now; every process has to call it."""
+        own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
+        self.states = comm.gather({**get_random_state(), "model": own})
 
     def state_dict(self) -> Dict[str, Any]:
         """What the checkpoint keeps."""

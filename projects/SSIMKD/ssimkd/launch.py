@@ -20,6 +20,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from .compat import create_local_process_group
 from .errors import MENDABLE, WORKER, ConfigError, exit_in_one_line, in_user_terms, one_line
+from .preemption import forward_to_children
 
 # What torchrun sets, and torch's "env://" and this file read.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,6 +50,8 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
 
 def start_processes(main: Callable[[Any], None], args: Any) -> None:
     """Detectron2's launch, which starts a process per GPU; ends as the first that failed."""
+    if args.num_gpus > 1:
+        forward_to_children()
     try:
         engine.launch(
             main,

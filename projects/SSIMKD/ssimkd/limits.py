@@ -9,7 +9,8 @@ from detectron2.config import CfgNode, instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from .distillers import build_distiller
+from .distiller import Distiller
+from .distillers import Distillers, build_distiller
 from .errors import ConfigError, one_line
 
 # Key -> its least value; an integer where that is one. A config need not have all.
@@ -105,8 +106,10 @@ def check_lazy(cfg: DictConfig) -> None:
     distiller = cfg.model.get("distiller")
     if distiller is not None:
         try:
-            instantiate(distiller)
+            built = instantiate(distiller)
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(f"model.distiller: {one_line(error)}") from error
+        if not isinstance(built, (Distiller, Distillers)):
+            raise ConfigError(f"model.distiller must be a Distiller or Distillers, got {built!r}")

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .bad_images import BadImageError, NamingMapper
 from .errors import ConfigError
+from .preemption import leave_to_parent
 from .random_state import preserve_random_state
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,12 @@ class ResumableLoader:
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
                 "or total_batch_size (.py)"
             )
-        self.options = {"collate_fn": trivial_batch_collator, "num_workers": num_workers, **options}
+        self.options = {
+            "collate_fn": trivial_batch_collator,
+            "num_workers": num_workers,
+            "worker_init_fn": leave_to_parent,
+            **options,
+        }
         self.batches = 0  # taken so far
 
     def __iter__(self) -> Iterator[List[Dict]]:

@@ -18,6 +18,7 @@ from .balance import GradientBalance
 from .compat import FCOS
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
+from .finite import naming_place
 from .teacher import rules_of
 
 
@@ -59,10 +60,10 @@ class DistillMixin:
             return super().forward(batched_inputs)
         period = self.distiller.log_gradients
         watch = bool(period) and get_event_storage().iter % period == 0
-        with output_of(self.backbone, watch) as backbone:
-            losses = super().forward(batched_inputs)
         rules = self.rules._replace(input_format=image_format_of(self))
-        kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
+        with output_of(self.backbone, watch) as backbone, naming_place(batched_inputs, backbone):
+            losses = super().forward(batched_inputs)
+            kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
         return {**losses, **kd_losses}
 
 

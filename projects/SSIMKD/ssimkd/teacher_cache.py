@@ -16,6 +16,7 @@ import os
 import re
 import time
 import uuid
+from contextlib import suppress
 from typing import Callable, Dict, Optional
 
 import numpy as np
@@ -40,8 +41,9 @@ Maps = Dict[str, Tensor]
 class TeacherCache:
     """Answers for a teacher where it has seen an image before.
 
-    Whether an image was seen makes no difference to its maps: new ones are rounded as well. Many
-    processes may use a folder at once. What is interrupted or damaged is computed anew.
+    New maps are rounded as well, so that it makes no difference whether an image was seen (but for
+    the rounding of convolutions, which depends on how many images are run). Many processes may use
+    a folder at once. What is interrupted or damaged is computed anew.
 
     Args:
         folder (str): made if need be.
@@ -120,6 +122,8 @@ class TeacherCache:
             os.replace(unfinished, path)  # whole or not at all
         except OSError as error:
             self._stop(one_line(error))
+            with suppress(OSError):
+                os.remove(unfinished)
             return
         self.bytes += len(data)
         self.added += 1
@@ -184,6 +188,7 @@ def unpack(data: bytes) -> Maps:
         at += 8 * channels
         steps = np.frombuffer(data, "<u2", channels * height * width, at)
         at += 2 * len(steps)
-        values = steps.reshape(channels, -1) * step + low  # float32
+        with np.errstate(invalid="ignore"):
+            values = steps.reshape(channels, -1) * step + low  # float32
         maps[level] = torch.from_numpy(values).view(channels, height, width)
     return maps

@@ -45,8 +45,7 @@ class TeacherNetwork:
         backbone.to(memory_format=self.layout)
         if precision != "float32":
             backbone.to(self.dtype)
-        # Images vary in size: one compilation for all
-        self.run = torch.compile(backbone, dynamic=True) if compiled else backbone
+        self.run = torch.compile(backbone) if compiled else backbone
 
     def __call__(self, images: Tensor) -> Dict[str, Tensor]:
         """Maps of a batch.
