@@ -74,15 +74,17 @@ class WholeCheckpointer(DetectionCheckpointer):
             ConfigError: none is whole, it is not one of this model and optimizer or of these
                 teachers, or the processes do not see the same.
         """
-        self.resuming = resume and self.has_checkpoint()
-        if not self.resuming:
-            return super().resume_or_load(path, resume=False)
-        path = self._last_whole()
-        if len(set(comm.all_gather(path))) > 1:
+        found = self._last_whole() if resume and self.has_checkpoint() else ""
+        if resume and len(set(comm.all_gather(found))) > 1:
             raise ConfigError(
                 f"OUTPUT_DIR (.yaml) or train.output_dir (.py): the processes see different "
-                f"checkpoints in {self.save_dir}; this one {path}"
+                f"checkpoints in {self.save_dir}, this one {found or 'none'}: it has to be a "
+                "folder that all of them share"
             )
+        self.resuming = bool(found)
+        if not found:
+            return super().resume_or_load(path, resume=False)
+        path = found
         try:
             return self.load(path)
         except ConfigError as error:
