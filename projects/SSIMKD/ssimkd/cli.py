@@ -158,7 +158,7 @@ def check_config(cfg, args: argparse.Namespace) -> None:
     if not used[needed]:
         raise ConfigError(f"{needed} is empty: name at least one data set")
     for key, names in list(used.items())[: 1 if args.eval_only else 2]:
-        check_datasets(names, key)
+        check_datasets(names or (), key)
     resumes = args.resume and os.path.isfile(os.path.join(folder, "last_checkpoint"))
     check_weights(weights_key, weights, resumes, args.eval_only)
     check_processes(args, device, use_cpu)

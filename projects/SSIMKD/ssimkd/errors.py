@@ -13,6 +13,12 @@ WORKER = r"^ssimkd\.\w+\.\w+: "  # how a traceback names an exception of this pa
 class ConfigError(ValueError):
     """Wrong settings, files or data: one line that names the key, file or level to change."""
 
+    def __init__(self, text: str = "") -> None:
+        lines = text.strip().splitlines()
+        if text.startswith("Caught "):  # torch's, from a data worker: its traceback, then the line
+            lines = [re.sub(WORKER, "", lines[-1])]
+        super().__init__(" ".join(lines))
+
 
 def one_line(error: BaseException) -> str:
     """An exception as one line: its type and the first line of its message."""
@@ -38,6 +44,4 @@ def exit_in_one_line(debug: bool = False) -> Iterator[None]:
     except (ConfigError, FloatingPointError) as error:
         if debug:
             raise
-        # torch hands on what a data worker raised behind that worker's traceback
-        last = str(error).strip().splitlines()[-1]
-        sys.exit(f"error: {re.sub(WORKER, '', last)}")
+        sys.exit(f"error: {error}")
