@@ -1,4 +1,4 @@
-"""Random overrides and annotation files: each is taken, or refused in one line; never anything else.
+"""Random overrides and annotation files: each is taken, or refused in one line.
 
 A seeded mutator, so that a failure comes again. `make soak` runs many more.
 """

@@ -150,7 +150,7 @@ def check_config(cfg, args: argparse.Namespace) -> None:
         folder = cfg.OUTPUT_DIR
     else:
         used = {key: names for names, key in (lazy_names(cfg, s) for s in ("TEST", "TRAIN"))}
-        device, use_cpu = cfg.train.device, "train.device=cpu"
+        device, use_cpu = str(cfg.train.device), "train.device=cpu"
         amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
         weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"
         folder = cfg.train.output_dir

@@ -60,8 +60,8 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
     if not isinstance(value_of(cfg, weights), str):
         raise ConfigError(f"{weights} must name a checkpoint, or be empty")
     try:
-        torch.device(value_of(cfg, device))
-    except (RuntimeError, TypeError, ValueError) as error:
+        torch.device(str(value_of(cfg, device)))
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{device}: {one_line(error)}") from error
     if not eval_only:
         (check_lazy if lazy else check_yaml)(cfg)
