@@ -19,11 +19,12 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
 from ssimkd import engine
 from ssimkd.cli import check_config, load_config
 from ssimkd.data import check_classes
@@ -118,7 +119,7 @@ def short(cfg, folder: str, iterations: int, num_gpus: int):
     if "vis_period" in cfg.model:
         cfg.model.vis_period = 0
     for node in (cfg.model.distiller, *cfg.model.distiller.values()):  # one teacher, or several
-        if isinstance(node, Mapping) and "warmup_iters" in node:
+        if isinstance(node, DictConfig) and "warmup_iters" in node:
             node.warmup_iters = 0
     return cfg
 
