@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train compare bench test lint format clean
+.PHONY: setup train compare bench test soak lint format clean
 
 setup: $(READY)  ## .venv alone
 
@@ -15,6 +15,9 @@ compare: $(READY)  ## train the student with every method and print the table; A
 
 test: lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
+
+soak: $(READY)  ## the tests of faults and long runs that take minutes each
+	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)  ## time and memory of the loss against other implementations
 	$(BIN)/pip --disable-pip-version-check install -q -r requirements-bench.txt

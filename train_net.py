@@ -6,61 +6,51 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     python train_net.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
     python train_net.py --config-file configs/ssimkd_R50.py --num-gpus 8 train.amp.enabled=True
     python train_net.py --config-file configs/ssimkd_R50.yaml --eval-only MODEL.WEIGHTS x.pth
+    torchrun --nproc-per-node 8 train_net.py --config-file configs/ssimkd_R50.yaml
+    srun --ntasks-per-node 8 python train_net.py --config-file configs/ssimkd_R50.yaml
 """
 
-import sys
-from typing import Tuple
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from ssimkd import engine
-from ssimkd.cli import check_config, load_config
-from ssimkd.errors import exit_in_one_line
+from ssimkd import engine, launch
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import argument_parser, check_config, load_arguments, writing_to
+from ssimkd.run_record import record_run
 from ssimkd.writers import quiet_terminal
-from torch.multiprocessing import ProcessExitedException
 
 
-def splits_of(args) -> Tuple[str, ...]:
-    """Whose data a run uses."""
-    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
-
-
-@exit_in_one_line()
 def main(args) -> None:
     """One process of a run."""
-    cfg = load_config(args.config_file, args.opts, splits_of(args))
+    cfg = load_arguments(args)
+    trust_checkpoints(args.trust_checkpoint)
     lazy = not isinstance(cfg, CfgNode)
     folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
-    if args.quiet:
-        quiet_terminal(folder, comm.get_rank())
-    default_setup(cfg, args)
+    with writing_to("train.output_dir" if lazy else "OUTPUT_DIR", folder):
+        if args.quiet:
+            quiet_terminal(folder, comm.get_rank())
+        default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-    run(cfg, args.resume)
+    with record_run(folder):
+        run(cfg, args.resume)
+
+
+def check(args) -> str:
+    """Raises ConfigError for what cannot run, before any folder is made; returns the device."""
+    return check_config(load_arguments(args), args)
+
+
+def run(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    launch.start(main, check, argument_parser().parse_args(words))
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser()
-    parser.add_argument(
-        "--quiet", action="store_true", help="show progress, results and warnings alone"
-    )
-    args = parser.parse_args()
-    with exit_in_one_line():  # before any process is started or folder made
-        cfg = load_config(args.config_file, args.opts, splits_of(args))
-        check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_gpus=args.num_gpus)
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:  # the process has said why
-        sys.exit(error.exit_code)
+    run()

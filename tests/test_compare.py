@@ -100,7 +100,7 @@ def test_budgets_are_not_mixed():
 
 def test_every_registered_loss_is_compared():
     names = [m.name for m in compare.select(compare.parse_args([]))]
-    assert names == ["vanilla", *sorted(name for name, _ in KD_LOSS_REGISTRY)]
+    assert names == ["vanilla", "ssim:*0", *sorted(name for name, _ in KD_LOSS_REGISTRY)]
 
 
 def test_every_ablation_changes_the_config():
@@ -182,7 +182,7 @@ def executed(monkeypatch):
     """Replaces the processes: `ap(run)` is a run's AP, an exception's text its failure."""
     calls = []
 
-    def replace(ap):
+    def replace(ap, **more):
         def execute(run):
             calls.append(run)
             try:
@@ -192,6 +192,7 @@ def executed(monkeypatch):
             run.folder.mkdir(parents=True)
             record = {"settings": [run.config, *run.opts], "commit": "c", "machine": "m"}
             record.update(bbox={"AP": value, "AP50": value, "AP75": None}, seconds=1, peak_mib=1)
+            record.update(more)
             (run.folder / compare_runs.RECORD).write_text(json.dumps(record))
             return ""
 
@@ -227,7 +228,7 @@ def weight_of(run):
 def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, chosen):
     calls = executed(lambda run: 50 - abs(math.log(weight_of(run) / target)))
     search, method = comparison(tmp_path, "--search-seeds", "7", "8"), parse_method("l1:*2")
-    scores = search.search([parse_method(method.searched_as)])
+    scores = search.search([parse_method(method.searched_as)], {"l1": 4.0})
     assert sorted(scores["l1"]) == tried and len(calls) == 2 * len(tried)
     assert compare.choose([method], scores) == {method: 2 * chosen}
     for run in calls:
@@ -235,9 +236,20 @@ def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, c
         assert option(run, "DATASETS.TEST") == "('ssimkd_shapes_search_val',)"
 
 
+@pytest.mark.parametrize(
+    "ratio, centre",
+    [(8.0, 4.0), (15.9, 4.0), (16.1, 1.0), (0.125, 256.0), (None, 4.0), (0.0, 4.0)],
+)
+def test_the_search_starts_where_the_gradients_are_in_proportion(tmp_path, executed, ratio, centre):
+    calls = executed(lambda run: 0.0, gradient_ratio=ratio)
+    assert comparison(tmp_path).probe([parse_method("l1")]) == {"l1": centre}
+    assert weight_of(calls[0]) == 4.0 and option(calls[0], "MODEL.DISTILL.LOG_GRADIENTS") == "10"
+    assert option(calls[0], "DATASETS.TRAIN") == "('ssimkd_shapes_search_train',)"
+
+
 def test_equal_scores_keep_the_default(tmp_path, executed):
     executed(lambda run: 0.0)
-    scores = comparison(tmp_path).search([parse_method("l1")])
+    scores = comparison(tmp_path).search([parse_method("l1")], {"l1": 4.0})
     assert sorted(scores["l1"]) == [1, 4, 16] and compare.best(scores["l1"]) == 4
 
 
@@ -249,7 +261,7 @@ def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
 
     executed(ap)
     search = comparison(tmp_path)
-    scores = search.search([parse_method("l1")])
+    scores = search.search([parse_method("l1")], {"l1": 4.0})
     assert scores["l1"] == {4.0: 4.0, 1.0: 1.0, 16.0: -math.inf}
     assert set(search.runner.failed.values()) == {"loss is NaN"}
     text = compare.write_weights(tmp_path / "weights.json", scores)
@@ -314,7 +326,7 @@ def test_failures_end_with_status_1_after_the_report(tmp_path, executed, monkeyp
 
 def test_a_failed_process_leaves_its_last_line_and_no_record(tmp_path):
     run = compare_runs.Run(tmp_path / "run", "no.yaml", ("SEED", "1"))
-    assert compare_runs.execute(run).startswith("exit status 1: error: no.yaml")
+    assert compare_runs.execute(run).startswith("exit status 1: error: --config-file: no.yaml")
     assert run.record() is None and os.listdir(tmp_path) == ["run"]
     assert "no.yaml" in (run.folder / "output.txt").read_text()
 

@@ -144,7 +144,7 @@ def test_what_cannot_be_had_or_written(tmp_path, monkeypatch):
         SystemExit, match=r"^error: --weights: cannot download resnet34, .*network$"
     ):
         run(monkeypatch, "resnet34", "--out", tmp_path / "out.pth")
-    with pytest.raises(SystemExit, match=r"^error: cannot read the checkpoint no.pth: .*found!$"):
+    with pytest.raises(SystemExit, match=r"^error: no.pth cannot be loaded: .*found!$"):
         run(monkeypatch, "resnet34", "--weights", "no.pth", "--out", tmp_path / "out.pth")
     with pytest.raises(SystemExit, match=r"^error: --out: .*out.pkl must end in .pth"):
         run(monkeypatch, "resnet34", "--out", tmp_path / "out.pkl")

@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError
 from ssimkd.distiller import check_cells, crop_to_common, match_levels
 from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.teacher import rules_of
 
 KEY = "MODEL.DISTILL"
 
@@ -69,6 +70,8 @@ def test_channels_that_differ_need_an_adapter(student):
         ((f"{KEY}.SSIM.WEIGHT", -1.0), f"{KEY}.SSIM: weight must be a finite number >= 0"),
         ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be a finite number >= 0"),
         ((f"{KEY}.IN_FEATURES", []), f"{KEY}.IN_FEATURES is empty"),
+        ((f"{KEY}.LEVEL_WEIGHTS", [1.0]), f"{KEY}.LEVEL_WEIGHTS has 1 numbers for the 4 levels"),
+        ((f"{KEY}.LEVEL_WEIGHTS", [1.0, 1.0, 1.0, -1.0]), f"{KEY}.LEVEL_WEIGHTS must be a finite"),
         ((f"{KEY}.L1.NORMALIZE", "max"), f"{KEY}.L1: normalize must be"),  # though ssim is used
     ],
 )
@@ -103,6 +106,17 @@ def test_trainable_parts_are_trained_with_the_student_and_leave_its_start_alone(
         assert parameter.grad is not None, name  # DistributedDataParallel would wait for it
 
 
+def test_level_weights_are_factors_of_the_levels(student):
+    factors = [1.0, 0.5, 0.0, 2.0]
+    model = student(f"{KEY}.LOSSES", ("ssim", "l2"), f"{KEY}.LEVEL_WEIGHTS", factors)
+    with EventStorage(0) as storage:
+        losses = model(image_batch((96, 96), (96, 128)))
+    for name, weight in (("ssim", 16), ("l2", 100)):
+        levels = [storage.latest()[f"{name}_kd/p{i}"][0] for i in range(2, 6)]  # as without factors
+        expected = weight * sum(f * v for f, v in zip(factors, levels))
+        assert losses[f"{name}_kd_loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_warm_up_is_a_linear_ramp(student):
     batch = image_batch((96, 96))
     full = kd_loss(student(), batch)
@@ -118,10 +132,12 @@ def test_another_size_divisibility_of_the_teacher_does_not_matter_much(student, 
     batch = image_batch((96, 112))
     model = student()
     expected = kd_loss(model, batch)
-    backbone = model.distiller.teacher.model.backbone
+    teacher = model.distiller.teacher
+    backbone = teacher.model.backbone
     monkeypatch.setattr(
         FPN, "size_divisibility", property(lambda self: 256 if self is backbone else 32)
     )
+    teacher.rules = rules_of(teacher.model, "BGR")
     padded = {}
     backbone.register_forward_hook(lambda module, args, maps: padded.update(maps))
     found = kd_loss(model, batch)
@@ -143,7 +159,7 @@ def test_crop_to_common_keeps_the_top_left():
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_nan_is_named_by_level_owner_and_iteration(student, whose):
+def test_nan_is_named_by_level_and_owner(student, whose):
     model = student()
     batch = image_batch((96, 96))
     kd_loss(model, batch)
@@ -156,12 +172,12 @@ def test_nan_is_named_by_level_owner_and_iteration(student, whose):
         return output
 
     handle = conv.register_forward_hook(spoil)
-    message = f"ssim_kd/p3 is nan at iteration 7, from the {whose}'s map p3"
+    message = f"ssim_kd/p3 is nan, from the {whose}'s map p3"
     with pytest.raises(FloatingPointError, match=message):
         if whose == "student":  # the parent's own losses would stop first: only compare maps
-            maps = model.backbone(model.preprocess_image(batch).tensor)
+            images = model.preprocess_image(batch).tensor
             with EventStorage(7):
-                model.distiller(batch, maps, (96, 96), "BGR")
+                model.distiller(batch, model.backbone(images), images, model.rules)
         else:
             kd_loss(model, batch, iteration=7)
     handle.remove()

@@ -54,8 +54,8 @@ def test_each_term_is_that_of_the_teacher_alone(files, student):
     second = model.distiller["narrow"]
     torch.manual_seed(5)
     with EventStorage(0) as storage:
-        maps = model.backbone(model.preprocess_image(BATCH).tensor)
-        second(BATCH, maps, (96, 128), "BGR")
+        images = model.preprocess_image(BATCH).tensor
+        second(BATCH, model.backbone(images), images, model.rules)
     levels = [storage.latest()[f"ssim_kd/{level}"][0] for level in ("p2", "p3", "p4", "p5")]
     expected = 16 * 0.5 * sum(levels)  # SSIM.WEIGHT in configs/shapes/ssimkd.yaml, LOSS_WEIGHT
     assert losses["ssim_kd_loss_narrow"].item() == pytest.approx(expected, rel=1e-5)

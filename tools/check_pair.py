@@ -19,14 +19,13 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, MutableMapping, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
 from ssimkd import engine
-from ssimkd.cli import check_config, load_config
+from ssimkd.cli import argument_parser, check_config, load_config
 from ssimkd.data import check_classes
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.lazy import lazy_names
@@ -80,7 +79,8 @@ def pair_rows(model: Any) -> Iterator[Row]:
         teacher = distiller.teacher
         if teacher is None:  # of several, one without losses
             continue
-        yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, teacher.input_format)
+        order = teacher.rules.input_format
+        yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, order)
         for level, other in distiller.teacher_levels.items():
             shape, channels = distiller.student_shapes[level], teacher.shapes[other].channels
             way = " by conv1x1" if level in distiller.adapters else ""
@@ -119,8 +119,8 @@ def short(cfg, folder: str, iterations: int, num_gpus: int):
     if "vis_period" in cfg.model:
         cfg.model.vis_period = 0
     for node in (cfg.model.distiller, *cfg.model.distiller.values()):  # one teacher, or several
-        if isinstance(node, DictConfig) and "warmup_iters" in node:
-            node.warmup_iters = 0
+        if isinstance(node, MutableMapping) and "warmup_iters" in node:
+            node["warmup_iters"] = 0
     return cfg
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     setup_logger(name="ssimkd").addHandler(remarks)
     with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, args.opts)
-        check_config(cfg, eval_only=False, resume=False, num_gpus=1)
+        check_config(cfg, argument_parser().parse_args([]))
         rows = list(pair_rows(build(cfg)))
         lazy = not isinstance(cfg, CfgNode)
         max_iter = cfg.train.max_iter if lazy else cfg.SOLVER.MAX_ITER

@@ -11,10 +11,13 @@ Run it again after an interruption: finished runs are not repeated. On several m
 `--shard 1/3`, `2/3` and `3/3` and the same --out, or one folder each that are merged afterwards;
 then the same command without --shard measures the costs and writes the tables.
 
-A weight is searched by a quarter, one and four times the loss's default, further where the best
-lies at the edge, at the shortest budget on a fifth of the training images that the search's
-students do not see. Variants that --ablation names take the weight of ssim. In --out: table.md,
-table.csv (a row per budget and method), runs.csv (a row per run), weights.json, plot.png.
+Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml); ssim:*0 is
+that alone, without distillation. A weight is searched by factors of four around the one whose
+gradient at the maps is nearest to RATIO times the detector's (short runs with the default weight
+tell it), further where the best lies at the edge, at the shortest budget on a fifth of the training
+images that the search's students do not see. Variants that --ablation names take the weight of
+ssim. In --out: table.md, table.csv (a row per budget and method), runs.csv (a row per run),
+weights.json, plot.png.
 """
 
 import argparse
@@ -27,12 +30,13 @@ import sys
 from itertools import chain
 from pathlib import Path
 from statistics import mean
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import compare_report as report
 from compare_methods import (
     ABLATIONS,
     DISTILLED,
+    HEADS,
     PLAIN,
     REFERENCE,
     ROOT,
@@ -48,6 +52,14 @@ from ssimkd.cli import load_config
 from ssimkd.errors import exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 5  # of the search: from one weight to the next, and how many at most
+RATIO, PROBE_ITERS = (
+    8.0,
+    100,
+)  # see tools/suggest_weight.py; cwd, defeat and ssim did well from 5 on
+PROBE = (
+    *("MODEL.DISTILL.LOG_GRADIENTS", "10"),
+    *("MODEL.DISTILL.ICD.DETACH_ITERS", "0"),  # it pulls at nothing before
+)
 SEARCH_DATA = (
     "DATASETS.TRAIN", "('ssimkd_shapes_search_train',)",
     "DATASETS.TEST", "('ssimkd_shapes_search_val',)",
@@ -95,13 +107,30 @@ class Comparison:
         folder = Path(self.args.out).resolve() / kind / re.sub(r"[^\w.=-]+", "_", name)
         return Run(folder / f"seed{seed}", config, (*map(str, settings), *opts, *self.args.opts))
 
-    def search(self, methods: Sequence[Method]) -> Dict[str, Dict[float, float]]:
+    def probe(self, methods: Sequence[Method]) -> Dict[str, float]:
+        """Method's name -> where its search starts: its default times a power of STEP."""
+        seed, opts = self.args.search_seeds[0], (*SEARCH_DATA[:2], *NO_EVALUATION, *PROBE)
+        runs = {
+            method: self.plan("probe", method, default_weight(method.loss), PROBE_ITERS, seed, opts)
+            for method in methods
+        }
+        self.runner.finish(runs.values(), "probe", self.args.jobs)
+        centres = {}
+        for method, run in runs.items():
+            ratio = (run.record() or {}).get("gradient_ratio")
+            power = round(math.log(RATIO / ratio, STEP)) if ratio else 0
+            centres[method.name] = default_weight(method.loss) * STEP**power
+        return centres
+
+    def search(
+        self, methods: Sequence[Method], centres: Mapping[str, float]
+    ) -> Dict[str, Dict[float, float]]:
         """Method's name -> weight -> AP on the held-out images, -inf where a run failed."""
         iters, seeds = min(self.args.budget), self.args.search_seeds
         scores: Dict[str, Dict[float, float]] = {}
         todo = {}
         for method in methods:
-            weight = default_weight(method.loss)
+            weight = centres[method.name]
             todo[method] = [weight, weight / STEP, weight * STEP]
         while any(todo.values()):
             runs = {
@@ -172,7 +201,7 @@ def select(args: argparse.Namespace) -> List[Method]:
     Raises:
         ConfigError: there is no such method or shard.
     """
-    every = [PLAIN, *sorted(name for name, _ in KD_LOSS_REGISTRY)]
+    every = [PLAIN, HEADS, *sorted(name for name, _ in KD_LOSS_REGISTRY)]
     names = args.methods or ([PLAIN, REFERENCE] if args.ablation else every)
     methods = [parse_method(name) for name in names]
     for group in args.ablation:
@@ -275,14 +304,15 @@ def main() -> None:
         DatasetCatalog.get("ssimkd_shapes_val")  # drawn once, not by several processes
         comparison, out = Comparison(args), Path(args.out)
         names = dict.fromkeys(method.searched_as for method in methods if method.loss)
-        scores = comparison.search([parse_method(n) for n in names if args.search_seeds])
+        searched = [parse_method(n) for n in names if args.search_seeds]
+        scores = comparison.search(searched, comparison.probe(searched)) if searched else {}
         weights = choose(methods, scores)
         rows = comparison.compare(weights)
         if args.shard != "1/1":
             print("This shard is done. With all of them in one folder, run without --shard.")
         elif rows:
-            searched = write_weights(out / "weights.json", scores)
-            print(write_report(out, rows, comparison.measure(weights), searched))
+            found = write_weights(out / "weights.json", scores)
+            print(write_report(out, rows, comparison.measure(weights), found))
     if comparison.runner.failed:
         sys.exit(f"{len(comparison.runner.failed)} runs failed and are tried again next time")
 

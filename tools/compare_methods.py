@@ -10,7 +10,8 @@ from ssimkd.distiller import build_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, REFERENCE = "vanilla", "ssim"
-VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/ssimkd.yaml"
+HEADS = f"{REFERENCE}:*0"  # the teacher's heads to start from, and nothing distilled
+VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/compare.yaml"
 # Each changes one thing of ssim, by keys of MODEL.DISTILL, or its weight by a factor.
 ABLATIONS = {
     "components": [
@@ -29,6 +30,7 @@ ABLATIONS = {
         "IN_FEATURES=['p2','p3']",
         "IN_FEATURES=['p4','p5']",
     ],
+    "level_weights": ["LEVEL_WEIGHTS=[1.0,0.5,0.25,0.125]", "LEVEL_WEIGHTS=[0.125,0.25,0.5,1.0]"],
     "adapter": ["ADAPTER=conv1x1"],
     "padding": ["MASK_PADDING=False"],
     "warmup": [f"WARMUP_ITERS={iterations}" for iterations in (100, 250)],

@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
 import torch
 from compare_methods import ROOT
 from ssimkd.errors import ConfigError
+from suggest_weight import medians, read_rows
 from tqdm import tqdm
 
 RECORD = "run.json"
@@ -111,6 +112,7 @@ def execute(run: Run) -> str:
         results = draft / "results.json"
         record["bbox"] = json.loads(results.read_text())["bbox"] if results.exists() else {}
         record["seconds"] = seconds_per_iteration(draft / "metrics.json")
+        record["gradient_ratio"] = gradient_ratio(draft / "metrics.json")
         record["peak_mib"] = peak_mib(draft / "log.txt", usage.ru_maxrss)
         (draft / RECORD).write_text(json.dumps(record, indent=2))
     shutil.rmtree(run.folder, ignore_errors=True)  # one that failed before
@@ -126,6 +128,11 @@ def seconds_per_iteration(metrics: Path) -> float:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     times = [line["time"] for line in lines if "time" in line]
     return statistics.median(times[1:] or times or [math.nan])  # none before the third
+
+
+def gradient_ratio(metrics: Path) -> Optional[float]:
+    """What `MODEL.DISTILL.LOG_GRADIENTS` logged, as suggest_weight.py takes it; None: nothing."""
+    return medians(read_rows(metrics)).get("gradient_ratio")
 
 
 def peak_mib(log: Path, max_rss: int) -> float:

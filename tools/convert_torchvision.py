@@ -27,6 +27,8 @@ import re
 from typing import Dict
 
 import torch
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags
 from ssimkd.errors import ConfigError, exit_in_one_line, one_line
 from ssimkd.export import read_weights
 from torch import Tensor
@@ -83,8 +85,10 @@ def main() -> None:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--out", required=True, help="file to write, .pth")
     parser.add_argument("--weights", default="", help="a state dict instead of torchvision's own")
+    add_flags(parser)
     args = parser.parse_args()
-    with exit_in_one_line():
+    trust_checkpoints(args.trust_checkpoint)
+    with exit_in_one_line(args.debug):
         if not args.out.endswith(".pth"):
             raise ConfigError(f"--out: {args.out} must end in .pth, or Detectron2 cannot read it")
         weights = read(args.architecture, args.weights)

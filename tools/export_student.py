@@ -17,7 +17,8 @@ out, and which detectors cannot be a graph.
 import argparse
 
 from detectron2.utils.logger import setup_logger
-from ssimkd.cli import load_config
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags, load_config
 from ssimkd.detector import image_reader, load_detector
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.export import export_student, read_weights
@@ -66,9 +67,11 @@ def main() -> None:
         "--half", action="store_true", help="store kernels and matrices in float16: half the size"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    add_flags(parser)
     args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         export_weights(args) if args.format == "detectron2" else export_graph(args)
 
 

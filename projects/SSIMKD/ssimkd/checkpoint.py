@@ -1,20 +1,65 @@
-"""Checkpoints of teachers, of every kind that Detectron2 reads, without a silent gap."""
+"""Checkpoints of students and teachers, of every kind that Detectron2 reads, without a gap."""
 
 import logging
 from collections import OrderedDict
-from typing import Any, List
+from typing import Any, Dict, List
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from .errors import ConfigError, one_line
+from .checkpoint_file import CheckpointReader
+from .errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
-class _WholeBackbone(DetectionCheckpointer):
+class RunCheckpointer(CheckpointReader):
+    """The checkpoints of a run's model, which never keeps random values unnoticed.
+
+    Args:
+        model (nn.Module): as Detectron2's.
+        save_dir (str): as Detectron2's.
+        whole (bool): a file must hold every tensor. Otherwise it may leave some as they are, but
+            not all, nor hold a backbone of other shapes.
+        options: as Detectron2's.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **options
+    ) -> None:
+        super().__init__(model, save_dir, **options)
+        self.whole = whole
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        wrong = lacking(incompatible)
+        if wrong and self.whole:
+            raise ConfigError(f"does not fit the model: {few(list(wrong.values()))}")
+        none = all(name in wrong for name, _ in self.model.named_parameters())
+        # heads may differ, in their number of classes; a backbone of other shapes is another one
+        other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
+        if none or other:
+            raise ConfigError(f"is another model's: {few(other or list(wrong.values()))}")
+        super()._log_incompatible_keys(incompatible)
+
+
+def lacking(incompatible) -> Dict[str, str]:
+    """Tensors that a file does not hold in the model's shape -> that in words."""
+    wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
+    wrong.update(
+        (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
+        for name, found, expected in incompatible.incorrect_shapes
+    )
+    # counters of training steps have no effect
+    return {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
+
+
+def few(texts: List[str]) -> str:
+    """The first three of several facts."""
+    return "; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+class _WholeBackbone(CheckpointReader):
     """Loads a checkpoint and raises unless it covers the backbone; the heads may differ.
 
     Attributes:
@@ -39,19 +84,10 @@ class _WholeBackbone(DetectionCheckpointer):
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
-        wrong.update(
-            (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
-            for name, found, expected in incompatible.incorrect_shapes
-        )
-        # counters of training steps have no effect on a frozen network
-        wrong = {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
+        wrong = lacking(incompatible)
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
-            more = f" and {len(backbone) - 3} more" if len(backbone) > 3 else ""
-            raise ConfigError(
-                f"does not fit the backbone of its config: {'; '.join(backbone[:3])}{more}"
-            )
+            raise ConfigError(f"does not fit the backbone of its config: {few(backbone)}")
         # a teacher that was a student itself needs nothing of its own teacher's
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
@@ -75,9 +111,7 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
     try:
         checkpointer.load(weights)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {weights} {error}") from None
-    except Exception as error:
-        raise ConfigError(f"{key}: cannot read {weights}: {one_line(error)}") from error
+        raise ConfigError(f"{key}: {error}") from error
     for name, tensor in model.backbone.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{key}: {weights} holds NaN or infinity in backbone.{name}")

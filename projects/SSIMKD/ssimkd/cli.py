@@ -1,18 +1,81 @@
 """From a command line to a config that can run."""
 
+import argparse
 import os
-from typing import List, Sequence
+import re
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.engine import default_argument_parser
+from omegaconf import OmegaConf
 
+from .checkpoint_file import TRUST
 from .config import add_ssimkd_config
 from .data import check_datasets, lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
 from .lazy import lazy_names
+from .limits import check_limits
+from .yaml_file import merge_yaml
+
+SPLITS = ("TRAIN", "TEST")
+SKIP = (
+    ["DATALOADER.SKIP_BAD_IMAGES", "True"],
+    ["+dataloader.train.skip_bad_images=True"],  # of a LazyConfig
+)
 
 
-def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN", "TEST")):
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's command line and this project's own flags; what is wrong is said in one line."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="train on another image in place of one that cannot be read, and count them",
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="show progress, results and warnings alone"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,  # Detectron2's DEFAULT_TIMEOUT
+        metavar="MINUTES",
+        help="of waiting for another process (30); one that does not answer ends the run",
+    )
+    add_flags(parser)
+
+    def fail(message: str) -> None:
+        parser.exit(2, f"error: {message}\n")
+
+    parser.error = fail  # type: ignore[assignment, method-assign]
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads checkpoints: `args.trust_checkpoint`, `.debug`."""
+    parser.add_argument(
+        TRUST,
+        action="store_true",
+        help="read checkpoints that hold more than tensors: they can run any code",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def load_arguments(args: argparse.Namespace):
+    """The config that a command line of :func:`argument_parser` names; see :func:`load_config`."""
+    flags = [word for word in args.opts if word.startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]}: flags stand before the overrides")
+    overrides = list(args.opts)
+    if args.skip_bad_images:
+        lazy = args.config_file.endswith(".py")
+        overrides += SKIP[lazy]
+    return load_config(args.config_file, overrides, ("TEST",) if args.eval_only else SPLITS)
+
+
+def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS):
     """The config of a file: a CfgNode (`.yaml`) or a DictConfig (`.py`).
 
     Args:
@@ -27,6 +90,8 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN
         raise ConfigError(
             "--config-file is missing, for example --config-file configs/ssimkd_R50.yaml"
         )
+    if not os.path.isfile(path) or not path.endswith((".py", ".yaml", ".yml")):
+        raise ConfigError(f"--config-file: {path} is no file that ends in .yaml or .py")
     try:
         if path.endswith(".py"):
             cfg = LazyConfig.load(path)
@@ -35,8 +100,8 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN
         else:
             cfg = get_cfg()
             add_ssimkd_config(cfg)
-            cfg.merge_from_file(path)
-            cfg.merge_from_list(overrides)
+            merge_yaml(cfg, path)
+            merge_overrides(cfg, overrides)
     except ConfigError:
         raise
     except Exception as error:
@@ -50,47 +115,112 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = ("TRAIN
     return cfg
 
 
+def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    """Merges "KEY", "value", ... into a config, in place; an integer will do for a float."""
+    values = list(overrides)
+    for i in range(1, len(values), 2):
+        node: Any = cfg
+        for part in values[i - 1].split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", values[i]):
+            values[i] += ".0"
+    cfg.merge_from_list(values)
+
+
 def check_overrides(cfg, overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own."""
+    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own.
+
+    What is called is not looked at: it refuses arguments that it does not know.
+    """
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: an override of a .py config is written key=value")
-        if key[0] not in "+~" and key.split(".")[0] not in cfg:
-            raise ConfigError(f"{key}: there are the keys {', '.join(cfg)}")
+        node, called = cfg, False
+        for part in [] if key.startswith(("+", "~")) else key.split("."):
+            called = called or "_target_" in node
+            if not OmegaConf.is_config(node) or not (called or part in node):
+                known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
+                raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
+            node = OmegaConf.select(node, part)
 
 
-def check_config(cfg, *, eval_only: bool, resume: bool, num_gpus: int) -> None:
-    """Raises ConfigError for what would fail later and less clearly: missing files and devices."""
+@contextmanager
+def writing_to(key: str, folder: str) -> Iterator[None]:
+    """Around the first writing to a run's folder: that it cannot is a ConfigError with the key."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot write to {folder}: {one_line(error)}") from error
+
+
+def check_config(cfg, args: argparse.Namespace) -> str:
+    """Raises ConfigError for what would fail later and less clearly: settings, files, devices.
+
+    Args:
+        cfg (CfgNode or DictConfig): of :func:`load_arguments`.
+        args (Namespace): of :func:`argument_parser`.
+
+    Returns:
+        str: the config's device, such as "cuda" or "cpu".
+    """
+    check_limits(cfg, args.eval_only)
     if isinstance(cfg, CfgNode):
         used = {"DATASETS.TEST": cfg.DATASETS.TEST, "DATASETS.TRAIN": cfg.DATASETS.TRAIN}
         device, use_cpu = cfg.MODEL.DEVICE, "MODEL.DEVICE cpu"
         amp, amp_key = cfg.SOLVER.AMP.ENABLED, "SOLVER.AMP.ENABLED"
         weights, weights_key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
+        folder = cfg.OUTPUT_DIR
     else:
         used = {key: names for names, key in (lazy_names(cfg, s) for s in ("TEST", "TRAIN"))}
         device, use_cpu = cfg.train.device, "train.device=cpu"
         amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
         weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"
-    for key, names in list(used.items())[: 1 if eval_only else 2]:
+        folder = cfg.train.output_dir
+    needed = list(used)[0 if args.eval_only else 1]
+    if not used[needed]:
+        raise ConfigError(f"{needed} is empty: name at least one data set")
+    for key, names in list(used.items())[: 1 if args.eval_only else 2]:
         check_datasets(names, key)
-    if eval_only and not weights and not resume:
-        raise ConfigError(f"{weights_key} is empty: name the checkpoint to evaluate")
-    if (
-        weights
-        and "://" not in weights
-        and not resume
-        and not os.path.isfile(weights.split("?")[0])
-    ):
-        raise ConfigError(f"{weights_key}: there is no file {weights}")
-    if num_gpus > 1 and not device.startswith("cuda"):
-        raise ConfigError(
-            f"--num-gpus is {num_gpus} and the device is {device}: leave one of them out"
-        )
-    gpus = torch.cuda.device_count()
-    if device.startswith("cuda") and num_gpus > gpus:
-        raise ConfigError(
-            f"--num-gpus is {num_gpus}, this machine has {gpus}; without any: {use_cpu}"
-        )
-    if amp and not gpus and not eval_only:
+    resumes = args.resume and os.path.isfile(os.path.join(folder, "last_checkpoint"))
+    check_weights(weights_key, weights, resumes, args.eval_only)
+    check_processes(args, device, use_cpu)
+    if amp and not torch.cuda.is_available() and not args.eval_only:
         raise ConfigError(f"{amp_key}: Detectron2 trains with mixed precision on a GPU only")
+    return device
+
+
+def check_weights(key: str, weights: str, resumes: bool, needed: bool) -> None:
+    """Raises ConfigError where a checkpoint is needed and not named, or is no file."""
+    if resumes:
+        return
+    if needed and not weights:
+        raise ConfigError(f"{key} is empty: name the checkpoint to evaluate")
+    if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
+        raise ConfigError(f"{key}: there is no file {weights}")
+
+
+def check_processes(args: argparse.Namespace, device: str, use_cpu: str) -> None:
+    """Raises ConfigError for processes that cannot be, or a device that this machine lacks."""
+    for flag, value, least in (
+        ("--num-gpus", args.num_gpus, 0),
+        ("--num-machines", args.num_machines, 1),
+        ("--machine-rank", args.machine_rank, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} is {value}: it must be at least {least}")
+    if args.machine_rank >= args.num_machines:
+        raise ConfigError(
+            f"--machine-rank is {args.machine_rank}: of --num-machines {args.num_machines} the "
+            f"last one is {args.num_machines - 1}"
+        )
+    cuda, gpus = device.startswith("cuda"), torch.cuda.device_count()
+    if args.num_gpus > 1 and not cuda:
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus} and the device is {device}: leave one of them out "
+            "(torchrun starts several processes on a CPU)"
+        )
+    if cuda and max(args.num_gpus, 1) > gpus:
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, this machine has {gpus}; without any: {use_cpu}"
+        )

@@ -1,18 +1,37 @@
 """A user's annotation file in COCO's format: what it must hold, before a run depends on it."""
 
 import json
+import logging
+import math
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from .errors import ConfigError, one_line
 
+logger = logging.getLogger(__name__)
 
-def read_coco(json_file: str, images: str) -> Dict[str, Any]:
-    """Reads and checks an annotation file.
+
+# Part of the file -> the keys of its entries, and the kind of their values.
+REQUIRED: Dict[str, Dict[str, Tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,), "height": (int,), "width": (int,)},
+    "annotations": {
+        "id": (int, str),
+        "image_id": (int, str),
+        "category_id": (int,),
+        "bbox": (list,),
+    },
+    "categories": {"id": (int,), "name": (str,)},
+}
+SCORED: Dict[str, Tuple[type, ...]] = {"area": (int, float), "iscrowd": (int,)}
+
+
+def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, Any]:
+    """Reads and checks an annotation file; warns of objects that no detector can find.
 
     Args:
         json_file (str): in COCO's format: images, annotations, categories.
         images (str): folder of the images; the first one must be there.
+        scored (bool): detections are compared with it: that needs an area of each annotation.
 
     Returns:
         dict: metadata for Detectron2: thing_classes in the order of their ids, and the keypoints
@@ -32,36 +51,65 @@ def read_coco(json_file: str, images: str) -> Dict[str, Any]:
             raise ConfigError(f"has no list {part!r}")
         if not content[part]:
             raise ConfigError(f"has no {part}")
-    required = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    ids: Dict[str, set] = {part: set() for part in parts}
+    ids: Dict[str, set] = {}
     for part in parts:
-        for entry in content[part]:
-            lacking = [key for key in required[part] if key not in entry]
-            if lacking:
-                raise ConfigError(f"has an entry of {part!r} without {lacking[0]!r}: {entry}")
-            if entry["id"] in ids[part]:
-                raise ConfigError(f"has the id {entry['id']} twice in {part!r}")
-            ids[part].add(entry["id"])
+        kinds = dict(REQUIRED[part], **(SCORED if scored and part == "annotations" else {}))
+        ids[part] = check_entries(part, content[part], kinds)
     check_annotations(content["annotations"], ids)
+    warn_of_unseen(json_file, content)
     first = os.path.join(images, content["images"][0]["file_name"])
     if not os.path.isfile(first):
         raise ConfigError(f"names the image {first}, which does not exist")
     return metadata(sorted(content["categories"], key=lambda category: category["id"]))
 
 
+def check_entries(part: str, entries: List[Any], kinds: Dict[str, Tuple[type, ...]]) -> set:
+    """The ids of a part's entries.
+
+    Raises:
+        ConfigError: an entry lacks a key, has a value of another kind, or the id of another one.
+    """
+    ids = set()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ConfigError(f"has an entry of {part!r} that is no mapping: {entry!r}")
+        for key, kind in kinds.items():
+            if key not in entry:
+                raise ConfigError(f"has an entry of {part!r} without {key!r}: {entry}")
+            if not isinstance(entry[key], kind):
+                raise ConfigError(f"has an entry of {part!r} with a wrong {key!r}: {entry}")
+        if entry["id"] in ids:
+            raise ConfigError(f"has the id {entry['id']} twice in {part!r}")
+        ids.add(entry["id"])
+    return ids
+
+
 def check_annotations(annotations: List[Dict[str, Any]], ids: Dict[str, set]) -> None:
     """Raises ConfigError for a box that is none, or an image or category that is unknown."""
     for entry in annotations:
         box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4):
+        numbers = [x for x in box if isinstance(x, (int, float)) and math.isfinite(x)]
+        if len(numbers) != 4 or len(box) != 4 or min(box[2:]) < 0:
             raise ConfigError(f"has a bbox that is not [x, y, width, height]: {entry}")
         for key, part in (("image_id", "images"), ("category_id", "categories")):
             if entry[key] not in ids[part]:
                 raise ConfigError(f"has an annotation of the unknown {key} {entry[key]}")
+
+
+def warn_of_unseen(json_file: str, content: Dict[str, Any]) -> None:
+    """Warns of boxes without area or outside their image: Detectron2 leaves them out."""
+    images = {image["id"]: image for image in content["images"]}
+    unseen = []
+    for entry in content["annotations"]:
+        image, (x, y, width, height) = images[entry["image_id"]], entry["bbox"]
+        inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
+        if not (inside and width and height):
+            unseen.append(f"id {entry['id']} in {image['file_name']}")
+    if unseen:
+        logger.warning(
+            "%s: %d of %d boxes have no area or lie outside their image and are not learned: %s",
+            *(json_file, len(unseen), len(content["annotations"]), ", ".join(unseen[:3])),
+        )
 
 
 def metadata(categories: List[Dict[str, Any]]) -> Dict[str, Any]:

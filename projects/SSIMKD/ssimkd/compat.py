@@ -4,6 +4,11 @@ import importlib.resources
 import sys
 import types
 
+import torch.distributed as dist
+from detectron2.engine import defaults
+from detectron2.utils import comm
+from torch import nn
+
 
 def _import_model_zoo():
     """Imports detectron2.model_zoo where setuptools no longer brings pkg_resources.
@@ -43,3 +48,28 @@ def has_compiled_ops() -> bool:
     except ImportError:
         return False
     return not _C.__file__.endswith(".py")  # tools/build_detectron2.py puts a stand-in there
+
+
+def create_local_process_group(size: int) -> None:
+    """Tells Detectron2 that each machine has `size` processes; v0.5 has no function for it."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+    else:
+        comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(size)
+
+
+_create_ddp_model = defaults.create_ddp_model
+
+
+def create_ddp_model(model: nn.Module, **kwargs) -> nn.Module:
+    """Detectron2's, with the device that the model is on.
+
+    Upstream (v0.5 to main) names the GPU of the process's local rank: there is none on a CPU, and
+    it has number 0 where a process sees no GPU but its own.
+    """
+    device = next(model.parameters()).device
+    kwargs.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
+    return _create_ddp_model(model, **kwargs)
+
+
+defaults.create_ddp_model = create_ddp_model  # DefaultTrainer's constructor calls it by this name

@@ -1,17 +1,22 @@
 """`cfg.MODEL.DISTILL`: every key, its default and where the default comes from.
 
 The nodes of the losses hold the keyword arguments of their classes, in capitals. Two keys stand
-under `cfg.DATASETS`: a user's own data.
+under `cfg.DATASETS`, a user's own data, and one under `cfg.DATALOADER`.
 """
 
 from detectron2.config import CfgNode as CN
 
 # What is added to Detectron2's config: (node, key).
-OWN_KEYS = (("MODEL", "DISTILL"), ("DATASETS", "COCO"), ("DATASETS", "NUM_CLASSES_FROM_DATA"))
+OWN_KEYS = (
+    ("MODEL", "DISTILL"),
+    ("DATASETS", "COCO"),
+    ("DATASETS", "NUM_CLASSES_FROM_DATA"),
+    ("DATALOADER", "SKIP_BAD_IMAGES"),
+)
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL` and two keys of `DATASETS` to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL` and three more keys to a Detectron2 config, in place.
 
     [paper]: de Rijk et al., NeurIPS 2022. [shapes]: measured here on the embedded data set, see
     projects/SSIMKD/README.md. [authors]: the code of the loss's own authors.
@@ -20,6 +25,9 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.DATASETS.COCO = []
     # Set the heads' NUM_CLASSES to the number of classes in the first data set of TRAIN
     cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
+
+    # Train on another image in place of one that cannot be read (--skip-bad-images)
+    cfg.DATALOADER.SKIP_BAD_IMAGES = False
 
     cfg.MODEL.DISTILL = CN()
 
@@ -30,14 +38,25 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
     # Overrides of CONFIG: ["KEY", value, ...] for .yaml, ["key=value", ...] for .py
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
+    # "float32" | "bfloat16" | "float16": of the teacher's weights and arithmetic. What this key and
+    # the next ones save and cost: docs/performance.md
+    cfg.MODEL.DISTILL.TEACHER.PRECISION = "float32"
+    # Run the teacher through torch.compile; a CPU needs a C++ compiler for it
+    cfg.MODEL.DISTILL.TEACHER.COMPILE = False
+    # Folder that keeps the teacher's maps, for images that come again just as they were; "" = none
+    cfg.MODEL.DISTILL.TEACHER.CACHE = ""
+    cfg.MODEL.DISTILL.TEACHER.CACHE_GIB = 20.0  # size of that folder from which nothing is added
     # Factor of all losses of this teacher
     cfg.MODEL.DISTILL.TEACHER.LOSS_WEIGHT = 1.0
     # Several teachers at once, instead of TEACHER: a list of mappings with TEACHER's keys, NAME
-    # ("teacher1", ... unless given) and, where they differ, IN_FEATURES, ADAPTER, LOSSES, INHERIT
+    # ("teacher1", ... unless given) and, where they differ, IN_FEATURES, LEVEL_WEIGHTS, ADAPTER,
+    # LOSSES, INHERIT
     cfg.MODEL.DISTILL.TEACHERS = []
 
     # Levels of the student; the teacher's level of equal stride answers
     cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    # Factor of each level's part of every loss, in the order of IN_FEATURES; [] = 1
+    cfg.MODEL.DISTILL.LEVEL_WEIGHTS = []
     # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]
     cfg.MODEL.DISTILL.ADAPTER = "none"
     # Leave out the cells that only pad an image to the size of its batch: they show nothing
@@ -49,6 +68,10 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.INHERIT = []
     # Training images on which teacher and student are checked before the first iteration; 0 = none
     cfg.MODEL.DISTILL.CHECK_IMAGES = 8
+    # Iterations between logs of the losses' gradients at the maps against the detector's; 0 = none
+    cfg.MODEL.DISTILL.LOG_GRADIENTS = 0
+    # Steps with NaN or infinity in a loss or gradient that a run leaves out before it stops
+    cfg.MODEL.DISTILL.SKIP_NONFINITE_STEPS = 0
     # Iterations over which all weights grow linearly from 0; 0 = none
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
     # Project in Weights & Biases that gets the run's figures and pictures; "" = none

@@ -36,7 +36,7 @@ def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     names = {split: cfg.DATASETS[split] for split in splits or ("TRAIN",)}
     count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
     if splits or count:
-        register_coco(cfg.DATASETS.COCO, list(chain(*names.values())))
+        register_coco(cfg.DATASETS.COCO, list(chain(*names.values())), names.get("TEST", ()))
     if count:
         split = next(iter(names))
         classes = count_classes(names[split], f"DATASETS.{split}")
@@ -58,7 +58,8 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
             {k.upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
             for entry in node.get("coco", [])
         ]
-        register_coco(entries, list(chain(*(found for found, _ in names.values()))))
+        scored, _ = names.get("TEST", ((), ""))
+        register_coco(entries, list(chain(*(found for found, _ in names.values()))), scored)
     if count:
         classes = count_classes(*next(iter(names.values())))
         head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
@@ -69,13 +70,16 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
         node.num_classes_from_data = False
 
 
-def register_coco(entries: Sequence[Mapping[str, str]], names: Sequence[str]) -> None:
+def register_coco(
+    entries: Sequence[Mapping[str, str]], names: Sequence[str], scored: Sequence[str] = ()
+) -> None:
     """Registers a user's data in COCO's format; class names come from the json.
 
     Args:
         entries (sequence[mapping]): NAME (for DATASETS.TRAIN and TEST), JSON (annotation file),
             IMAGES (folder). One that is registered already as it stands is left alone.
         names (sequence[str]): the data sets that are used: only their files are read.
+        scored (sequence[str]): those of them that detections are compared with.
 
     Raises:
         ConfigError: a key is missing or unknown, a file does not exist or is not in COCO's format,
@@ -93,7 +97,7 @@ def register_coco(entries: Sequence[Mapping[str, str]], names: Sequence[str]) ->
         if not os.path.isdir(images):
             raise ConfigError(f"{key}: {name}: there is no folder {images}")
         try:
-            metadata = read_coco(json_file, images)
+            metadata = read_coco(json_file, images, name in scored)
         except ConfigError as error:
             raise ConfigError(f"{key}: {name}: {json_file} {error}") from error
         if name not in DatasetCatalog:

@@ -1,5 +1,6 @@
 """Adapters and losses over the levels that teacher and student share."""
 
+import logging
 import math
 from contextlib import contextmanager
 from typing import (
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .losses import KD_LOSS_REGISTRY, Context, KDLoss
-from .teacher import Teacher
+from .teacher import Rules, Teacher
 from .teacher_spec import TeacherSpec
 
+logger = logging.getLogger(__name__)
 ADAPTERS = ("none", "conv1x1")
 
 
@@ -40,6 +42,8 @@ class Distiller(nn.Module):
         teacher (TeacherSpec or mapping): see :class:`TeacherSpec`.
         losses (sequence[KDLoss]): each is one entry of the training losses; none: no distillation.
         in_features (sequence[str]): levels of the student, matched to the teacher's by stride.
+        level_weights (sequence[float]): factor of each level's part of every loss, in the order of
+            `in_features`; empty: 1.
         adapter (str): "none" or "conv1x1", a convolution to the teacher's channels per level.
         mask_padding (bool): leave out the cells that only pad an image to its batch's size.
         warmup_iters (int): iterations over which the weights grow linearly from 0.
@@ -48,6 +52,10 @@ class Distiller(nn.Module):
             `inherit.py`.
         check_images (int): training images on which teacher and student are checked before the
             first iteration, see `preflight.py`; 0: no check.
+        log_gradients (int): iterations between logs of how hard the losses pull, see `balance.py`;
+            0: none.
+        skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
+            stops, see `finite.py`.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -60,15 +68,24 @@ class Distiller(nn.Module):
         teacher: Union[TeacherSpec, Mapping[str, Any]],
         losses: Sequence[KDLoss],
         in_features: Sequence[str] = ("p2", "p3", "p4", "p5", "p6"),
+        level_weights: Sequence[float] = (),
         adapter: str = "none",
         mask_padding: bool = True,
         warmup_iters: int = 0,
         loss_weight: float = 1.0,
         inherit: Sequence[str] = (),
         check_images: int = 8,
+        log_gradients: int = 0,
+        skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
-        check_numbers(warmup_iters=warmup_iters, loss_weight=loss_weight, check_images=check_images)
+        check_numbers(
+            warmup_iters=warmup_iters,
+            loss_weight=loss_weight,
+            check_images=check_images,
+            log_gradients=log_gradients,
+            skip_nonfinite_steps=skip_nonfinite_steps,
+        )
         check_names(adapter, losses, in_features, inherit)
         try:
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -76,12 +93,15 @@ class Distiller(nn.Module):
             raise ConfigError(f"MODEL.DISTILL.TEACHER: {error}") from error
         self.losses = nn.ModuleDict({loss.name: loss for loss in losses})
         self.in_features = list(in_features)
+        self.level_weights = check_level_weights(level_weights, in_features)
         self.adapter = adapter
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
         self.loss_weight = float(loss_weight)
         self.inherit = list(inherit)
         self.check_images = check_images
+        self.log_gradients = log_gradients
+        self.skip_nonfinite_steps = skip_nonfinite_steps
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}
@@ -98,16 +118,25 @@ class Distiller(nn.Module):
                 build_loss(name, node)  # a wrong setting is wrong whether it is used or not
         return {
             "teacher": TeacherSpec(
-                node.TEACHER.CONFIG, node.TEACHER.WEIGHTS, tuple(node.TEACHER.OPTS)
+                node.TEACHER.CONFIG,
+                node.TEACHER.WEIGHTS,
+                tuple(node.TEACHER.OPTS),
+                node.TEACHER.PRECISION,
+                node.TEACHER.COMPILE,
+                node.TEACHER.CACHE,
+                node.TEACHER.CACHE_GIB,
             ),
             "losses": [build_loss(name, node) for name in node.LOSSES],
             "in_features": node.IN_FEATURES,
+            "level_weights": node.LEVEL_WEIGHTS,
             "adapter": node.ADAPTER,
             "mask_padding": node.MASK_PADDING,
             "warmup_iters": node.WARMUP_ITERS,
             "loss_weight": node.TEACHER.LOSS_WEIGHT,
             "inherit": node.INHERIT,
             "check_images": node.CHECK_IMAGES,
+            "log_gradients": node.LOG_GRADIENTS,
+            "skip_nonfinite_steps": node.SKIP_NONFINITE_STEPS,
         }
 
     @property
@@ -177,50 +206,50 @@ class Distiller(nn.Module):
         self,
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
-        padded_size: Tuple[int, int],
-        input_format: str,
+        images: Tensor,
+        rules: Rules,
     ) -> Dict[str, Tensor]:
         """The weighted losses of one batch; per-level values go to the event storage.
 
         Args:
             batched_inputs (list[dict]): what the student was given.
             student_maps (dict[str, Tensor]): level -> (N, C, H, W), with gradient.
-            padded_size (int, int): height and width of the student's padded images, in pixels.
-            input_format (str): channel order of the images, "BGR" or "RGB".
+            images (Tensor): (N, 3, H, W), what the student's backbone was given.
+            rules (Rules): by which it was made of the images.
 
         Returns:
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
 
         Raises:
             ConfigError: see :meth:`build_teacher`; or maps that do not agree cell by cell.
-            FloatingPointError: NaN or infinity, with the level and whose it is.
+            FloatingPointError: NaN or infinity, with the level and whose it is; unless steps may
+                be left out.
         """
-        device = student_maps[self.in_features[0]].device
-        with torch.autocast(device.type, enabled=False):
-            student, teacher = self.pair(batched_inputs, student_maps, padded_size, input_format)
+        with torch.autocast(images.device.type, enabled=False):
+            student, teacher = self.pair(batched_inputs, student_maps, images, rules)
             return self._compare(student, teacher, self._context(batched_inputs))
 
     def pair(
         self,
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
-        padded_size: Tuple[int, int],
-        input_format: str,
+        images: Tensor,
+        rules: Rules,
     ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """The maps of student (after the adapter) and teacher, cell by cell; see :meth:`forward`.
 
         Returns:
             (dict, dict): level -> (N, C, H, W) in float32 or float64, equal shapes.
         """
-        device = student_maps[self.in_features[0]].device
         if self.teacher is None:
-            self.build_teacher(device)
+            self.build_teacher(images.device)
         assert self.teacher is not None
-        teacher_maps, teacher_padded = self.teacher(batched_inputs, input_format, device)
+        teacher_maps, teacher_padded = self.teacher(batched_inputs, images, rules)
+        height, width = images.shape[-2:]
         student, teacher = {}, {}
         for level, name in self.teacher_levels.items():
             stride = self.student_shapes[level].stride
-            check_cells(f"the student's {level}", student_maps[level], stride, padded_size)
+            check_cells(f"the student's {level}", student_maps[level], stride, (height, width))
             check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_padded)
             s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
             student[level] = self.adapters[level](s) if level in self.adapters else s
@@ -248,12 +277,19 @@ class Distiller(nn.Module):
                 terms = loss(student, teacher, context)
             values = torch.stack([term.detach() for term in terms.values()]).tolist()
             for level, value in zip(terms, values):
-                if not math.isfinite(value):
-                    raise FloatingPointError(explain(loss.name, level, value, student, teacher))
-                storage.put_scalar(f"{loss.name}_kd/{level}", value)
+                if math.isfinite(value):
+                    storage.put_scalar(f"{loss.name}_kd/{level}", value)
+                else:
+                    self._refuse(explain(loss.name, level, value, student, teacher))
             factor = loss.weight * self.loss_weight * ramp
-            weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(list(terms.values())).sum()
+            parts = [self.level_weights.get(part, 1.0) * term for part, term in terms.items()]
+            weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(parts).sum()
         return weighted
+
+    def _refuse(self, text: str) -> None:
+        if not self.skip_nonfinite_steps:
+            raise FloatingPointError(text)
+        logger.warning(text)  # the gradient tells the other processes, see `finite.py`
 
 
 def check_numbers(**options: float) -> None:
@@ -276,8 +312,22 @@ def check_names(
     for key, value in (("IN_FEATURES", in_features), ("INHERIT", inherit)):
         if isinstance(value, str):
             raise ConfigError(f"MODEL.DISTILL.{key} must be a list, got {value!r}")
+        if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+            raise ConfigError(f"MODEL.DISTILL.{key} must hold different names, got {list(value)}")
     if not in_features:
         raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
+
+
+def check_level_weights(weights: Sequence[float], levels: Sequence[str]) -> Dict[str, float]:
+    """Level -> its factor; raises ConfigError where there is not one, finite and >= 0, for each."""
+    if weights and len(weights) != len(levels):
+        raise ConfigError(
+            f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(weights)} numbers for the {len(levels)} levels "
+            f"of IN_FEATURES, {', '.join(levels)}"
+        )
+    for weight in weights:
+        check_numbers(level_weights=weight)
+    return dict(zip(levels, map(float, weights)))
 
 
 def build_loss(name: str, node) -> KDLoss:
@@ -358,4 +408,4 @@ def explain(name: str, level: str, value: float, student, teacher) -> str:
     for whose, maps in (("the student's map", student), ("the teacher's map", teacher)):
         if level in maps and not torch.isfinite(maps[level]).all():
             source = f"{whose} {level}, which holds NaN or infinity"
-    return f"{name}_kd/{level} is {value} at iteration {get_event_storage().iter}, from {source}"
+    return f"{name}_kd/{level} is {value}, from {source}"

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .errors import ConfigError
+from .teacher import Rules
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold: TEACHER's keys, and those of a pair.
-TEACHER_KEYS = ("CONFIG", "WEIGHTS", "OPTS", "LOSS_WEIGHT")
-PAIR_KEYS = ("IN_FEATURES", "ADAPTER", "LOSSES", "INHERIT")
+TEACHER_KEYS = (
+    "CONFIG", "WEIGHTS", "OPTS", "LOSS_WEIGHT", "PRECISION", "COMPILE", "CACHE", "CACHE_GIB",
+)  # fmt: skip
+NUMBERS = ("LOSS_WEIGHT", "CACHE_GIB")
+PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 
 
 class Distillers(nn.ModuleDict):
@@ -47,6 +51,11 @@ class Distillers(nn.ModuleDict):
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
 
+    @property
+    def log_gradients(self) -> int:
+        """Iterations between logs of all teachers' gradients together; 0: none."""
+        return max(distiller.log_gradients for _, distiller in self.named())
+
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
         """See :meth:`Distiller.attach`."""
         for _, distiller in self.named():
@@ -61,15 +70,15 @@ class Distillers(nn.ModuleDict):
         self,
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
-        padded_size: Tuple[int, int],
-        input_format: str,
+        images: Tensor,
+        rules: Rules,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
                 with get_event_storage().name_scope(name):
-                    own = distiller(batched_inputs, student_maps, padded_size, input_format)
+                    own = distiller(batched_inputs, student_maps, images, rules)
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 
@@ -111,7 +120,8 @@ def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
     settings: List[Any] = []
     for key, value in entry.items():
         if key in TEACHER_KEYS:
-            value = float(value) if key == "LOSS_WEIGHT" else value  # 1 is as good as 1.0
+            if key in NUMBERS and isinstance(value, int):
+                value = float(value)  # 1 is as good as 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
         elif key in PAIR_KEYS:
             settings += [f"MODEL.DISTILL.{key}", value]

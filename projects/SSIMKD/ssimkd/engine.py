@@ -12,8 +12,8 @@ import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config, build_detection_train_loader
 from detectron2.engine import (
     AMPTrainer,
@@ -21,7 +21,6 @@ from detectron2.engine import (
     SimpleTrainer,
     hooks,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
@@ -33,17 +32,23 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .bad_images import CountSkipped, NamingMapper
+from .checkpointer import WholeCheckpointer, whole_file
+from .compat import create_ddp_model
 from .data import check_classes
 from .errors import ConfigError, one_line
 from .evaluation import build_evaluator, build_lazy_evaluator
 from .export import export_student
+from .finite import FiniteSteps
 from .hooks import AfterTraining, ExactResume
 from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
 from .pictures import build_pictures
-from .preflight import prepare
+from .preemption import StopOnSignal, leave_to_parent
+from .preflight import distillers_of, prepare
 from .random_state import preserve_random_state
+from .same_run import describe_run
 from .writers import build_writers
 
 logger = logging.getLogger(__name__)
@@ -65,19 +70,38 @@ def check_distils(model: nn.Module) -> None:
 
 
 @contextmanager
-def fetching(key: str, weights: str) -> Iterator[None]:
-    """Around the loading of a model: what cannot be fetched is a ConfigError that names the key."""
+def loading(key: str) -> Iterator[None]:
+    """Around the loading of a model: the ConfigError names the key that named the file."""
     try:
         yield
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot fetch {weights}: {one_line(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Around a part of a run that settings describe: its failure is a ConfigError that names them.
+
+    Detectron2 raises anything there: KeyError for an unknown name, AssertionError for a number.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what}: {one_line(error)}") from error
 
 
 def save_results(results: Dict[str, Any], folder: str) -> None:
     """Writes an evaluation's metrics to `results.json`, on the main process."""
     if comm.is_main_process() and results:
-        with open(os.path.join(folder, "results.json"), "w") as f:
+        with whole_file(os.path.join(folder, "results.json"), "w") as f:
             json.dump(without_nan(results), f, indent=2)
+
+
+def steps_to_skip(model: nn.Module) -> int:
+    """How many steps with NaN or infinity a run may leave out."""
+    return max((distiller.skip_nonfinite_steps for _, distiller in distillers_of(model)), default=0)
 
 
 def without_nan(value: Any) -> Any:
@@ -97,7 +121,8 @@ class DistillTrainer(DefaultTrainer):
         Raises:
             ConfigError: a teacher is named, and the meta-architecture does not distil.
         """
-        model = super().build_model(cfg)
+        with building("MODEL"):
+            model = super().build_model(cfg)
         node = cfg.MODEL.DISTILL
         if (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES:
             check_distils(model)
@@ -107,9 +132,33 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg):
         """Detectron2's data, sampler and mapper in a stream that can be resumed."""
-        parts = _train_loader_from_config(cfg)
+        with building("DATASETS, DATALOADER or INPUT"):
+            parts = _train_loader_from_config(cfg)
         names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
-        return ResumableLoader(parts["dataset"], **{name: parts[name] for name in names})
+        options = {name: parts[name] for name in names}
+        options["skip_bad_images"] = cfg.DATALOADER.SKIP_BAD_IMAGES
+        return ResumableLoader(parts["dataset"], **options)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """Detectron2's; it names an image that it cannot read, and outlives a job's signals."""
+        with building(f"DATASETS.TEST: {dataset_name}"):
+            mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader.worker_init_fn = leave_to_parent
+        return loader
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """As Detectron2's."""
+        with building("SOLVER"):
+            return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        """As Detectron2's."""
+        with building("SOLVER"):
+            return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
@@ -126,9 +175,9 @@ class DistillTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
-        with fetching("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS):
-            super().resume_or_load(resume=resume)
         resumed = resume and self.checkpointer.has_checkpoint()
+        with loading("--resume" if resumed else "MODEL.WEIGHTS"):
+            super().resume_or_load(resume=resume)
         model = unwrap(self.model)
         data = self.cfg.DATASETS
         check_classes(model, {"DATASETS.TRAIN": data.TRAIN, "DATASETS.TEST": data.TEST})
@@ -136,20 +185,31 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self):
         """Detectron2's hooks, the state for an exact resume, and the export at the end."""
+        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
+        # before the hook that saves takes Detectron2's own
+        self.checkpointer = WholeCheckpointer(
+            self.checkpointer.model,
+            self.cfg.OUTPUT_DIR,
+            run=describe_run(self.cfg, model),
+            **self.checkpointer.checkpointables,
+        )
         ret = super().build_hooks()
+        exact = ExactResume(self.data_loader, model, period)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
-        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
         tests = self.cfg.DATASETS.TEST
+        ret.insert(place, exact)
         # the export before the last evaluation: a failure there must not cost the student
+        place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         ret[place:place] = [
-            ExactResume(self.data_loader, model, period),
+            StopOnSignal(exact.collect, self.checkpointer),
             AfterTraining(self.export),
+            CountSkipped(self.data_loader),
             build_pictures(
                 model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
             ),
         ]
-        return ret
+        return [FiniteSteps(steps_to_skip(model)), *ret]
 
     def build_writers(self):
         """Detectron2's, and what a terminal or Weights & Biases shows."""
@@ -200,10 +260,11 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DISTILL.LOSSES = ()
-    model = build_model(cfg)
+    with building("MODEL"):
+        model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    with fetching("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS):
+    checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+    with loading("--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
@@ -227,13 +288,17 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     check_image_format(cfg, model)
     build_teacher(model)
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    with building("optimizer"):
+        optimizer = instantiate(cfg.optimizer)
     if target_of(cfg.dataloader.train) is build_detection_train_loader:
         cfg.dataloader.train._target_ = ResumableLoader
-    loader = instantiate(cfg.dataloader.train)
+    with building("dataloader.train"):
+        loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    run = describe_run(original, unwrap(model))
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
+    exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
     results: Dict[str, Any] = {}
 
     def test() -> Dict[str, Any]:
@@ -243,6 +308,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     def export() -> None:
         export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
 
+    with building("lr_multiplier"):
+        scheduler = instantiate(cfg.lr_multiplier)
     checkpoints = writer = None  # on the main process alone
     if comm.is_main_process():
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
@@ -252,10 +319,13 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
+            FiniteSteps(steps_to_skip(unwrap(model))),
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            ExactResume(loader, unwrap(model), cfg.train.checkpointer.period),
+            hooks.LRScheduler(scheduler=scheduler),
+            exact,
             checkpoints,
+            StopOnSignal(exact.collect, checkpointer),
+            CountSkipped(loader),
             AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             hooks.EvalHook(cfg.train.eval_period, test),
             build_pictures(
@@ -266,9 +336,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             writer,
         ]
     )
-    with fetching("train.init_checkpoint", cfg.train.init_checkpoint):
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
+    with loading("--resume" if resumed else "train.init_checkpoint"):
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
     check_classes(unwrap(model), data)
     prepare(unwrap(model), loader, resumed=resumed)
@@ -282,12 +352,8 @@ def lazy_model(cfg) -> nn.Module:
     Raises:
         ConfigError: an argument is unknown or out of its range.
     """
-    try:
+    with building("model"):
         return instantiate(cfg.model).to(cfg.train.device)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model: {one_line(error)}") from error
 
 
 def check_image_format(cfg, model: nn.Module) -> None:
@@ -312,20 +378,26 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = create_ddp_model(lazy_model(cfg))
     names, key = lazy_names(cfg, "TEST")
     check_classes(unwrap(model), {key: names})
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
-    with fetching("train.init_checkpoint", cfg.train.init_checkpoint):
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
+    resumed = resume and checkpointer.has_checkpoint()
+    with loading("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)
 
 
 def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates a model by `cfg.dataloader`, without a trace in the random state."""
+    cfg = copy.deepcopy(cfg)
     if "evaluator" not in cfg.dataloader or not lazy_names(cfg, "TEST")[0]:
         return {}
     folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():
-        loader = instantiate(cfg.dataloader.test)
-        evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
+        with building("dataloader.test or dataloader.evaluator"):
+            node = cfg.dataloader.test
+            node.mapper = NamingMapper(instantiate(node.mapper))
+            loader = instantiate(node)
+            evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
+        loader.worker_init_fn = leave_to_parent  # as DistillTrainer.build_test_loader
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)

@@ -6,14 +6,15 @@ import os
 from typing import Any, Dict, Tuple
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from .checkpoint_file import CheckpointReader
+from .checkpointer import whole_file
 from .config import OWN_KEYS
-from .errors import ConfigError, one_line
+from .errors import ConfigError
 from .lazy import target_of
 from .meta_arch import DistillMixin
 
@@ -42,8 +43,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     check_weights(plain, weights)
     os.makedirs(folder, exist_ok=True)
     # Written beside and renamed: an interrupted export leaves what was there.
-    torch.save({"model": weights, "__author__": "SSIMKD"}, paths[0] + ".tmp")
-    os.replace(paths[0] + ".tmp", paths[0])
+    with whole_file(paths[0]) as file:
+        torch.save({"model": weights, "__author__": "SSIMKD"}, file)
     draft = os.path.join(folder, "student.tmp.yaml")
     if isinstance(plain, CfgNode):
         with open(draft, "w") as f:
@@ -119,14 +120,11 @@ def build_plain(plain) -> nn.Module:
 def read_weights(path: str) -> Dict[str, Any]:
     """The model's tensors in a checkpoint file (`.pth` or `.pkl`), by name."""
 
-    class Reader(DetectionCheckpointer):
+    class Reader(CheckpointReader):
         def _load_model(self, checkpoint):
             self.found = checkpoint["model"]
             self._convert_ndarray_to_tensor(self.found)
 
     reader = Reader(nn.Module())
-    try:
-        reader.load(path)
-    except Exception as error:
-        raise ConfigError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
+    reader.load(path)
     return reader.found

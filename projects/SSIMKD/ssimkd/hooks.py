@@ -38,21 +38,26 @@ class ExactResume(HookBase):
             return
         if len(self.states) != comm.get_world_size():
             logger.warning(
-                "The checkpoint is one of %d processes, not of %d: this resume is not exact",
+                "The checkpoint is one of %d processes, not of %d: this resume is not exact "
+                "(weights, optimizer and the images are; what the detector samples is not)",
                 len(self.states),
                 comm.get_world_size(),
             )
-            return
-        state = self.states[comm.get_rank()]
-        set_random_state(state)
+        else:
+            set_random_state(self.states[comm.get_rank()])
+        state = self.states[comm.get_rank() % len(self.states)]
         vars(self.model).update(state.get("model", {}))
 
     def after_step(self) -> None:
         """Collects the generators of all processes where a checkpoint is about to be written."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
-            own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
-            self.states = comm.gather({**get_random_state(), "model": own})
+            self.collect()
+
+    def collect(self) -> None:
+        """Collects them now; every process has to call it."""
+        own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
+        self.states = comm.gather({**get_random_state(), "model": own})
 
     def state_dict(self) -> Dict[str, Any]:
         """What the checkpoint keeps."""

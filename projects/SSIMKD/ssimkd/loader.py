@@ -1,15 +1,18 @@
 """A training stream that can be taken up where it was left.
 
 Detectron2's training loader is endless and forgets its place. Here order and augmentation are a
-function of (seed, process, position in the stream), whatever the number of workers, so a resumed
-run sees exactly the images, flips and sizes that it would have seen.
+function of (seed, position in the stream), whatever the number of workers, so a resumed run sees
+exactly the images, flips and sizes that it would have seen. Processes share one stream as
+Detectron2's samplers do, k of them taking every k-th image: however many there are, an iteration
+sees the same images (but where lying and standing ones wait for their like, in each process).
 """
 
+import logging
 import math
 import random
 from collections import defaultdict
-from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from itertools import chain, islice
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -19,12 +22,16 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .bad_images import BadImageError, NamingMapper
 from .errors import ConfigError
+from .preemption import leave_to_parent
 from .random_state import preserve_random_state
 
+logger = logging.getLogger(__name__)
+SKIPPED = "skipped"  # key of an item: the images that it stands in for
 # Attributes of Detectron2's samplers that hold random draws.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
-Position = Tuple[int, int]  # place in the stream, index in the data set
+Position = Tuple[int, int]  # place in this process's stream, index in the data set
 
 
 class ResumableLoader:
@@ -40,10 +47,17 @@ class ResumableLoader:
         total_batch_size (int): images per iteration of all processes together.
         aspect_ratio_grouping (bool): batches of images that all lie or all stand.
         num_workers (int): processes that load images.
+        skip_bad_images (bool): an image that cannot be read gives its place to the next of the
+            data set that can, of the same orientation. Both are the same however the stream is
+            shared out or resumed.
         options: further arguments of torch's DataLoader.
 
     Raises:
         ConfigError: the batch cannot be shared out, or images of unknown size cannot be grouped.
+            In the stream, BadImageError: an image cannot be read.
+
+    Attributes:
+        skipped (set[str]): a line for each image that was skipped so far, in this process.
     """
 
     def __init__(
@@ -55,6 +69,7 @@ class ResumableLoader:
         total_batch_size: int,
         aspect_ratio_grouping: bool = True,
         num_workers: int = 0,
+        skip_bad_images: bool = False,
         **options,
     ) -> None:
         self.lies: Optional[List[bool]] = None
@@ -67,7 +82,9 @@ class ResumableLoader:
                     f"record of the data set has no {error}; set it to False"
                 ) from error
         records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
-        self.dataset = MapDataset(records, mapper)
+        self.dataset = MapDataset(records, NamingMapper(mapper))
+        self.skip_bad_images = skip_bad_images
+        self.skipped: Set[str] = set()
         self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
         self.batch_size, left = divmod(total_batch_size, comm.get_world_size())
         if left or not self.batch_size:
@@ -76,7 +93,12 @@ class ResumableLoader:
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
                 "or total_batch_size (.py)"
             )
-        self.options = {"collate_fn": trivial_batch_collator, "num_workers": num_workers, **options}
+        self.options = {
+            "collate_fn": trivial_batch_collator,
+            "num_workers": num_workers,
+            "worker_init_fn": leave_to_parent,
+            **options,
+        }
         self.batches = 0  # taken so far
 
     def __iter__(self) -> Iterator[List[Dict]]:
@@ -91,6 +113,8 @@ class ResumableLoader:
         while True:
             with preserve_random_state():
                 batch = next(loader)
+            for item in batch:
+                self._note(item)
             self.batches += 1
             yield batch
 
@@ -101,8 +125,17 @@ class ResumableLoader:
             dataset = self._seeded()
             return [[dataset[p] for p in batch] for batch in islice(self._places(), count)]
 
+    def _note(self, item: Any) -> None:
+        """Takes out of an item what was skipped for it, and warns of each image once."""
+        lines = item.pop(SKIPPED, ()) if isinstance(item, dict) else ()
+        for line in lines:
+            if line not in self.skipped:
+                logger.warning("Skipped: %s", line)
+                self.skipped.add(line)
+
     def _seeded(self) -> "SeededDataset":
-        return SeededDataset(self.dataset, getattr(self.sampler, "_seed", 0))
+        seed = getattr(self.sampler, "_seed", 0)
+        return SeededDataset(self.dataset, seed, self.skip_bad_images, self.lies)
 
     def _places(self) -> Iterator[List[Position]]:
         """Batches of places that were not taken yet."""
@@ -120,19 +153,52 @@ class ResumableLoader:
 
 
 class SeededDataset(Dataset):
-    """Items of a data set, whose random augmentation depends on (seed, process, position) alone."""
+    """Items of a data set, whose random augmentation depends on (seed, position) alone.
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = (seed % 2**64, comm.get_rank())  # Detectron2's "no seed" is -1
+    Args:
+        dataset (Dataset): items by index.
+        seed (int): any integer.
+        skip_bad_images (bool), lies (list[bool] or None): see :class:`ResumableLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        seed: int,
+        skip_bad_images: bool = False,
+        lies: Optional[List[bool]] = None,
+    ) -> None:
+        self.dataset, self.skip_bad_images, self.lies = dataset, skip_bad_images, lies
+        self.seed = (seed % 2**64, 0)  # Detectron2's "no seed" is -1; 0: as one process ever drew
+        self.rank, self.processes = comm.get_rank(), comm.get_world_size()
 
     def __getitem__(self, place: Position) -> Any:
         position, index = place
-        words = np.random.SeedSequence((*self.seed, position)).generate_state(3)
-        random.seed(int(words[0]))
-        np.random.seed(words[1])
-        torch.manual_seed(int(words[2]))
-        return self.dataset[index]
+        shared = position * self.processes + self.rank  # in the stream of all processes
+        words = np.random.SeedSequence((*self.seed, shared)).generate_state(3)
+        bad = []
+        for candidate in self._candidates(index):
+            random.seed(int(words[0]))
+            np.random.seed(words[1])
+            torch.manual_seed(int(words[2]))
+            try:
+                item = self.dataset[candidate]
+            except BadImageError as error:
+                if not self.skip_bad_images:
+                    raise
+                bad.append(str(error))
+                continue
+            if bad:
+                item[SKIPPED] = bad
+            return item
+        raise ConfigError(f"--skip-bad-images: no image is left that can be read; {bad[0]}")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """An image, then those that may stand in for it."""
+        size = len(self.dataset)
+        for candidate in chain(range(index, size), range(index)):
+            if self.lies is None or self.lies[candidate] == self.lies[index]:
+                yield candidate
 
 
 def group_batches(

@@ -11,11 +11,15 @@ from detectron2.modeling import (
     PanopticFPN,
     RetinaNet,
 )
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .balance import GradientBalance
 from .compat import FCOS
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
+from .finite import naming_place
+from .teacher import rules_of
 
 
 class DistillMixin:
@@ -41,6 +45,7 @@ class DistillMixin:
         if distiller is not None:
             distiller.attach(self.backbone.output_shape())
         self.distiller = distiller
+        self.rules = rules_of(self, image_format_of(self))  # read once: a GPU would be waited for
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -53,11 +58,12 @@ class DistillMixin:
         """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
         if not (self.training and self.distiller is not None and self.distiller.enabled):
             return super().forward(batched_inputs)
-        with output_of(self.backbone) as backbone:
+        period = self.distiller.log_gradients
+        watch = bool(period) and get_event_storage().iter % period == 0
+        rules = self.rules._replace(input_format=image_format_of(self))
+        with output_of(self.backbone, watch) as backbone, naming_place(batched_inputs, backbone):
             losses = super().forward(batched_inputs)
-        kd_losses = self.distiller(
-            batched_inputs, backbone["maps"], backbone["padded_size"], image_format_of(self)
-        )
+            kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
         return {**losses, **kd_losses}
 
 
@@ -67,17 +73,26 @@ def image_format_of(detector: Any) -> str:
 
 
 @contextmanager
-def output_of(backbone: nn.Module) -> Iterator[Dict[str, Any]]:
+def output_of(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, Any]]:
     """Takes what a backbone returns while the block runs; afterwards nothing stays registered.
 
+    Args:
+        backbone (nn.Module): of the student.
+        watch (bool): log the gradients at its maps, see `balance.py`.
+
     Yields:
-        dict: filled by the backbone's run: "maps", level -> (N, C, H, W), and "padded_size",
-        (height, width) of its input in pixels.
+        dict: filled by the backbone's run: "images", what it is given, (N, 3, H, W), and "maps",
+        level -> (N, C, H, W).
     """
     taken: Dict[str, Any] = {}
 
     def take(module, inputs, output):
-        taken.update(maps=output, padded_size=tuple(inputs[0].shape[-2:]))
+        taken.update(images=inputs[0], maps=output)
+        if watch:
+            balance = GradientBalance(output)
+            taken["maps"] = balance.view("distiller")
+            return balance.view("detector")
+        return output
 
     handle = backbone.register_forward_hook(take)
     try:

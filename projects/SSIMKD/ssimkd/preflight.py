@@ -19,7 +19,7 @@ from .errors import ConfigError, one_line
 from .inherit import inherit
 from .meta_arch import DistillMixin, image_format_of
 from .random_state import preserve_random_state
-from .teacher import as_seen, trained_format
+from .teacher import as_seen, rules_of, trained_format
 
 logger = logging.getLogger(__name__)
 FOUND_IOU = 0.5  # overlap from which a detection has found an object
@@ -124,8 +124,8 @@ def paired_maps(
     model.eval()  # batch statistics must not move
     try:
         images = model.preprocess_image(batch).tensor
-        maps, size = model.backbone(images), tuple(images.shape[-2:])
-        return distiller.pair(batch, maps, size, image_format_of(model))
+        rules = rules_of(model, image_format_of(model))
+        return distiller.pair(batch, model.backbone(images), images, rules)
     finally:
         model.train(training)
 

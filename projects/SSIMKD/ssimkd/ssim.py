@@ -15,6 +15,7 @@ Wang et al., "Image quality assessment: from error visibility to structural simi
 Distillation for Object Detection", NeurIPS 2022.
 """
 
+import math
 from typing import Tuple
 
 import torch
@@ -100,9 +101,9 @@ def check_options(window_size, sigma, k1, k2, data_range, exponents, border) -> 
     if not (isinstance(window_size, int) and window_size > 0 and window_size % 2 == 1):
         raise ValueError(f"window_size must be an odd, positive integer, got {window_size!r}")
     for name, value in dict(sigma=sigma, k1=k1, k2=k2, data_range=data_range).items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
-    if len(exponents) != 3 or not all(e >= 0 for e in exponents):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if len(exponents) != 3 or not all(0 <= e < math.inf for e in exponents):
         raise ValueError(f"exponents must be three numbers >= 0 (of l, c, s), got {exponents!r}")
     if border not in BORDERS:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")

@@ -13,10 +13,13 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import ListConfig, OmegaConf
 
 from .checkpoint import load_teacher
+from .checkpoint_file import fetch
 from .compat import model_zoo
 from .config import add_ssimkd_config
 from .data import lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
+from .teacher_network import PRECISIONS
+from .yaml_file import merge_yaml
 
 
 @dataclass
@@ -27,15 +30,35 @@ class TeacherSpec:
         config (str): name in Detectron2's zoo, with or without suffix, or path, `.yaml` or `.py`.
         weights (str): path or URL; "" is the zoo's checkpoint for `config`.
         opts (sequence[str]): overrides of the config, in its own syntax.
+        precision (str): of backbone and neck, "float32", "bfloat16" or "float16".
+        compile (bool): run them through torch.compile.
+        cache (str): folder that keeps their maps; "": none. See `teacher_cache.py`.
+        cache_gib (float): size of that folder from which nothing is added.
+
+    Raises:
+        ConfigError: one of the last four is unknown or out of its range.
     """
 
     config: str
     weights: str = ""
     opts: Sequence = ()
+    precision: str = "float32"
+    compile: bool = False
+    cache: str = ""
+    cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
         if isinstance(self.opts, ListConfig):  # from a LazyConfig
             self.opts = cast(List, OmegaConf.to_container(self.opts))
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
+                f"{', '.join(PRECISIONS)}"
+            )
+        if not self.cache_gib > 0:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"
+            )
 
     def load_config(self):
         """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
@@ -51,7 +74,7 @@ class TeacherSpec:
                 return cfg
             cfg = get_cfg()
             add_ssimkd_config(cfg)  # a distilled student can be the next one's teacher
-            cfg.merge_from_file(path)
+            merge_yaml(cfg, path)
             cfg.merge_from_list(list(self.opts))
             use_own_data(cfg, ())
             return cfg
@@ -67,10 +90,9 @@ class TeacherSpec:
         """
         weights = self.weights or self._zoo_weights()
         try:
-            path = PathManager.get_local_path(weights)
-        except Exception as error:
-            reason = f"cannot fetch {weights}: {one_line(error)}"
-            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: {reason}") from error
+            path = fetch(weights)
+        except ConfigError as error:
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: {error}") from error
         if not os.path.isfile(path):
             raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
         return path

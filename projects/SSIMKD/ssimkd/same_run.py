@@ -1,0 +1,89 @@
+"""What tells one run from another: its settings and its teachers' files."""
+
+import hashlib
+import logging
+import re
+from typing import Any, Dict, Iterator, Mapping, Tuple
+
+from detectron2.config import CfgNode
+from omegaconf import OmegaConf
+from torch import nn
+
+from .errors import ConfigError
+from .preflight import distillers_of
+
+logger = logging.getLogger(__name__)
+# Settings that may change without another word: where a run lies, and how fast it reads.
+FREE = re.compile(r"OUTPUT_DIR|train\.output_dir|.*NUM_WORKERS|.*\.num_workers")
+
+
+def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
+    """What a checkpoint keeps of a run.
+
+    Args:
+        cfg (CfgNode or DictConfig): its config.
+        model (nn.Module): a student, or a plain detector, which has no teachers.
+
+    Returns:
+        dict: "settings", key -> value in words; "teachers", key -> "file" and its "sha256".
+    """
+    if not isinstance(cfg, CfgNode):
+        cfg = OmegaConf.to_container(cfg)
+    teachers = {}
+    for name, distiller in distillers_of(model):
+        if distiller.enabled:
+            key = f"MODEL.DISTILL.TEACHERS, {name}" if name else "MODEL.DISTILL.TEACHER.WEIGHTS"
+            path = distiller.spec.find_weights()
+            teachers[key] = {"file": path, "sha256": sha256(path)}
+    return {"settings": dict(flatten(cfg)), "teachers": teachers}
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Compares what a checkpoint keeps with the run that goes on from it.
+
+    Every setting that differs is a warning. Another optimizer cannot go on from the state of the
+    first, and a student that was taught by two teachers in turn is no result of either.
+
+    Raises:
+        ConfigError: a teacher's file or the kind of optimizer has changed.
+    """
+    for key in sorted({**old["settings"], **new["settings"]}):
+        before, now = (run["settings"].get(key, "not set") for run in (old, new))
+        if before == now or FREE.fullmatch(key):
+            continue
+        if key == "optimizer._target_":
+            raise ConfigError(f"{key} was {before} and is now {now}: their states differ")
+        logger.warning("--resume: %s was %s and is now %s", key, before, now)
+    for key, now in new["teachers"].items():
+        before = old["teachers"].get(key, now)
+        if before["sha256"] != now["sha256"]:
+            raise ConfigError(
+                f"{key}: {now['file']} is not the file that has taught so far ({before['file']}; "
+                f"SHA-256 {before['sha256'][:12]}..., now {now['sha256'][:12]}...): put that back, "
+                "or start a new run from this checkpoint's weights (MODEL.WEIGHTS or "
+                "train.init_checkpoint)"
+            )
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
+    """Nested settings as pairs of a dotted key and the value in words."""
+    if isinstance(node, Mapping) and node:
+        items: Any = node.items()
+    elif isinstance(node, (list, tuple)) and any(isinstance(x, (Mapping, list)) for x in node):
+        items = enumerate(node)
+    else:
+        # functions and objects: their name, not where in memory they lie
+        text = getattr(node, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(node))
+        yield prefix, text
+        return
+    for key, value in items:
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def sha256(path: str) -> str:
+    """Of a file's bytes, as a hexadecimal number."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""Runs of train_net.py in processes of their own, which share the imports and can be killed."""
+
+import itertools
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+
+import torch
+from conftest import ROOT
+
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["ssimkd.cli", "ssimkd.engine", "torch.utils.tensorboard"])
+SIZES = {"max_iter": 6, "checkpoint_period": 2, "eval_period": 3, "workers": 0}
+
+
+def start(words, log, fault=None):
+    """Starts `train_net.py` with these words; returns the process.
+
+    The first call decides on the environment of all: DETECTRON2_DATASETS is read by the imports.
+
+    Args:
+        words (list): of the command line.
+        log (Path): takes what it prints.
+        fault (callable or None): called in it first; what it changes is the fault.
+    """
+    process = SPAWN.Process(target=enter, args=([*map(str, words)], str(log), fault))
+    process.start()
+    return process
+
+
+def finish(words, log, fault=None):
+    """Runs it to its end; returns the exit status, negative for a signal."""
+    process = start(words, log, fault)
+    process.join(300)
+    return process.exitcode
+
+
+def enter(words, log, fault):
+    os.chdir(ROOT)
+    torch.set_num_threads(1)  # sums in one order
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    if fault is not None:
+        fault()
+    sys.argv = ["train_net.py", *words]
+    runpy.run_path("train_net.py", run_name="__main__")
+
+
+def yaml_words(out, *opts, resume=False, **sizes):
+    """SGD, adapters and a loss that is trained."""
+    n = {**SIZES, **sizes}
+    key = "MODEL.DISTILL"
+    return [
+        "--config-file", "configs/shapes/ssimkd.yaml", *["--resume"] * resume,
+        "OUTPUT_DIR", out, "SOLVER.MAX_ITER", n["max_iter"], "SOLVER.IMS_PER_BATCH", 2,
+        "SOLVER.CHECKPOINT_PERIOD", n["checkpoint_period"], "TEST.EVAL_PERIOD", n["eval_period"],
+        "INPUT.MIN_SIZE_TEST", 32, "DATALOADER.NUM_WORKERS", n["workers"],
+        f"{key}.ADAPTER", "conv1x1", f"{key}.LOSSES", ("ssim", "fgd"),
+        f"{key}.CHECK_IMAGES", 2, *opts,
+    ]  # fmt: skip
+
+
+def lazy_words(out, *opts, resume=False, **sizes):
+    """AdamW, adapters and a loss that is trained."""
+    n = {**SIZES, **sizes}
+    return [
+        "--config-file", "tests/lazy_faults.py", *["--resume"] * resume,
+        f"train.output_dir={out}", f"train.max_iter={n['max_iter']}", "+train.seed=1",
+        "dataloader.train.total_batch_size=2", f"dataloader.train.num_workers={n['workers']}",
+        f"train.checkpointer.period={n['checkpoint_period']}",
+        f"train.eval_period={n['eval_period']}", "model.distiller.check_images=2",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=32", *opts,
+    ]  # fmt: skip
+
+
+class DieInCheckpoint:
+    """kill -9 when half of the n-th checkpoint is on the disk."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self):
+        save, calls = torch.save, itertools.count(1)
+
+        def half(data, file):
+            save(data, file)
+            if "model" in data and next(calls) == self.number:  # not an evaluation's file
+                file.truncate(file.tell() // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        torch.save = half
+
+
+class DieInEvaluation:
+    """kill -9 at the second image of the first evaluation."""
+
+    def __call__(self):
+        from detectron2.evaluation import COCOEvaluator
+
+        process, calls = COCOEvaluator.process, itertools.count(1)
+
+        def die(*args):
+            if next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            process(*args)
+
+        COCOEvaluator.process = die
+
+
+def saved(path):
+    """A checkpoint's weights, optimizer and iteration, as one dict of names."""
+    checkpoint = torch.load(path, weights_only=True)
+    inner = checkpoint["trainer"].get("_trainer", checkpoint["trainer"])
+    found = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
+    for slot, state in inner["optimizer"]["state"].items():
+        found.update({f"optimizer.{slot}.{key}": value for key, value in state.items()})
+    return {**found, "iteration": torch.tensor(checkpoint["iteration"])}
+
+
+def same(path, expected):
+    """Whether a checkpoint is another one, bit by bit."""
+    found = saved(path)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], value) for name, value in expected.items()
+    )

@@ -1,0 +1,70 @@
+"""The proposed weight: it makes the ratio that it promises, with both drivers."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import suggest_weight
+from conftest import ROOT, shapes_cfg
+from ssimkd import ConfigError
+
+YAML = ("--config-file", "configs/shapes/ssimkd.yaml", "SOLVER.IMS_PER_BATCH", 2)
+LAZY = (
+    "--config-file", "configs/ssimkd_R50.py",
+    "model.distiller.teacher.config=configs/shapes/teacher.yaml",
+    "model.distiller.teacher.weights=configs/shapes/teacher.pth",
+    "model.distiller.adapter=conv1x1", "model.roi_heads.num_classes=4", "optimizer.lr=1e-9",
+    "model.distiller.in_features=[p2,p3]", "train.init_checkpoint=", "train.device=cpu",
+    "dataloader.train.dataset.names=ssimkd_shapes_train",
+    "dataloader.test.dataset.names=ssimkd_shapes_val",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    "dataloader.train.total_batch_size=1", "dataloader.train.num_workers=0", "+train.seed=1",
+)  # fmt: skip
+
+
+def suggest(few_shapes, monkeypatch, *args):
+    """Runs the tool as a user does; returns (ratio now, weight now, weight proposed)."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
+    command = [sys.executable, "tools/suggest_weight.py", "--iters", "20", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"ratio is (\S+);(?:.|\n)*of ssim: (\S+) -> (\S+)", done.stdout)
+    return [float(group) for group in found.groups()]
+
+
+def test_the_proposal_makes_the_ratio(few_shapes, monkeypatch):
+    still = (*YAML, "SOLVER.BASE_LR", 1e-9)  # the student does not move: the ratio is linear
+    ratio, weight, proposed = suggest(few_shapes, monkeypatch, "--ratio", 2.0, *still)
+    assert weight == 16 and proposed == pytest.approx(16 * 2 / ratio, rel=0.06)  # two digits
+    again, _, _ = suggest(few_shapes, monkeypatch, *still, "MODEL.DISTILL.SSIM.WEIGHT", proposed)
+    assert again == pytest.approx(2.0, rel=0.06)
+
+
+def test_lazy(few_shapes, monkeypatch):
+    ratio, weight, proposed = suggest(few_shapes, monkeypatch, *LAZY)
+    assert weight == 4 and proposed == pytest.approx(4 * 8 / ratio, rel=0.06)
+
+
+def test_text_by_hand():
+    rows = [{"iteration": i, "gradient_ratio": r} for i, r in enumerate([90.0, 9.0, 2.0, 4.0])]
+    rows[-1].update({"ssim_kd/p3": 0.25, "gradient_ratio/p3": 8.0, "ssim_kd/p4": 0.5})
+    text = suggest_weight.report({"ssim": 6.0, "l2": 3.0}, suggest_weight.medians(rows), 1.0)
+    assert "| ssim_kd/p3 | 0.25 | 8 |\n| ssim_kd/p4 | 0.5 | - |" in text
+    assert "ratio is 3;" in text  # the median of 2 and 4, the later half
+    assert "ssim: 6 -> 2\n" in text and "l2: 3 -> 1" in text
+    with pytest.raises(ConfigError, match="--iters"):
+        suggest_weight.report({"ssim": 6.0}, {}, 1.0)
+
+
+@pytest.mark.parametrize("change", [("LOSSES", "()"), ("SSIM.WEIGHT", "0.0")])
+def test_nothing_to_weigh(change):
+    cfg = shapes_cfg("ssimkd", f"MODEL.DISTILL.{change[0]}", change[1])
+    with pytest.raises(ConfigError, match="MODEL.DISTILL.LOSSES"):
+        suggest_weight.weights_of(cfg)
+
+
+def test_a_training_that_fails_says_why():
+    opts = ["MODEL.DISTILL.TEACHER.WEIGHTS", "gone.pth"]
+    with pytest.raises(ConfigError, match="there is no file gone.pth"):
+        suggest_weight.probe("configs/shapes/ssimkd.yaml", 20, 1, opts)

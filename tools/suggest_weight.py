@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+r"""Proposes the weight of the distillation losses of a config, from the start of its training.
+
+    python tools/suggest_weight.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
+    python tools/suggest_weight.py --config-file configs/shapes/ssimkd.yaml --iters 200 \
+        MODEL.DISTILL.LOSSES "('pkd',)"
+
+Runs the config's training for some iterations, writes nothing beside it, and measures how long the
+gradient of the distillation losses is against that of the detector's own, at the maps that the
+backbone returns. The proposal makes it --ratio times as long: a place to start a search from, not
+its end. On the embedded data the losses did well from about 5 times on. Several losses keep their
+weights' proportions.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Dict, List
+
+from detectron2.config import CfgNode, instantiate
+from ssimkd import ConfigError
+from ssimkd.cli import load_config
+from ssimkd.distiller import build_loss
+from ssimkd.errors import exit_in_one_line
+from ssimkd.lazy import lazy_losses
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+PERIOD = 10  # iterations between two looks at the gradients
+
+
+def weights_of(cfg) -> Dict[str, float]:
+    """Loss -> the weight that a config gives it.
+
+    Raises:
+        ConfigError: nothing is distilled.
+    """
+    if isinstance(cfg, CfgNode):
+        node = cfg.MODEL.DISTILL
+        losses = [build_loss(name, node) for name in node.LOSSES]
+    else:
+        losses = [instantiate(node) for node in lazy_losses(cfg.model.get("distiller"))]
+    weights = {loss.name: loss.weight for loss in losses}
+    if not any(weights.values()):
+        raise ConfigError(
+            "MODEL.DISTILL.LOSSES (lazy: model.distiller.losses) names no loss of a weight above 0"
+        )
+    return weights
+
+
+def probe(config: str, iters: int, num_gpus: int, opts: List[str]) -> List[Dict[str, Any]]:
+    """The metrics that the first `iters` iterations of a training log.
+
+    Raises:
+        ConfigError: the training ends before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["OUTPUT_DIR", folder, "MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
+        if config.endswith(".py"):
+            own = [f"train.output_dir={folder}", f"model.distiller.log_gradients={PERIOD}"]
+        command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config]
+        command += ["--num-gpus", str(num_gpus), *opts, *own]
+        output, metrics = Path(folder, "output.txt"), Path(folder, "metrics.json")
+        rows: List[Dict[str, Any]] = []
+        with open(output, "w") as stream, tqdm(total=iters, unit="iteration") as bar:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                while process.poll() is None and bar.n < iters:
+                    time.sleep(0.5)
+                    rows = read_rows(metrics)
+                    bar.update(min(iters, rows[-1]["iteration"] + 1) - bar.n if rows else 0)
+            finally:
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.killpg(process.pid, signal.SIGKILL)  # the processes of all GPUs
+                process.wait()
+        if not rows:
+            last = output.read_text(errors="replace").strip().splitlines()[-1:]
+            raise ConfigError(f"the training logged nothing; its last line: {''.join(last)}")
+    return rows
+
+
+def read_rows(path: Path) -> List[Dict[str, Any]]:
+    """The whole lines of a metrics.json that is being written; none where there is no file yet."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def medians(rows: List[Dict[str, Any]]) -> Dict[str, float]:
+    """Metric -> its median over the later half of the log, where the start has settled."""
+    late = rows[len(rows) // 2 :]
+    keys = dict.fromkeys(key for row in late for key in row)
+    return {key: statistics.median(row[key] for row in late if key in row) for key in keys}
+
+
+def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -> str:
+    """The text for a terminal.
+
+    Raises:
+        ConfigError: no gradient was logged.
+    """
+    ratio = logged.get("gradient_ratio", 0.0)
+    if not ratio > 0:
+        raise ConfigError(f"--iters: no gradient was logged; take at least {4 * PERIOD}")
+    values = {key: value for key, value in logged.items() if "_kd/" in key}
+    lines = ["| loss/level | value, weight 1 | gradient over the detector's |", "|---|---|---|"]
+    for key, value in values.items():
+        level = logged.get(f"gradient_ratio/{key.rsplit('/', 1)[1]}")
+        lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
+    lines += ["", f"At all levels together the ratio is {ratio:.3g}; {wanted:g} is wanted:"]
+    for name, weight in weights.items():
+        lines.append(f"  weight of {name}: {weight:g} -> {weight * wanted / ratio:.2g}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="of the run to come, .yaml or .py")
+    parser.add_argument("--iters", type=int, default=300, help="iterations to watch")
+    parser.add_argument("--ratio", type=float, default=8.0, help="wanted (8)")
+    parser.add_argument("--num-gpus", type=int, default=1)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    args = parser.parse_args()
+    with exit_in_one_line():
+        weights = weights_of(load_config(args.config_file, args.opts))
+        rows = probe(args.config_file, args.iters, args.num_gpus, args.opts)
+        print(report(weights, medians(rows), args.ratio))
+
+
+if __name__ == "__main__":
+    main()
