@@ -13,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 
 LOGGERS = ("detectron2", "fvcore", "ssimkd")
 RATE = "images_per_second"
@@ -32,7 +32,7 @@ def build_writers(
         wandb_project (str): of Weights & Biases; "" leaves it out.
 
     Raises:
-        ConfigError: wandb is asked for and not installed.
+        ConfigError: wandb is asked for and cannot be imported.
     """
     printer, *files = default_writers(folder, max_iter)
     printer.logger = WithRate(printer.logger, {})
@@ -140,7 +140,7 @@ class WandbWriter(EventWriter):
         folder (str): of the run, which gets its name.
 
     Raises:
-        ConfigError: wandb is not installed.
+        ConfigError: wandb cannot be imported.
     """
 
     def __init__(self, project: str, folder: str) -> None:
@@ -148,8 +148,8 @@ class WandbWriter(EventWriter):
             import wandb
         except ImportError as error:
             raise ConfigError(
-                "MODEL.DISTILL.WANDB_PROJECT (train.wandb_project): wandb is not installed: "
-                "pip install wandb"
+                "MODEL.DISTILL.WANDB_PROJECT (train.wandb_project): wandb cannot be imported, "
+                f"{one_line(error)}: pip install wandb"
             ) from error
         self.wandb = wandb
         name = os.path.basename(os.path.abspath(folder))
