@@ -27,10 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .normalize import SCOPES, TINY
+from .normalize import AFFINE, SCOPES, TINY
 from .ssim import Window
 
-COVERED = ("minmax", "teacher_range", "none")  # kinds of normalisation, in every scope
 CHUNK = 140_000  # cells that a thread takes at a time; a stack of four maps is then 2 MB
 BLOCKS = (20, 24)  # rows, columns of a product: longer ones meet more of the matrix's zeros
 
@@ -51,7 +50,7 @@ def covers(
         and student.device.type == teacher.device.type == "cpu"
         and torch.float64 not in (student.dtype, teacher.dtype)
         and not teacher.requires_grad
-        and normalize in COVERED
+        and normalize in AFFINE
         and border != "zero"  # which a shift would change
         and tuple(exponents) == (1, 1, 1)
     )
