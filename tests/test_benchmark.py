@@ -128,8 +128,7 @@ def test_growth_is_written_with_a_table_and_a_plot_and_measures_a_point_once(mon
 def test_two_processes_take_a_step_together():
     arguments = ["--growth", "--config", SHAPES, "--growth-size", "64", "64"]
     args = benchmark.parse([*arguments, "--growth-repeats", "1"])
-    point = dict(size=(64, 64), images=1, channels=16, levels=3, processes=2)
-    args.opts = ["MODEL.FPN.NORM", ""]
+    point = dict(size=(64, 64), images=1, channels=64, levels=3, processes=2)
     seconds = benchmark_growth.measure_point(args, point)
     assert set(seconds) == {"loss", "student alone", "distilled step"}
     assert all(value > 0 for value in seconds.values())

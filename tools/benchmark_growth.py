@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from benchmark_measure import clock_of, interleave, markdown
+from benchmark_measure import Call, clock_of, interleave, markdown
 from benchmark_step import STUDENT, Bench
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace, point: Dict[str, Any], rank: int = 0) -> D
     bench = Bench(args.config, point["size"], point["images"], ["ssim"], device, opts, width)
     if point["processes"] > 1:
         bench.run = DistributedDataParallel(bench.model, broadcast_buffers=False)
-    calls = {
+    calls: Dict[str, Call] = {
         LOSS: partial(bench.compare, "ssim", *bench.pair("ssim")),
         STUDENT: bench.step,
         DISTILLED: partial(bench.step, "ssim"),

@@ -62,8 +62,10 @@ def normalize_maps(
     if normalize == "standardize":
         dims = SCOPES[normalize_scope]
         return _standardize(student, dims, inside), _standardize(teacher, dims, inside)
-    pairs = affines(student, teacher, normalize, normalize_scope, inside)
-    return tuple((x - offset) * scale for x, (offset, scale) in zip((student, teacher), pairs))
+    (low_s, scale_s), (low_t, scale_t) = affines(
+        student, teacher, normalize, normalize_scope, inside
+    )
+    return (student - low_s) * scale_s, (teacher - low_t) * scale_t
 
 
 def affines(

@@ -70,10 +70,9 @@ def ssim_loss(
         inside = inside_of(sizes, student)
     maps = (student.float(), teacher.detach().float())  # for their statistics
     pairs = affines(*maps, normalize, normalize_scope, inside)
-    student_affine, teacher_affine = ([a.flatten(1) for a in pair] for pair in pairs)
-    return ssim_loss_triton(
-        student, teacher, tuple(student_affine), tuple(teacher_affine), sizes, **options
-    ).mean()
+    student_affine, teacher_affine = ((a.flatten(1), b.flatten(1)) for a, b in pairs)
+    loss = ssim_loss_triton(student, teacher, student_affine, teacher_affine, sizes, **options)
+    return loss.mean()
 
 
 @torch.compiler.assume_constant_result
@@ -111,8 +110,9 @@ def _deviation(device, dtype, options) -> float:
     exact = student.double().requires_grad_()
     losses = []
     for image, (h, w) in enumerate(TRIAL_CELLS):
-        pair = (m[image : image + 1, :, :h, :w] for m in (exact, teacher.double()))
-        losses.append(reference_loss(*normalize_maps(*pair, "minmax", "channel", None), **options))
+        one, other = (m[image : image + 1, :, :h, :w] for m in (exact, teacher.double()))
+        pair = normalize_maps(one, other, "minmax", "channel", None)
+        losses.append(reference_loss(*pair, **options))
     known = torch.stack(losses).mean()
     # a mean's gradient is below what float16 holds
     gradient, expected = (

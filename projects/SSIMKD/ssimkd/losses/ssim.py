@@ -60,10 +60,10 @@ class SSIMLoss(MapLoss):
     ) -> Tensor:
         """As in :class:`MapLoss`; for most settings, the same in a faster form."""
         reference = partial(super().compare_level, level, context=context)
-        cells = context.cells(level, student)
-        maps, settings = (student, teacher), (cells, self.normalize, self.normalize_scope)
-        if self.fast and ssim_gpu.covers(*maps, self.normalize, **self.options):
-            return ssim_gpu.ssim_loss(*maps, *settings, **self.options)
-        if self.fast and ssim_fast.covers(*maps, self.normalize, **self.options):
-            return ssim_fast.ssim_loss(*maps, *settings, reference, **self.options)
+        maps, cells = (student, teacher), context.cells(level, student)
+        kind, scope = self.normalize, self.normalize_scope
+        if self.fast and ssim_gpu.covers(*maps, kind, **self.options):
+            return ssim_gpu.ssim_loss(*maps, cells, kind, scope, **self.options)
+        if self.fast and ssim_fast.covers(*maps, kind, **self.options):
+            return ssim_fast.ssim_loss(*maps, cells, kind, scope, reference, **self.options)
         return reference(*maps)
