@@ -210,7 +210,8 @@ def _buffers(cells):
     New pages would cost as much as the arithmetic.
     """
     if getattr(_scratch, "cells", 0) < cells:
-        _scratch.buffers = [torch.empty(maps * cells) for maps in (4, 4, 4, 3)]
+        with torch.inference_mode(False):  # or a later training step could not write to it
+            _scratch.buffers = [torch.empty(maps * cells) for maps in (4, 4, 4, 3)]
         _scratch.cells = cells
     return _scratch.buffers
 
