@@ -19,9 +19,9 @@ test: lint  ## lint, types and all tests
 soak: $(READY)  ## the tests of faults and long runs that take minutes each
 	$(BIN)/python -m pytest -m soak
 
-bench: $(READY)  ## time and memory of the loss against other implementations
+bench: $(READY)  ## time and memory of the loss and of a training step, and how they grow
 	$(BIN)/pip --disable-pip-version-check install -q -r requirements-bench.txt
-	$(BIN)/python tools/benchmark.py --loss
+	$(BIN)/python tools/benchmark.py --loss --step --growth --losses $(or $(LOSSES),ssim l1 pkd)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

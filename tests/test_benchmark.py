@@ -1,14 +1,16 @@
 """What `make bench` computes from its measurements."""
 
-import importlib.util
+import json
 
+import benchmark
+import benchmark_growth
+import benchmark_step
 import pytest
 import torch
-from conftest import ROOT
+from benchmark_loss import deviation, loss_table, make_maps, own
+from benchmark_measure import interleave, peak_of, resident
 
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools/benchmark.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+SHAPES = "configs/shapes/ssimkd.yaml"
 
 
 def test_implementations_take_turns_and_the_first_call_does_not_count():
@@ -23,7 +25,7 @@ def test_implementations_take_turns_and_the_first_call_does_not_count():
 
         return step
 
-    medians = benchmark.interleave({n: call(n) for n in costs}, 3, lambda: now)
+    medians = interleave({n: call(n) for n in costs}, 3, lambda: now)
     assert calls == ["a", "b"] * 4
     assert medians == {"a": 2.0, "b": 8.0}
 
@@ -34,14 +36,14 @@ def test_the_table_divides_by_the_baseline():
         return {"seconds": times, "deviation": 2e-7, "sets": sets}
 
     results = {"ssimkd": result(0.1, 1.25), "pytorch-msssim": result(0.4, None)}
-    head, _, own, baseline = benchmark.loss_table(results).splitlines()
-    assert head.startswith("| | speed at p5 | speed at p6 | speed in sum | ms in sum |")
+    head, _, own, baseline = loss_table(results).splitlines()
+    assert head.startswith("|  | speed at p5 | speed at p6 | speed in sum | ms in sum |")
     assert own == "| ssimkd | 4.00 | 4.00 | 4.00 | 150 | 1.2 | 2e-07 |"
     assert baseline == "| pytorch-msssim | 1.00 | 1.00 | 1.00 | 600 | - | 2e-07 |"
 
 
 def test_maps_are_those_of_an_fpn_in_0_to_1():
-    student, teacher = benchmark.make_maps((800, 1333), 1, 1, ["p2", "p6"], "cpu")
+    student, teacher = make_maps((800, 1333), 1, 1, ["p2", "p6"], "cpu")
     # 1333 is padded to 1344 = 4 * 336 = 64 * 21; 800 = 64 * 12.5
     assert student["p2"].shape == (1, 1, 200, 336) and teacher["p6"].shape == (1, 1, 13, 21)
     for maps in (*student.values(), *teacher.values()):
@@ -50,12 +52,83 @@ def test_maps_are_those_of_an_fpn_in_0_to_1():
 
 @pytest.mark.parametrize("normalize", ["none", "minmax"])
 def test_own_loss_deviates_by_a_millionth_at_most(normalize):
-    student, teacher = benchmark.make_maps((320, 416), 1, 4, ["p3"], "cpu")
-    loss = benchmark.own(normalize)
-    assert 0 < benchmark.deviation(loss, student["p3"], teacher["p3"]) < 1e-6
+    student, teacher = make_maps((320, 416), 1, 4, ["p3"], "cpu")
+    assert 0 < deviation(own(normalize), student["p3"], teacher["p3"]) < 1e-6
 
 
 def test_memory_is_that_of_what_a_loss_keeps():
-    before = benchmark.resident("VmRSS")
+    before = resident("VmRSS")
     held = torch.ones(64, 1024, 1024)  # 256 MiB
-    assert abs(benchmark.resident("VmRSS") - before - 4 * held.numel()) < 2**25
+    assert abs(resident("VmRSS") - before - 4 * held.numel()) < 2**25
+    # given back before the call ends, and still seen
+    peak = peak_of(lambda: torch.ones(128, 1024, 1024).sum(), "cpu")
+    assert abs(peak - 8 * held.numel()) < 2**25
+
+
+def test_a_part_has_to_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--device", "cpu"])
+    assert "--loss, --step, --growth" in capsys.readouterr().err
+
+
+def test_a_step_of_every_kind_is_the_detectors_own():
+    bench = benchmark_step.Bench(SHAPES, (64, 96), 1, ["ssim", "mgd"], "cpu")
+    assert bench.distillers["ssim"].teacher is bench.distillers["mgd"].teacher
+    before = [p.detach().clone() for p in bench.model.parameters()]
+    bench.step()
+    plain = bench.model.backbone.fpn_output2.weight.grad.clone()
+    bench.step("ssim")
+    assert not torch.equal(bench.model.backbone.fpn_output2.weight.grad, plain)
+    after = list(bench.model.parameters())[: len(before)]
+    assert all(map(torch.equal, before, after))  # so that every repeat does the same
+
+
+def test_the_loss_alone_is_given_the_maps_of_the_step():
+    bench = benchmark_step.Bench(SHAPES, (64, 96), 1, ["ssim"], "cpu")
+    student, teacher = bench.pair("ssim")
+    assert student["p3"].shape == teacher["p3"].shape == (1, 64, 8, 12)
+    bench.compare("ssim", student, teacher)
+    assert all(m.grad.abs().max() > 0 for m in student.values())
+    maps = bench.teach()
+    torch.testing.assert_close(maps["p3"], teacher["p3"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_steps_share_and_ratio(monkeypatch):
+    def seconds(calls, repeats, clock):
+        times = {benchmark_step.STUDENT: 3.0, benchmark_step.TEACHER: 1.0}
+        return {name: times.get(name, 4.2 if "," in name else 0.21) for name in calls}
+
+    monkeypatch.setattr(benchmark_step, "interleave", seconds)
+    arguments = ["--step", "--config", SHAPES, "--size", "64", "64", "--losses", "ssim"]
+    results = benchmark_step.bench_step(benchmark.parse(arguments))
+    found = results["distilled, ssim"]
+    assert found["ratio"] == pytest.approx(1.05) and found["share_of_loss"] == pytest.approx(0.05)
+    row = benchmark_step.step_table(results).splitlines()[-1]
+    assert row.startswith("| distilled, ssim | 4.2 | 5.0 | 1.050 | ")
+
+
+def test_growth_is_written_with_a_table_and_a_plot_and_measures_a_point_once(monkeypatch, tmp_path):
+    measured = []
+
+    def seconds(args, point):
+        measured.append(point)
+        cost = point["size"][0] * point["size"][1] * point["images"] * point["processes"] / 4096
+        return {"loss": cost / 1000, "student alone": cost, "distilled step": 2 * cost}
+
+    monkeypatch.setattr(benchmark_growth, "measure_point", seconds)
+    benchmark.main(["--growth", "--growth-size", "64", "64", "--out", str(tmp_path)])
+    assert len(measured) == 10 and (tmp_path / "growth.png").stat().st_size > 0
+    results = json.loads((tmp_path / "growth.json").read_text())["results"]
+    assert [x["seconds"]["loss"] for x in results["image area"]] == [0.001, 0.002, 0.004]
+    text = (tmp_path / "growth.md").read_text()
+    assert "| 64 x 128 pixels | 2 (2.00) | 2000 (2.00) | 4000 (2.00) |" in text
+    assert "| 2 processes | 2 (2.00) |" in text
+
+
+def test_two_processes_take_a_step_together():
+    arguments = ["--growth", "--config", SHAPES, "--growth-size", "64", "64"]
+    args = benchmark.parse([*arguments, "--growth-repeats", "1"])
+    point = dict(size=(64, 64), images=1, channels=64, levels=3, processes=2)
+    seconds = benchmark_growth.measure_point(args, point)
+    assert set(seconds) == {"loss", "student alone", "distilled step"}
+    assert all(value > 0 for value in seconds.values())

@@ -1,10 +1,11 @@
 import gc
+import threading
 
 import pytest
 import torch
 from ssimkd import ssim_fast
 from ssimkd.losses import Context, MapLoss, SSIMLoss
-from ssimkd.normalize import SCOPES
+from ssimkd.normalize import AFFINE, SCOPES
 
 LEVEL, STRIDE = "p3", 8
 SIZES = [(1, 1), (1, 7), (5, 4), (13, 21), (47, 70)]  # 47 x 70 is cut into blocks along both axes
@@ -75,7 +76,7 @@ def test_window_of_one_cell_compares_cells():
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("normalize", ssim_fast.COVERED)
+@pytest.mark.parametrize("normalize", AFFINE)
 @pytest.mark.parametrize("border", BORDERS)
 def test_equals_autograd_for_every_normalisation_of_masked_images(border, normalize, scope):
     loss = SSIMLoss(normalize=normalize, normalize_scope=scope, border=border)
@@ -116,7 +117,7 @@ def test_equal_extremes_share_their_gradient(scope):
     assert_equals_reference(loss, student, teacher, context, rtol=2e-6)
 
 
-@pytest.mark.parametrize("normalize", ssim_fast.COVERED)
+@pytest.mark.parametrize("normalize", AFFINE)
 def test_flat_maps(normalize):
     student, teacher = related_maps(2, 3, 9, 10)
     loss, context = SSIMLoss(normalize=normalize), context_of((9, 10), (9, 10))
@@ -195,6 +196,29 @@ def test_padding_gets_no_gradient():
     _, gradient = evaluate(SSIMLoss(), student, teacher, context_of((14, 22), (9, 5)))
     assert gradient[1, :, 9:].abs().max() == 0 and gradient[1, :, :, 5:].abs().max() == 0
     assert gradient[1, :, :9, :5].abs().min() > 0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_small_maps_of_a_batch_equal_the_images_alone(scope):
+    student, teacher = related_maps(3, 4, 13, 21)
+    loss, context = SSIMLoss(normalize_scope=scope), context_of(*[(13, 21)] * 3)
+    assert_equals_reference(loss, student, teacher, context)
+
+
+def test_memory_that_is_kept_serves_training_after_inference(monkeypatch):
+    maps, context = related_maps(2, 3, 9, 10), context_of((9, 10), (9, 10))
+    expected = evaluate(SSIMLoss(), *maps, context)
+    monkeypatch.setattr(ssim_fast, "_scratch", threading.local())
+    with torch.inference_mode():
+        SSIMLoss()({LEVEL: maps[0]}, {LEVEL: maps[1]}, context)
+    assert all(map(torch.equal, evaluate(SSIMLoss(), *maps, context), expected))
+
+
+def test_memory_that_is_kept_grows_with_the_maps(monkeypatch):
+    monkeypatch.setattr(ssim_fast, "CHUNK", 1)
+    monkeypatch.setattr(ssim_fast, "_scratch", threading.local())
+    for size in ((5, 4), (47, 70), (13, 21)):
+        assert_equals_reference(SSIMLoss(), *related_maps(1, 3, *size), context_of(size), 2e-6)
 
 
 # --- what autograd asks for ---

@@ -21,7 +21,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Tuple
 import cv2
 import numpy as np
 import torch
-from benchmark import interleave
+from benchmark_measure import interleave
 from detectron2.config import CfgNode, instantiate
 from detectron2.utils.logger import setup_logger
 from fvcore.nn import FlopCountAnalysis

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
 import torch
-from benchmark import interleave
+from benchmark_measure import interleave
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer

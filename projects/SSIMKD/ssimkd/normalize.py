@@ -16,9 +16,13 @@ NORMALIZATIONS = {
     "standardize": 6.0,  # each map to mean 0 and deviation 1: three deviations to either side
     "none": 1.0,  # raw features
 }
+# Kinds that are an offset and a scale, taken from lowest and highest values
+AFFINE = ("minmax", "teacher_range", "none")
 # Scope -> the dimensions that share one statistic.
 SCOPES = {"channel": (2, 3), "image": (1, 2, 3), "batch": (0, 1, 2, 3)}
 TINY = 1e-6  # a range or deviation below this is a flat map: it becomes 0, without gradient
+
+Pair = Tuple[Tensor, Tensor]
 
 
 def check_options(normalize: str, normalize_scope: str) -> None:
@@ -29,6 +33,12 @@ def check_options(normalize: str, normalize_scope: str) -> None:
         raise ValueError(
             f"normalize_scope must be one of {', '.join(SCOPES)}, got {normalize_scope!r}"
         )
+
+
+def inside_of(sizes: Tensor, maps: Tensor) -> Tensor:
+    """(N, 1, H, W), true for the first rows and columns of each map, as many as `sizes`, (N, 2)."""
+    rows, columns = (torch.arange(side, device=maps.device) for side in maps.shape[-2:])
+    return ((rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :])[:, None]
 
 
 def normalize_maps(
@@ -47,14 +57,41 @@ def normalize_maps(
         (Tensor, Tensor): (N, C, H, W) each.
     """
     check_options(normalize, normalize_scope)
-    dims = SCOPES[normalize_scope]
     if normalize == "none":
         return student, teacher
     if normalize == "standardize":
+        dims = SCOPES[normalize_scope]
         return _standardize(student, dims, inside), _standardize(teacher, dims, inside)
-    teacher_range = _range(teacher, dims, inside)
-    student_range = _range(student, dims, inside) if normalize == "minmax" else teacher_range
-    return _rescale(student, *student_range), _rescale(teacher, *teacher_range)
+    (low_s, scale_s), (low_t, scale_t) = affines(
+        student, teacher, normalize, normalize_scope, inside
+    )
+    return (student - low_s) * scale_s, (teacher - low_t) * scale_t
+
+
+def affines(
+    student: Tensor, teacher: Tensor, normalize: str, normalize_scope: str, inside: Optional[Tensor]
+) -> Tuple[Pair, Pair]:
+    """Offset and scale of the student's maps and of the teacher's: x becomes (x - offset) * scale.
+
+    Args:
+        student, teacher, normalize_scope, inside: see :func:`normalize_maps`.
+        normalize (str): one of AFFINE.
+
+    Returns:
+        ((Tensor, Tensor), (Tensor, Tensor)): (N, C, 1, 1) each, or 1 where a statistic is shared.
+    """
+    if normalize == "none":
+        nothing = student.new_zeros(1, 1, 1, 1), student.new_ones(1, 1, 1, 1)
+        return nothing, nothing
+    dims = SCOPES[normalize_scope]
+    teacher_pair = _minmax(teacher, dims, inside)
+    student_pair = _minmax(student, dims, inside) if normalize == "minmax" else teacher_pair
+    return student_pair, teacher_pair
+
+
+def _minmax(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Pair:
+    minimum, width = _range(x, dims, inside)
+    return minimum, _inverse(width)
 
 
 def _range(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -76,10 +113,9 @@ def _standardize(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> 
     variance = ((known - mean) ** 2 * weight).sum(dims, keepdim=True)
     flat = variance <= TINY**2
     deviation = torch.where(flat, torch.ones_like(variance), variance).sqrt()
-    return _rescale(x, mean, torch.where(flat, torch.zeros_like(variance), deviation))
+    return (x - mean) * _inverse(torch.where(flat, torch.zeros_like(variance), deviation))
 
 
-def _rescale(x: Tensor, offset: Tensor, width: Tensor) -> Tensor:
-    """(x - offset) / width; 0 where the width is none."""
-    scale = torch.where(width > TINY, 1 / width.clamp_min(TINY), torch.zeros_like(width))
-    return (x - offset) * scale
+def _inverse(width: Tensor) -> Tensor:
+    """1 / width; 0 where there is none."""
+    return torch.where(width > TINY, 1 / width.clamp_min(TINY), torch.zeros_like(width))

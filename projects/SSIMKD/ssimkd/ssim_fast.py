@@ -19,6 +19,8 @@ few at a time, as many as a core's cache holds, in stacks
     stack   S maps of each of k channels    (H, S, k, W), so that both products are plain ones
 """
 
+import math
+import threading
 import weakref
 from functools import lru_cache
 from typing import Callable, List, Sequence, Tuple
@@ -27,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .normalize import SCOPES, TINY
+from .normalize import AFFINE, SCOPES, TINY
 from .ssim import Window
 
-COVERED = ("minmax", "teacher_range", "none")  # kinds of normalisation, in every scope
 CHUNK = 140_000  # cells that a thread takes at a time; a stack of four maps is then 2 MB
-BLOCKS = (20, 24)  # rows, columns of a product: longer ones meet more of the matrix's zeros
+# Rows, columns of a product: longer ones meet more of the matrix's zeros, and 16 columns go fastest
+BLOCKS = (20, 16)
 
 
 def covers(
@@ -51,7 +53,7 @@ def covers(
         and student.device.type == teacher.device.type == "cpu"
         and torch.float64 not in (student.dtype, teacher.dtype)
         and not teacher.requires_grad
-        and normalize in COVERED
+        and normalize in AFFINE
         and border != "zero"  # which a shift would change
         and tuple(exponents) == (1, 1, 1)
     )
@@ -88,7 +90,13 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, settings, reference):
         with torch.autocast("cpu", enabled=False):
-            value, gradient = _evaluate(student, teacher, *settings, ctx.needs_input_grad[0])
+            maps, (cells, normalize, scope, options) = (student, teacher), settings
+            small = len(set(cells)) == 1 and student[0].numel() < CHUNK
+            if small and scope == "channel":  # all images as one: fewer calls, of longer lists
+                maps, cells = [m.flatten(0, 1)[None] for m in maps], cells[:1]
+            with_gradient = ctx.needs_input_grad[0]
+            value, gradient = _evaluate(*maps, cells, normalize, scope, options, with_gradient)
+            gradient = gradient.view(student.shape) if with_gradient else None
         ctx.save_for_backward(student)
         # Weak: kept until the backward, the teacher's maps would cost as much as the gradient
         ctx.gradient, ctx.teacher, ctx.reference = gradient, weakref.ref(teacher), reference
@@ -129,6 +137,8 @@ def _evaluate(student, teacher, cells, normalize, scope, options, with_gradient)
     make = torch.empty if whole else torch.zeros
     gradient = make(student.shape, dtype=torch.float32) if with_gradient else None
     sums = torch.zeros(2, images, channels, 1, 1)  # over a map: slope, slope x normalised map
+    # a chunk has one map at least
+    buffers = _buffers(max(chunk, *(h * w for h, w in cells)))
     value = 0.0
     for i, (x, y, size) in enumerate(zip(crops_x, crops_y, cells)):
         blur, adjoint = blurs[size]
@@ -139,14 +149,18 @@ def _evaluate(student, teacher, cells, normalize, scope, options, with_gradient)
         shift_v = shift_x - (mean_y - low_y[i]) * scale_y[i]
         step = max(1, chunk // (size[0] * size[1]))
         for k in (slice(start, start + step) for start in range(0, channels, step)):
-            stack = _stack(x[k], mean_x[k], scale_x[i, k], y[k], mean_y[k], scale_y[i, k])
-            means = blur(stack)
-            shifts = (m[k, 0].expand(-1, means.shape[3]).contiguous() for m in (shift_x, shift_v))
-            similarity, slopes = _similarity(means, *shifts, *constants)
-            value += factor * float(similarity)
+            stack = _view(buffers[0], size[0], 4, len(x[k]), size[1])
+            _fill(stack, x[k], mean_x[k], scale_x[i, k], y[k], mean_y[k], scale_y[i, k])
+            means = blur(stack, *buffers[1:3])
+            height, _, maps, width = means.shape
+            spare = _view(buffers[1], height, 4, maps, width)
+            slopes = _view(buffers[3], height, 3, maps, width)
+            shifts = (m[k, 0].expand(-1, width).contiguous() for m in (shift_x, shift_v))
+            value += factor * float(_similarity(means, *shifts, *constants, spare, slopes))
             if gradient is None:
                 continue
-            slope = _combine(adjoint(slopes), stack)  # the loss's is -2 factor times this
+            slope = adjoint(slopes, *buffers[1:3])  # of the means no more is needed
+            slope = _combine(slope, stack)  # the loss's is -2 factor times this
             if normalize == "minmax":
                 sums[0, i, k, 0, 0] = total = slope.sum(0).sum(1)
                 moment = (slope * stack[:, 0]).sum(0).sum(1)
@@ -187,25 +201,41 @@ def _spread(gradient, crops, pick, end, slope, dims):
         target[:, : m.shape[1], : m.shape[2]][hit] += share * s[hit[0], 0]
 
 
-def _stack(x, mean_x, scale_x, y, mean_y, scale_y):
-    """x', v', u'^2, v'^2 of some maps."""
-    k, h, w = x.shape
-    stack = torch.empty(h, 4, k, w)
+_scratch = threading.local()  # of each thread, kept for good: a few MB
+
+
+def _buffers(cells):
+    """Memory for a stack of four, what both steps of B make of it, and three slopes.
+
+    New pages would cost as much as the arithmetic.
+    """
+    if getattr(_scratch, "cells", 0) < cells:
+        with torch.inference_mode(False):  # or a later training step could not write to it
+            _scratch.buffers = [torch.empty(maps * cells) for maps in (4, 4, 4, 3)]
+        _scratch.cells = cells
+    return _scratch.buffers
+
+
+def _view(buffer, *shape):
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _fill(stack, x, mean_x, scale_x, y, mean_y, scale_y):
+    """Makes x', v', u'^2, v'^2 of some maps, (k, h, w)."""
     a, v, uu, vv = (s.transpose(0, 1) for s in stack.unbind(1))
     torch.sub(x, mean_x, out=a).mul_(scale_x)
     torch.sub(y, mean_y, out=v).mul_(scale_y)
     torch.add(a, v, out=uu).square_()
     torch.sub(a, v, out=v)
     torch.mul(v, v, out=vv)
-    return stack
 
 
-def _similarity(means, shift_x, shift_v, c1, c2):
-    """Sum of SSIM from the means of a stack, which it overwrites, and the three slopes."""
+def _similarity(means, shift_x, shift_v, c1, c2, spare, slopes):
+    """Sum of SSIM from the means of a stack, which it overwrites; fills the three slopes."""
     x, v, var_u, var_v = means.unbind(1)
-    slopes = torch.empty(len(means), 3, *means.shape[2:])
+    u, vv, luminance, cs = spare.unbind(1)
     d_mean, d_uu, d_vv = slopes.unbind(1)
-    u = torch.sub(v, x, alpha=2)  # less u's mean
+    torch.sub(v, x, alpha=2, out=u)  # less u's mean
     var_u.addcmul_(u, u, value=-1).clamp_min_(0)
     var_v.addcmul_(v, v, value=-1).clamp_min_(0)
     var = var_u.add_(var_v).add_(2 * c2)
@@ -214,15 +244,17 @@ def _similarity(means, shift_x, shift_v, c1, c2):
     x += shift_x
     v += shift_v
     u += shift_v - 2 * shift_x
-    vv = v * v
+    torch.mul(v, v, out=vv)
     power = u.square_().add_(vv).add_(2 * c1)
     j = vv.div_(power)
     f = v.addcmul_(j, x, value=-2).div_(power)  # -f
-    luminance, cs = torch.rsub(j, 1, alpha=2), torch.rsub(k, 1, alpha=2)
+    one = torch.ones(())
+    torch.sub(one, j, alpha=2, out=luminance)
+    torch.sub(one, k, alpha=2, out=cs)
     torch.div(luminance, var, out=d_vv)
     torch.mul(k, d_vv, out=d_uu)
     d_mean.mul_(d_vv).addcmul_(f, cs, value=-1)
-    return luminance.mul_(cs).sum(), slopes
+    return luminance.mul_(cs).sum()
 
 
 def _combine(adjoint, stack):
@@ -257,22 +289,27 @@ class _Blur:
         self.cells = self.size[0] * self.size[1]
         self.rows, self.columns = (list(_blocks(m, n)) for m, n in zip(axes, BLOCKS))
 
-    def __call__(self, stack):
+    def __call__(self, stack, down, across):
+        """Fills the two buffers; returns the second as (H, S, k, W)."""
         (h, w), (_, s, k, width) = self.size, stack.shape
-        stack, down = stack.flatten(1), torch.empty(h, s * k * width)
+        stack, down = stack.flatten(1), _view(down, h, s * k * width)
         for out, seen, weights in self.rows:
             torch.mm(weights, stack[seen], out=down[out])
-        down, across = down.view(-1, width), torch.empty(h * s * k, w)
+        down, across = down.view(-1, width), _view(across, h * s * k, w)
         for out, seen, weights in self.columns:
             torch.mm(down[:, seen], weights.t(), out=across[:, out])
         return across.view(h, s, k, w)
 
 
 def _blocks(matrix, length):
-    """Cuts a banded matrix: rows, the columns that they are not 0 in, and what is there."""
-    count = max(1, round(len(matrix) / length))
-    for out in torch.arange(len(matrix)).chunk(count):
-        block = matrix[out]
+    """Cuts a banded matrix: rows, the columns that they are not 0 in, and what is there.
+
+    All blocks are of one length, so that the last one may do some of its neighbour's rows again.
+    """
+    length = length if len(matrix) >= 2 * length else len(matrix)
+    for start in range(0, len(matrix), length):
+        first = min(start, len(matrix) - length)
+        block = matrix[first : first + length]
         seen = block.any(0).nonzero()
-        rows, columns = (slice(int(i[0]), int(i[-1]) + 1) for i in (out, seen))
-        yield rows, columns, block[:, columns].float().contiguous()
+        columns = slice(int(seen[0]), int(seen[-1]) + 1)
+        yield slice(first, first + length), columns, block[:, columns].float().contiguous()

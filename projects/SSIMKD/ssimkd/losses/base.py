@@ -17,7 +17,7 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..normalize import check_options, normalize_maps
+from ..normalize import check_options, inside_of, normalize_maps
 
 KD_LOSS_REGISTRY = Registry("KD_LOSS")
 KD_LOSS_REGISTRY.__doc__ = (
@@ -71,10 +71,7 @@ class Context:
         cells = self.cells(level, maps)
         if all(size == (height, width) for size in cells):
             return None
-        limits = torch.tensor(cells, device=maps.device)
-        rows = torch.arange(height, device=maps.device) < limits[:, :1]
-        columns = torch.arange(width, device=maps.device) < limits[:, 1:]
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
+        return inside_of(torch.tensor(cells, device=maps.device), maps)
 
     def crops(self, level: str, *maps: Tensor) -> Iterator[Tuple[List[Tensor], float]]:
         """Cuts maps to their images.

@@ -5,7 +5,7 @@ from typing import Any, Dict, Sequence
 
 from torch import Tensor
 
-from .. import ssim, ssim_fast
+from .. import ssim, ssim_fast, ssim_gpu
 from ..normalize import NORMALIZATIONS
 from .base import Context, MapLoss, register_loss
 
@@ -18,6 +18,8 @@ class SSIMLoss(MapLoss):
         weight (float): lambda.
         normalize, normalize_scope (str): see `normalize.py`; SSIM's dynamic range L follows.
         border, window_size, sigma, k1, k2, exponents: see :func:`ssimkd.ssim.ssim_map`.
+        fast (bool): use a faster form of the same loss where there is one; see `ssim_fast.py` (CPU)
+            and `ssim_gpu.py`. False: by autograd, as `ssim.py` writes it.
 
     Raises:
         ValueError: an option is out of its range.
@@ -34,8 +36,10 @@ class SSIMLoss(MapLoss):
         k1: float = 0.01,
         k2: float = 0.03,
         exponents: Sequence[float] = (1.0, 1.0, 1.0),
+        fast: bool = True,
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
+        self.fast = fast
         self.options: Dict[str, Any] = dict(
             window_size=window_size,
             sigma=sigma,
@@ -54,16 +58,12 @@ class SSIMLoss(MapLoss):
     def compare_level(
         self, level: str, student: Tensor, teacher: Tensor, context: Context
     ) -> Tensor:
-        """As in :class:`MapLoss`; for most settings on a CPU, the same in a faster form."""
+        """As in :class:`MapLoss`; for most settings, the same in a faster form."""
         reference = partial(super().compare_level, level, context=context)
-        if not ssim_fast.covers(student, teacher, self.normalize, **self.options):
-            return reference(student, teacher)
-        return ssim_fast.ssim_loss(
-            student,
-            teacher,
-            context.cells(level, student),
-            self.normalize,
-            self.normalize_scope,
-            reference,
-            **self.options,
-        )
+        maps, cells = (student, teacher), context.cells(level, student)
+        kind, scope = self.normalize, self.normalize_scope
+        if self.fast and ssim_gpu.covers(*maps, kind, **self.options):
+            return ssim_gpu.ssim_loss(*maps, cells, kind, scope, **self.options)
+        if self.fast and ssim_fast.covers(*maps, kind, **self.options):
+            return ssim_fast.ssim_loss(*maps, cells, kind, scope, reference, **self.options)
+        return reference(*maps)
