@@ -9,6 +9,7 @@ from uuid import uuid4
 import torch
 import torch.multiprocessing as mp
 from ssimkd import launch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
@@ -28,12 +29,16 @@ def free_port():
 
 @contextmanager
 def without_collector():
-    """Around a fork: a child that clears away its parent's store waits for a thread it has not."""
+    """Around a fork: a child that clears away its parent's store waits for a thread it has not.
+
+    No store is left behind for the children of other tests, such as those that load images.
+    """
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.collect()
 
 
 def fork(count, function, *args):
@@ -72,6 +77,12 @@ def in_processes(count, function, *args, minutes=1.0):
         max_restarts=0,
         start_method="fork",
     )
+    failed = None
     with without_collector():
-        found = elastic_launch(config, entry)()
+        try:
+            found = elastic_launch(config, entry)()
+        except ChildFailedError as error:
+            failed = error.with_traceback(None)  # it would keep the store
+    if failed:
+        raise failed
     return [found[rank] for rank in range(count)]

@@ -39,7 +39,7 @@ class ExactResume(HookBase):
         if len(self.states) != comm.get_world_size():
             logger.warning(
                 "The checkpoint is one of %d processes, not of %d: this resume is not exact "
-                "(weights, optimizer and the images are; what the detector samples is not)",
+                "(weights and optimizer are; what is drawn at random is not)",
                 len(self.states),
                 comm.get_world_size(),
             )
