@@ -153,7 +153,10 @@ CASES = [
     ([YAML, f"{TEACHER}.OPTS", "['A']"], f"{TEACHER}.CONFIG or .OPTS: "),
     ([YAML, f"{TEACHER}.LOSS_WEIGHT", "-1"], f"{TEACHER}.LOSS_WEIGHT must be"),
     ([YAML, f"{TEACHER}.WEIGHTS", "no.pth"], f"{TEACHER}.WEIGHTS: there is no file no.pth"),
-    ([YAML, f"{TEACHER}.WEIGHTS", "{files}/student.pth"], "does not fit the teacher's backbone"),
+    (
+        [YAML, f"{TEACHER}.WEIGHTS", "{files}/student.pth"],
+        "does not fit the backbone of its config",
+    ),
     ([YAML, f"{TEACHER}.WEIGHTS", "{files}/nan.pth"], "holds NaN or infinity in backbone.fpn_ou"),
     # the model and its weights
     ([YAML, "MODEL.META_ARCHITECTURE", "Nothing"], "MODEL: KeyError: \"No object named 'Nothing'"),

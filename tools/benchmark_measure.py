@@ -3,14 +3,14 @@
 import statistics
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 
 Call = Callable[[], object]
 
 
-def clock_of(device: str, cpu_time: bool = False) -> Callable[[], float]:
+def clock_of(device: Union[str, torch.device], cpu_time: bool = False) -> Callable[[], float]:
     """Seconds so far: of the CPU or by the clock, on a GPU once all is done."""
     if torch.device(device).type == "cpu":
         return time.process_time if cpu_time else time.perf_counter

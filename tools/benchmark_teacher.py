@@ -14,13 +14,12 @@ data, scaled.
 
 import argparse
 import tempfile
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
 import torch
-from benchmark_measure import interleave
+from benchmark_measure import clock_of, interleave
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -48,11 +47,6 @@ def wait(device: torch.device) -> None:
     """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """CPU time, which other processes disturb least, or the clock's."""
-    return time.process_time if device.type == "cpu" else time.perf_counter
 
 
 def batches(count: int, images: int) -> Tuple[CfgNode, List[List[Dict]]]:
@@ -93,7 +87,7 @@ def bench_forward(args: argparse.Namespace, device: torch.device) -> None:
         spec = TeacherSpec(args.config, args.weights)
         spec = spec if args.weights else weights_of(spec, folder)
         runs = settings(spec, shown, args.compile, device)
-    seconds = interleave(runs, args.repeats, clock_of(device))
+    seconds = interleave(runs, args.repeats, clock_of(device, cpu_time=True))
     exact = runs["plain"]()
     levels = list(structure(exact, exact))
     print(f"| | time | {' | '.join(f'1 - SSIM, {level}' for level in levels)} |")
@@ -158,7 +152,7 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> None:
         steps["maps kept, all new"].forgets = folder
         for _ in shown:
             steps["maps kept, all known"]()  # fills
-        seconds = interleave(steps, args.repeats, clock_of(device))
+        seconds = interleave(steps, args.repeats, clock_of(device, cpu_time=True))
         size = sum(x.stat().st_size for x in Path(folder, "known").iterdir())
     print("| | time of a step | distillation loss of the first |\n|---|---|---|")
     for name, step in steps.items():
