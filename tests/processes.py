@@ -1,10 +1,13 @@
 """Several processes for a test, forked by torchrun's own agent, which spares the imports."""
 
+import gc
 import socket
 from argparse import Namespace
+from contextlib import contextmanager
 from uuid import uuid4
 
 import torch
+import torch.multiprocessing as mp
 from ssimkd import launch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -21,6 +24,26 @@ def free_port():
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]
+
+
+@contextmanager
+def without_collector():
+    """Around a fork: a child that clears away its parent's store waits for a thread it has not."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def fork(count, function, *args):
+    """Runs `function(rank, *args)` in `count` processes.
+
+    Raises:
+        ProcessExitedException, ProcessRaisedException: one has failed.
+    """
+    with without_collector():
+        mp.start_processes(function, args=args, nprocs=count, start_method="fork")
 
 
 def in_processes(count, function, *args, minutes=1.0):
@@ -49,5 +72,6 @@ def in_processes(count, function, *args, minutes=1.0):
         max_restarts=0,
         start_method="fork",
     )
-    found = elastic_launch(config, entry)()
+    with without_collector():
+        found = elastic_launch(config, entry)()
     return [found[rank] for rank in range(count)]

@@ -119,8 +119,9 @@ def test_with_no_whole_one_it_does_not_start_anew_in_silence(tmp_path):
 def test_processes_that_see_different_checkpoints_stop(tmp_path, monkeypatch):
     save(tmp_path, 1.0, 1)
     monkeypatch.setattr(comm, "all_gather", lambda path: [path, "model_0000000.pth"])
-    with pytest.raises(ConfigError, match="the processes see different checkpoints"):
-        resume(tmp_path)
+    for folder, seen in ((tmp_path, "model_0000001.pth"), (tmp_path / "empty", "none")):
+        with pytest.raises(ConfigError, match=f"the processes see different.* this one.*{seen}"):
+            resume(folder)
 
 
 class State:

@@ -170,3 +170,16 @@ def test_all_gradients_are_looked_at_by_one_norm():
         model[index].bias.grad[1] = bad
         with pytest.raises(FloatingPointError, match=rf"the gradient of {index}.bias is not"):
             hook._step()
+
+
+def test_a_loss_of_another_process_stops_this_one():
+    """Detectron2's main process sees the losses of all; a finite gradient tells nobody else."""
+
+    class Told(SimpleTrainer):
+        def _write_metrics(self, *args, **kwargs):
+            raise FloatingPointError("Loss became infinite or NaN at iteration=0!")
+
+    for allowed in (0, 1):
+        trainer, hook = train([batch(0)], kind=Told, allowed=allowed)
+        assert trainer.failed.startswith("in another process: FloatingPointError: Loss became")
+        assert hook.skipped == 0

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
-from processes import free_port, in_processes, options
+from processes import fork, free_port, in_processes, options
 from ssimkd import ConfigError, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -95,7 +95,7 @@ def test_slurm_starts_processes():
         )  # fmt: skip
         launch.start(lambda _: results.put((index, place())), lambda _: "cpu", options())
 
-    mp.start_processes(task, nprocs=4, start_method="fork")
+    fork(4, task)
     found = dict(results.get() for _ in range(4))
     assert found == {i: (i % 2, 2, "gloo", 6) for i in range(4)}
 
@@ -171,7 +171,7 @@ def test_an_error_of_every_process_is_said_once(capfd):
 
 def own_launch(main, count, args, **_):
     """As Detectron2's launch, which needs GPUs before v0.6."""
-    mp.start_processes(lambda rank: main(rank, *args), nprocs=2, start_method="fork")
+    fork(2, main, *args)
 
 
 @pytest.mark.parametrize(

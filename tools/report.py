@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--out", help="the page; report.html in the run's folder if left out")
     parser.add_argument("--pictures", help="folder for two small PNGs as well")
     args = parser.parse_args()
+    out = Path(args.out or os.path.join(args.run, "report.html"))
     with exit_in_one_line():
-        report = Report(Run(args.run), [Run(folder) for folder in args.compare])
-        out = Path(args.out or os.path.join(args.run, "report.html"))
         if not out.parent.is_dir():
             raise ConfigError(f"--out: there is no folder {out.parent}")
+        report = Report(Run(args.run), [Run(folder) for folder in args.compare])
         out.write_text(report.html(), encoding="utf-8")
         print(f"Report: {out}")
         if args.pictures:

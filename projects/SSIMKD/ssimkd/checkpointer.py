@@ -74,17 +74,18 @@ class WholeCheckpointer(RunCheckpointer):
             ConfigError: none is whole, it is not one of this model and optimizer or of these
                 teachers, or the processes do not see the same; or see :meth:`load`.
         """
-        self.resuming = resume and self.has_checkpoint()
-        if not self.resuming:
-            return super().resume_or_load(path, resume=False)
-        path = self._last_whole()
-        if len(set(comm.all_gather(path))) > 1:
+        found = self._last_whole() if resume and self.has_checkpoint() else ""
+        if resume and len(set(comm.all_gather(found))) > 1:
             raise ConfigError(
                 f"OUTPUT_DIR (.yaml) or train.output_dir (.py): the processes see different "
-                f"checkpoints in {self.save_dir}; this one {path}"
+                f"checkpoints in {self.save_dir}, this one {found or 'none'}: it has to be a "
+                "folder that all of them share"
             )
+        self.resuming = bool(found)
+        if not found:
+            return super().resume_or_load(path, resume=False)
         self.whole = True
-        return self.load(path)
+        return self.load(found)
 
     def _newest_first(self) -> List[str]:
         """Names of the checkpoint that `last_checkpoint` gives and of those before it."""

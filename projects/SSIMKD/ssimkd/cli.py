@@ -173,7 +173,7 @@ def check_config(cfg, args: argparse.Namespace) -> str:
         folder = cfg.OUTPUT_DIR
     else:
         used = {key: names for names, key in (lazy_names(cfg, s) for s in ("TEST", "TRAIN"))}
-        device, use_cpu = cfg.train.device, "train.device=cpu"
+        device, use_cpu = str(cfg.train.device), "train.device=cpu"
         amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
         weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"
         folder = cfg.train.output_dir
@@ -181,7 +181,7 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     if not used[needed]:
         raise ConfigError(f"{needed} is empty: name at least one data set")
     for key, names in list(used.items())[: 1 if args.eval_only else 2]:
-        check_datasets(names, key)
+        check_datasets(names or (), key)
     resumes = args.resume and os.path.isfile(os.path.join(folder, "last_checkpoint"))
     check_weights(weights_key, weights, resumes, args.eval_only)
     check_processes(args, device, use_cpu)

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import math
 import os
 from typing import Any, Dict, List, Tuple
 
 from .errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
+MOST = 1e9  # pixels of a side, beyond which a number is none
 
 
 # Part of the file -> the keys of its entries, and the kind of their values.
@@ -88,7 +88,7 @@ def check_annotations(annotations: List[Dict[str, Any]], ids: Dict[str, set]) ->
     """Raises ConfigError for a box that is none, or an image or category that is unknown."""
     for entry in annotations:
         box = entry["bbox"]
-        numbers = [x for x in box if isinstance(x, (int, float)) and math.isfinite(x)]
+        numbers = [x for x in box if isinstance(x, (int, float)) and abs(x) < MOST]
         if len(numbers) != 4 or len(box) != 4 or min(box[2:]) < 0:
             raise ConfigError(f"has a bbox that is not [x, y, width, height]: {entry}")
         for key, part in (("image_id", "images"), ("category_id", "categories")):
@@ -117,6 +117,8 @@ def metadata(categories: List[Dict[str, Any]]) -> Dict[str, Any]:
     found: Dict[str, Any] = {"thing_classes": [category["name"] for category in categories]}
     names = categories[0].get("keypoints")
     if names:
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ConfigError(f"has 'keypoints' in a category that are no list of names: {names!r}")
         mirrored = [(name, name.replace("left", "right")) for name in names if "left" in name]
         found["keypoint_names"] = names
         found["keypoint_flip_map"] = [pair for pair in mirrored if pair[1] in names]

@@ -33,7 +33,7 @@ def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     Raises:
         ConfigError: a file is missing or is not in COCO's format.
     """
-    names = {split: cfg.DATASETS[split] for split in splits or ("TRAIN",)}
+    names = {split: cfg.DATASETS[split] or () for split in splits or ("TRAIN",)}
     count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
     if splits or count:
         register_coco(cfg.DATASETS.COCO, list(chain(*names.values())), names.get("TEST", ()))
@@ -116,7 +116,7 @@ def check_datasets(names: Sequence[str], key: str) -> None:
     """
     missing = []
     for name in names:
-        if name not in DatasetCatalog:
+        if not isinstance(name, str) or name not in DatasetCatalog:
             raise ConfigError(
                 f"{key}: no data set {name!r} is registered; DATASETS.COCO (.yaml) or "
                 "datasets.coco (.py) registers your own"

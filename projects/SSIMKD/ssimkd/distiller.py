@@ -346,7 +346,7 @@ def build_loss(name: str, node) -> KDLoss:
         )
     try:
         return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"MODEL.DISTILL.{key}: {error}") from error
 
 

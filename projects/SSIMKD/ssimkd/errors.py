@@ -14,6 +14,12 @@ WORKER = re.compile(r"^(ssimkd\.\w+\.\w+|FloatingPointError): ")
 class ConfigError(ValueError):
     """Wrong settings, files or data: one line that names the key, file or level to change."""
 
+    def __init__(self, text: str = "") -> None:
+        lines = text.strip().splitlines()
+        if text.startswith("Caught "):  # torch's, from a data worker: its traceback, then the line
+            lines = [WORKER.sub("", lines[-1])]
+        super().__init__(" ".join(lines))
+
 
 # What a user can mend: a FloatingPointError says which loss or map is not finite.
 MENDABLE = (ConfigError, FloatingPointError, OmegaConfBaseException)
@@ -29,8 +35,7 @@ def in_user_terms(error: BaseException) -> str:
     """One of MENDABLE as one line that names what to change."""
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the config'}: {one_line(error)}"
-    # torch hands on what another process raised behind that process's traceback
-    return WORKER.sub("", str(error).strip().splitlines()[-1])
+    return str(error)
 
 
 @contextmanager

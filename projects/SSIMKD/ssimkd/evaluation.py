@@ -98,7 +98,7 @@ def coco_class(fast: bool) -> Type[COCOEvaluator]:
 class FastCOCOEvaluator(COCOEvaluator):
     """COCOEvaluator with the metric of ultrafast-pycocotools, which equals pycocotools' bit by bit.
 
-    For COCO's 5000 images that is a second instead of 40 (docs/performance.md).
+    As many images as COCO's validation has take a second instead of 45 (docs/performance.md).
     """
 
     def evaluate(self, *args, **kwargs):

@@ -3,12 +3,14 @@
 import logging
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Dict, Iterator, List, Mapping
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+
+from .errors import one_line
 
 logger = logging.getLogger(__name__)
 # A loss scale starts at 2^16 and halves with each overflow: after so many, gradients do not fit
@@ -32,7 +34,7 @@ class FiniteSteps(HookBase):
         self.stepped, self.overflows = False, 0
         self.files: List[str] = []
         self.losses: Mapping[str, Tensor] = {}
-        self.refused = ""  # what Detectron2 said of the losses
+        self.refused: Optional[FloatingPointError] = None  # what Detectron2 said of the losses
 
     def before_train(self) -> None:
         """Looks at what the model returns, at what Detectron2 says of it, and at the optimizer."""
@@ -55,14 +57,14 @@ class FiniteSteps(HookBase):
 
     def before_step(self) -> None:
         """A new step."""
-        self.stepped, self.refused = False, ""
+        self.stepped, self.refused = False, None
 
     def after_step(self) -> None:
         """Sees to the steps that mixed precision has left out."""
         if self.stepped:
             self.overflows = 0
         elif self.refused:
-            self._leave_out(self.refused)
+            self._leave_out()
         else:
             self.overflows += 1
             if self.overflows > MOST_OVERFLOWS:
@@ -81,8 +83,7 @@ class FiniteSteps(HookBase):
         try:
             self.before[0](*args, **kwargs)
         except FloatingPointError as error:
-            wrong = [f"{k} is {v.item()}" for k, v in self.losses.items() if not v.isfinite()]
-            self.refused = ", ".join(wrong) or f"in another process: {error}"
+            self.refused = error
 
     def _step(self, *args: Any) -> Any:
         """The optimizer's, if its gradients are finite."""
@@ -90,20 +91,24 @@ class FiniteSteps(HookBase):
         groups = self.trainer.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if not get_total_norm(gradients).isfinite():
-            what = self.refused or f"the gradient of {self._wrong_gradients()} is not finite"
-            return self._leave_out(what)
+            return self._leave_out()
         if self.refused:  # only the main process knows of it: it cannot be left out
-            raise FloatingPointError(self._explain(self.refused))
+            raise FloatingPointError(self._explain())
         return self.before[1](*args)
 
-    def _leave_out(self, what: str) -> None:
+    def _leave_out(self) -> None:
         if self.skipped >= self.allowed:
-            raise FloatingPointError(self._explain(what))
+            raise FloatingPointError(self._explain())
         self.skipped += 1
         counted = f"{self.skipped} of {self.allowed}"
-        logger.warning("Left out a step (%s allowed): %s", counted, self._explain(what))
+        logger.warning("Left out a step (%s allowed): %s", counted, self._explain())
 
-    def _explain(self, what: str) -> str:
+    def _explain(self) -> str:
+        """What is wrong: this process's losses, another's, or the gradient alone; and where."""
+        wrong = [f"{k} is {v.item()}" for k, v in self.losses.items() if not v.isfinite()]
+        if self.refused and not wrong:
+            wrong = [f"in another process: {one_line(self.refused)}"]
+        what = ", ".join(wrong) or f"the gradient of {self._wrong_gradients()} is not finite"
         return f"{what} ({place(self.trainer.iter, self.files)})"
 
     def _wrong_gradients(self) -> str:

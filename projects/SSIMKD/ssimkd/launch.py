@@ -63,8 +63,9 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
             timeout=timedelta(minutes=args.timeout),
         )
     except ProcessRaisedException as error:  # its message is the traceback
-        if WORKER.match(str(error).rstrip().splitlines()[-1]):
-            raise ConfigError(str(error)) from None
+        last = str(error).rstrip().splitlines()[-1]
+        if WORKER.match(last):
+            raise ConfigError(WORKER.sub("", last)) from None
         raise
     except ProcessExitedException as error:
         # a signal leaves no word; a process that has exited has said why

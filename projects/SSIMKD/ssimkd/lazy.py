@@ -3,7 +3,7 @@
 from typing import Any, Iterator, List, Mapping, Tuple
 
 from detectron2.utils.registry import locate
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 
 def target_of(node) -> Any:
@@ -15,7 +15,7 @@ def lazy_names(cfg, split: str) -> Tuple[List[str], str]:
     """Names of the data sets of a LazyConfig's split ("TRAIN" or "TEST"), and their key."""
     key = f"dataloader.{split.lower()}.dataset.names"
     names = OmegaConf.select(cfg, key) or []
-    return [names] if isinstance(names, str) else list(names), key
+    return list(names) if isinstance(names, (ListConfig, list, tuple)) else [names], key
 
 
 def lazy_losses(distiller) -> Iterator[Any]:

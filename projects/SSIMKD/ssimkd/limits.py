@@ -56,9 +56,12 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
         ("train.output_dir", "train.device") if lazy else ("OUTPUT_DIR", "MODEL.DEVICE")
     )
     check_folder(folder, value_of(cfg, folder))
+    weights = "train.init_checkpoint" if lazy else "MODEL.WEIGHTS"
+    if not isinstance(value_of(cfg, weights), str):
+        raise ConfigError(f"{weights} must name a checkpoint, or be empty")
     try:
-        torch.device(value_of(cfg, device))
-    except (RuntimeError, TypeError) as error:
+        torch.device(str(value_of(cfg, device)))
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{device}: {one_line(error)}") from error
     if not eval_only:
         (check_lazy if lazy else check_yaml)(cfg)
@@ -69,7 +72,7 @@ def check_number(key: str, value: Any, least: float) -> None:
     if value is None or isinstance(value, DictConfig):
         return
     kinds = (int, float) if isinstance(least, float) else (int,)
-    if type(value) not in kinds or not math.isfinite(value) or value < least:
+    if type(value) not in kinds or not least <= value < math.inf:
         kind = "a finite number" if isinstance(least, float) else "an integer"
         raise ConfigError(f"{key} must be {kind} of at least {least}, got {value!r}")
 

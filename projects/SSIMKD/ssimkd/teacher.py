@@ -35,13 +35,16 @@ def rules_of(detector: Any, input_format: str) -> Rules:
     """The rules of a detector for images in `input_format`; those of a strange one are unknown."""
     if not (hasattr(detector, "pixel_mean") and hasattr(detector, "pixel_std")):
         return Rules(input_format)
-    backbone = detector.backbone
+    backbone = detector.backbone  # not every one is Detectron2's Backbone
+    padding = [
+        getattr(backbone, name, None) for name in ("size_divisibility", "padding_constraints")
+    ]
     return Rules(
         input_format,
-        type(detector).preprocess_image,
+        getattr(type(detector), "preprocess_image", None),
         tuple(detector.pixel_mean.flatten().tolist()),
         tuple(detector.pixel_std.flatten().tolist()),
-        (backbone.size_divisibility, getattr(backbone, "padding_constraints", None)),
+        tuple(padding),
     )
 
 

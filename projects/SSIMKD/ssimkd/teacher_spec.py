@@ -36,7 +36,7 @@ class TeacherSpec:
         cache_gib (float): size of that folder from which nothing is added.
 
     Raises:
-        ConfigError: one of the last four is unknown or out of its range.
+        ConfigError: `precision` is unknown, or `cache_gib` not positive.
     """
 
     config: str

@@ -1,7 +1,7 @@
 """Charts as inline SVG that takes the page's font and text colour, light or dark."""
 
 import io
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import matplotlib
@@ -18,6 +18,7 @@ STYLE: Dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.15,
     "grid.color": INK,
     "axes.titlesize": 10,
@@ -54,9 +55,9 @@ class Chart:
         return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
-def colours(labels: Sequence[str]) -> Mapping[str, str]:
-    """A colour for each label, in order."""
-    return dict(zip(labels, cycle(COLOURS)))
+def colours(labels: Sequence[str], taken: int = 0) -> Mapping[str, str]:
+    """A colour for each label, in order, from that after the first `taken` ones."""
+    return dict(zip(labels, islice(cycle(COLOURS), taken, None)))
 
 
 def lines(

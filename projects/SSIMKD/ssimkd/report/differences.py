@@ -16,9 +16,11 @@ ABSENT = "-"
 
 
 def flat(node: Any, prefix: str = "") -> Dict[str, str]:
-    """A config as "A.B.C" -> its value in words."""
+    """A config as "A.B.C" -> its value in words; of a list of nodes as "A.0.B"."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, (list, tuple)) and any(isinstance(item, Mapping) for item in node):
+        node = dict(enumerate(node))
     if not isinstance(node, Mapping) or not node:
         return {prefix: str(list(node) if isinstance(node, tuple) else node)}
     settings: Dict[str, str] = {}

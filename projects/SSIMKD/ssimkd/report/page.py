@@ -23,7 +23,6 @@ from .similarity import measure_levels
 
 SAMPLE = 24  # validation images that are looked at
 SHOWN = 3  # of them, at equal distances, and as many that are the least similar
-COLOURS = 96  # of a PNG for a README
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 
@@ -122,7 +121,7 @@ class Report:
     def similarity(self) -> Dict[str, Any]:
         """Section 4: charts, and a row per level."""
         curves = self.similarity_curves()
-        colour = charts.colours([*curves, *(lv for lv in self.levels if lv not in curves)])
+        colour = charts.colours([*dict.fromkeys([*curves, *self.levels])], len(self.colour))
         return {
             "colour": colour,
             "curve": charts.lines("SSIM by level in training", curves, colour, {})
@@ -315,7 +314,8 @@ class Report:
             found["similarity.png"] = render(similarity_maps(self.model, x), image)
         paths = [os.path.join(folder, name) for name in found]
         for path, picture in zip(paths, found.values()):
-            Image.fromarray(picture).quantize(COLOURS).save(path, optimize=True)
+            small = Image.fromarray(picture).quantize(256, Image.Quantize.FASTOCTREE)
+            small.save(path, optimize=True)
         return paths
 
 

@@ -103,7 +103,7 @@ def most_different(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Tuple[np.nda
 def draw_most_different(maps: Mapping[str, Mapping[str, np.ndarray]], image: Picture) -> Picture:
     """The map of :func:`most_different` over the image, its largest value in a ring."""
     different, row, column = most_different(maps)
-    canvas = overlay(different, image, (0.0, 1.0))
+    canvas = overlay(different, image, (0.0, float(different[row, column]) or 1.0))
     zoom = max(1, -(-LEAST_WIDTH // image.shape[1]))
     canvas = cv2.resize(canvas, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
     place = (int((column + 0.5) * zoom), int((row + 0.5) * zoom))
