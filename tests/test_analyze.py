@@ -6,7 +6,8 @@ import sys
 import analyze
 import pytest
 import torch
-from conftest import shapes_cfg
+from conftest import shapes_cfg, zoo_cfg
+from detectron2.modeling import build_model
 from ssimkd.cli import load_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,3 +75,11 @@ def test_several_teachers_and_one_that_cannot_be_fetched():
 def test_noise_has_the_size_of_an_evaluation():
     cfg = load_config("configs/ssimkd_R50.yaml", [], ())
     assert analyze.read_image(cfg, "").shape == (3, 800, 1067)  # 480 x 640, short side 800
+
+
+def test_a_panoptic_detector_is_counted_too():
+    torch.manual_seed(0)
+    model = build_model(zoo_cfg("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")).eval()
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    total, backbone, missing = analyze.count_flops(model, image)
+    assert total > backbone > 0 and missing["torchvision::roi_align"]

@@ -107,7 +107,7 @@ for name in ("ssimkd.preflight", "detectron2.evaluation.testing", "detectron2.ut
 """
 
 
-@pytest.mark.parametrize("where", ["tty", "file"])
+@pytest.mark.parametrize("where", [pytest.param("tty", marks=pytest.mark.soak), "file"])
 def test_quiet_leaves_warnings_results_and_progress(tmp_path, where):
     command = [sys.executable, "-c", QUIET, str(tmp_path), where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -25,7 +25,8 @@ from benchmark_measure import interleave
 from detectron2.config import CfgNode, instantiate
 from detectron2.utils.logger import setup_logger
 from fvcore.nn import FlopCountAnalysis
-from ssimkd.cli import load_config
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags, load_config
 from ssimkd.detector import device_of, image_reader, load_detector
 from ssimkd.distillers import Distillers, build_distiller
 from ssimkd.errors import ConfigError, exit_in_one_line
@@ -133,9 +134,11 @@ def main() -> None:
     parser.add_argument("--image", default="", help="file to measure on")
     parser.add_argument("--repeats", type=int, default=5, help="timed inferences of each")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    add_flags(parser)
     args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         cfg = load_config(args.config_file, args.opts, splits=())
         image = read_image(cfg, args.image)
         text = table(cfg, args.weights, image, args.repeats)

@@ -25,7 +25,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from ssimkd import engine
-from ssimkd.cli import argument_parser, check_config, load_config
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags, argument_parser, check_config, load_config
 from ssimkd.data import check_classes
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.lazy import lazy_names
@@ -169,12 +170,14 @@ def main() -> None:
         "--iterations", type=int, default=20, help=f"of the short run, at least {LEAST}"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    add_flags(parser)
     args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
     if args.iterations < LEAST:
         parser.error(f"--iterations must be at least {LEAST}")
     remarks = Remarks()
     setup_logger(name="ssimkd").addHandler(remarks)
-    with exit_in_one_line(), tempfile.TemporaryDirectory() as folder:
+    with exit_in_one_line(args.debug), tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg, argument_parser().parse_args([]))
         rows = list(pair_rows(build(cfg)))

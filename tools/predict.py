@@ -25,7 +25,8 @@ from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
-from ssimkd.cli import load_config
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags, load_config
 from ssimkd.detector import (
     draw_detections,
     image_reader,
@@ -97,9 +98,11 @@ def main() -> None:
         "--confidence-threshold", type=float, default=0.5, help="leave out what scores less"
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    add_flags(parser)
     args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         entries = predict(args)
     path = os.path.join(args.output, "predictions.json")
     with open(path, "w") as f:

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 from unittest import mock
 
 import torch
-from detectron2.structures import Instances
+from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from .errors import ConfigError, one_line
@@ -43,13 +43,17 @@ class OneImage(nn.Module):
 
     def detect(self, image: Tensor) -> Dict[str, Tensor]:
         """Name -> tensor of n rows."""
-        if hasattr(self.model, "roi_heads"):  # masks stay as their heads give them
+        if isinstance(self.model, GeneralizedRCNN) and not segments(self.model):
+            # masks stay as their heads give them
             found = self.model.inference([{"image": image}], do_postprocess=False)[0]
         else:
             found = self.model([{"image": image}])[0]["instances"]
-        if not isinstance(found, Instances):
-            raise ConfigError(f"--format: a {type(self.model).__name__} gives more than instances")
         return {name: getattr(v, "tensor", v) for name, v in found.get_fields().items()}
+
+
+def segments(model: Any) -> bool:
+    """Whether a detector gives more than instances."""
+    return hasattr(model, "sem_seg_head")
 
 
 @contextmanager
@@ -82,6 +86,8 @@ def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: s
         ConfigError: the detector cannot be traced, the graph does not agree with it, or a package
             is missing.
     """
+    if segments(model):
+        raise ConfigError(f"--format: a {type(model).__name__} gives more than instances")
     detector = OneImage(model)
     expected = [detector.detect(image) for image in images]
     path = os.path.join(folder, f"student{SUFFIXES[kind]}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..export import PREFIX
+from ..graph import OneImage
 from ..preflight import distillers_of
 from ..teacher import as_seen, trained_format
 from .run import Run
@@ -72,24 +73,11 @@ class Detector:
         return sorted(taken[1:])[len(inputs) // 2]
 
 
-class Traceable(nn.Module):
-    """A detector from one image tensor to tensors, as fvcore's counter wants it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> List[Tensor]:
-        """Boxes and scores of (3, H, W)."""
-        instances = self.model([{"image": image}])[0]["instances"]
-        return [instances.pred_boxes.tensor, instances.scores]
-
-
 def count_flops(model: nn.Module, image: Tensor) -> Optional[float]:
     """fvcore's count for one image, a multiply and add as one, in billions; None: not traceable."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counter = FlopCountAnalysis(Traceable(model), (image,))
+        counter = FlopCountAnalysis(OneImage(model), (image,))
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counter.tracer_warnings("none")
         try:
