@@ -248,7 +248,7 @@ def check(words, expected, files, tmp_path, monkeypatch, capsys):
     assert expected.replace("{files}", folder) in line
     assert contents(files) == before and not (files / "ran").exists()
     # the run's own log may be there, nothing else
-    assert {path.name for path in contents(tmp_path)} <= {"log.txt", "config.yaml"}
+    assert {path.name for path in contents(tmp_path)} <= {"log.txt", "config.yaml", "run.json"}
 
 
 @pytest.mark.parametrize("words, expected", CASES)
