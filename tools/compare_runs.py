@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -17,17 +16,18 @@ from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
 import torch
 from compare_methods import ROOT
 from ssimkd.errors import ConfigError
+from ssimkd.run_record import commit, machine
 from suggest_weight import medians, read_rows
 from tqdm import tqdm
 
-RECORD = "run.json"
+RECORD = "record.json"  # beside run.json, which says how a run was made
 
 
 class Run(NamedTuple):
     """One process of train_net.py.
 
     Attributes:
-        folder (Path): takes its output; `run.json` there: the run has finished.
+        folder (Path): takes its output; `record.json` there: the run has finished.
         config (str): a file, relative to the repository.
         opts (tuple[str]): overrides of it.
     """
@@ -95,7 +95,7 @@ def execute(run: Run) -> str:
     command = [sys.executable, "train_net.py", "--config-file", run.config]
     command += [*run.opts, "OUTPUT_DIR", str(draft)]
     record: Dict[str, Any] = {"settings": [run.config, *run.opts]}
-    record.update(commit=commit(), machine=machine())
+    record.update(commit=commit() or "unknown", machine=f"{machine()}, torch {torch.__version__}")
     with open(draft / "output.txt", "w") as stream:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -141,21 +141,3 @@ def peak_mib(log: Path, max_rss: int) -> float:
     if on_gpu:
         return float(max(map(int, on_gpu)))
     return max_rss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
-
-
-def commit() -> str:
-    """The state of the code."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown commit"
-
-
-def machine() -> str:
-    """Processor, cores, GPU and torch: what a time depends on."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    processor = found[1] if found else platform.processor() or platform.machine()
-    parts = [processor, f"{os.cpu_count()} cores", f"torch {torch.__version__}"]
-    if torch.cuda.is_available():
-        parts.insert(2, torch.cuda.get_device_name())
-    return ", ".join(parts)

@@ -3,12 +3,14 @@
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
@@ -86,8 +88,10 @@ def versions() -> Dict[str, str]:
 
 
 def machine() -> str:
-    """The device that a run can use, in words."""
+    """Processor, cores and GPUs, in words: what a run's time depends on."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    processor = found[1] if found else platform.processor() or platform.machine()
     gpus = torch.cuda.device_count()
-    if gpus:
-        return f"{gpus} x {torch.cuda.get_device_name(0)}"
-    return f"CPU ({platform.machine()}), threads of torch: {torch.get_num_threads()}"
+    also = [f"{gpus} x {torch.cuda.get_device_name(0)}"] if gpus else []
+    return ", ".join([processor, f"{os.cpu_count()} cores", *also])
