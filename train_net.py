@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from ssimkd import engine
 from ssimkd.cli import check_config, load_config
 from ssimkd.errors import exit_in_one_line
+from ssimkd.run_record import record_run
 from torch.multiprocessing import ProcessExitedException
 
 
@@ -38,7 +39,8 @@ def main(args) -> None:
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-    run(cfg, args.resume)
+    with record_run(folder):
+        run(cfg, args.resume)
 
 
 if __name__ == "__main__":

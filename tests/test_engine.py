@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_it_trains_evaluates_and_logs_each_level(trained):
     logged = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     assert {"ssim_kd_loss", "ssim_kd/p2", "ssim_kd/p5"} <= set(logged[0])
     assert set(json.loads((out / "results.json").read_text())["bbox"]) >= {"AP", "AP50", "AP75"}
+
+
+def test_it_says_how_it_was_made(trained):
+    _, out, done = trained
+    (entry,) = json.loads((out / "run.json").read_text())
+    assert entry["command"] == shlex.join(["python", *map(str, done.args[1:])])
+    assert entry["started"] <= entry["ended"] and entry["versions"]["torch"]
 
 
 def test_checkpoints_hold_the_student_and_its_adapters_only(trained):
