@@ -1,0 +1,1 @@
+"""One page about a finished run: `tools/report.py`."""
