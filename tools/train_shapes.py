@@ -5,7 +5,7 @@
     python tools/train_shapes.py --seeds 1 2 3
 
 Each row is a run of train_net.py, whose command is printed. The table is written to
-output/shapes/table.md as well.
+output/shapes/table.md as well, and tools/report.py makes a page of the first seed's runs.
 """
 
 import argparse
@@ -30,9 +30,14 @@ CONFIGS = {
 METRICS = ("AP", "AP50", "AP75")
 
 
+def folder(name: str, seed: int) -> Path:
+    """Where a run goes, from the root of the repository."""
+    return Path("output/shapes") / f"{name.replace(' ', '_')}_seed{seed}"
+
+
 def run(name: str, seed: int, opts: List[str]) -> Dict[str, float]:
     """Trains a student, or evaluates the teacher that the repository keeps; returns its metrics."""
-    out = Path("output/shapes") / f"{name.replace(' ', '_')}_seed{seed}"
+    out = folder(name, seed)
     command = [sys.executable, "train_net.py", "--config-file", CONFIGS[name]]
     if name == "teacher":
         command += ["--eval-only", "MODEL.WEIGHTS", "configs/shapes/teacher.pth"]
@@ -81,7 +86,10 @@ def main() -> None:
         results[name] = [run(name, seed, opts) for seed in seeds]
     text = table(results)
     (ROOT / "output/shapes/table.md").write_text(text + "\n")
-    print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}")
+    print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}\n")
+    vanilla, student, teacher = (str(folder(name, args.seeds[0])) for name in CONFIGS)
+    command = ["tools/report.py", "--run", student, "--compare", vanilla, teacher]
+    sys.exit(subprocess.run([sys.executable, *command], cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,164 @@
+"""A detector of the report, and what is measured of it here."""
+
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..export import PREFIX
+from ..preflight import distillers_of
+from ..teacher import as_seen, trained_format
+from .run import Run
+
+TIMED = 10  # images
+
+
+@dataclass
+class Detector:
+    """A student, its twin without teacher, or a teacher.
+
+    Attributes:
+        label (str): what tables and legends call it.
+        run (Run or None): its folder; None of a teacher that was not evaluated here.
+        model (nn.Module or None): it, with its weights; None where they are not there.
+        weights (str): path of the file whose size counts.
+        format (str): channel order of the images that it takes, "BGR" or "RGB".
+    """
+
+    label: str
+    run: Optional[Run]
+    model: Optional[nn.Module]
+    weights: str
+    format: str = "BGR"
+
+    def detect(self, x: Dict[str, Any], shown: str) -> Any:
+        """Its Instances in one image, whose channel order is `shown`."""
+        assert self.model is not None
+        image = as_seen([x["image"]], shown, self.format)[0]
+        with torch.no_grad():
+            return self.model([{**x, "image": image}])[0]["instances"].to("cpu")
+
+    def measure(self, inputs: List[Dict[str, Any]], shown: str) -> Dict[str, Optional[float]]:
+        """Parameters (millions), FLOPs (billions), images per second, size of the checkpoint (MB).
+
+        None is what cannot be measured: without weights or images.
+
+        Args:
+            inputs (list[dict]): images; FLOPs are counted on the first one.
+            shown (str): their channel order.
+        """
+        size = os.path.getsize(self.weights) / 1e6 if os.path.isfile(self.weights) else None
+        parameters = flops = speed = None
+        if self.model is not None:
+            named = self.model.named_parameters()
+            parameters = sum(p.numel() for n, p in named if not n.startswith(PREFIX)) / 1e6
+        if self.model is not None and inputs:
+            flops = count_flops(self.model, inputs[0]["image"])
+            speed = 1 / self.seconds(inputs[:TIMED], shown)
+        return {"parameters": parameters, "flops": flops, "speed": speed, "checkpoint": size}
+
+    def seconds(self, inputs: List[Dict[str, Any]], shown: str) -> float:
+        """Median time of an image alone, less the first one."""
+        taken = []
+        for x in [inputs[0], *inputs]:
+            start = time.perf_counter()
+            self.detect(x, shown)  # its result is on the CPU: the device has finished
+            taken.append(time.perf_counter() - start)
+        return sorted(taken[1:])[len(inputs) // 2]
+
+
+class Traceable(nn.Module):
+    """A detector from one image tensor to tensors, as fvcore's counter wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> List[Tensor]:
+        """Boxes and scores of (3, H, W)."""
+        instances = self.model([{"image": image}])[0]["instances"]
+        return [instances.pred_boxes.tensor, instances.scores]
+
+
+def count_flops(model: nn.Module, image: Tensor) -> Optional[float]:
+    """fvcore's count for one image, a multiply and add as one, in billions; None: not traceable."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counter = FlopCountAnalysis(Traceable(model), (image,))
+        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        counter.tracer_warnings("none")
+        try:
+            return counter.total() / 1e9
+        except Exception:  # tracing is more particular than running
+            return None
+
+
+def teachers_of(model: nn.Module, notes: List[str]) -> List[Detector]:
+    """The whole teachers of a student; those that cannot be loaded are noted and left out."""
+    found = []
+    for name, distiller in distillers_of(model):
+        if not distiller.enabled:
+            continue
+        label = f"teacher {name}".rstrip()
+        try:
+            detector, cfg, absent = distiller.spec.load(next(model.parameters()).device)
+            weights, order = distiller.spec.find_weights(), trained_format(cfg, detector)
+        except ConfigError as error:
+            notes.append(f"The {label} could not be loaded: {error}")
+            continue
+        if absent:
+            notes.append(f"The {label}'s detections are left out: its checkpoint lacks {absent[0]}")
+        found.append(Detector(label, None, None if absent else detector, weights, order))
+    return found
+
+
+def detectors_of(run: Run, others: List[Run], notes: List[str]) -> List[Detector]:
+    """The run's own detector first, then those of other runs, then teachers.
+
+    Args:
+        run (Run): the run that is reported.
+        others (list[Run]): of them, an evaluation of a teacher's weights is that teacher's.
+        notes (list[str]): takes what is left out and why.
+    """
+    model = build(run, notes)
+    teachers = teachers_of(model, notes) if model is not None else []
+    label = "student" if distils(model) else "vanilla"
+    found = [of_run(run.name if model is None else label, run, model)]
+    for other in others:
+        taught = [
+            t for t in teachers if os.path.realpath(other.weights) == os.path.realpath(t.weights)
+        ]
+        if taught:
+            taught[0].run = other
+            continue
+        model = build(other, notes)
+        label = other.name if distils(model) or model is None else "vanilla"
+        taken = {d.label for d in found}
+        found.append(of_run(other.folder if label in taken else label, other, model))
+    return [*found, *teachers]
+
+
+def of_run(label: str, run: Run, model: Optional[nn.Module]) -> Detector:
+    """The detector that a run trained."""
+    weights = run.student if os.path.isfile(run.student) else run.weights
+    return Detector(label, run, model, weights, getattr(model, "input_format", None) or "BGR")
+
+
+def distils(model: Optional[nn.Module]) -> bool:
+    """Whether a model learns from a teacher."""
+    return any(distiller.enabled for _, distiller in distillers_of(model))
+
+
+def build(run: Run, notes: List[str]) -> Optional[nn.Module]:
+    """The run's model, or None and a note."""
+    try:
+        return run.build()
+    except ConfigError as error:
+        notes.append(f"Pictures and measurements of {run.name} are left out: {error}")
+        return None

@@ -1,0 +1,184 @@
+"""Reading a run's folder, YAML or lazy."""
+
+import json
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..cli import load_config
+from ..data import lazy_use_own_data
+from ..errors import ConfigError, one_line
+from ..lazy import lazy_names
+from ..run_record import read_record
+
+Series = Tuple[List[int], List[float]]  # iterations and values
+
+
+class Run:
+    """What `train_net.py` left in a folder; everything is read when it is asked for.
+
+    Args:
+        folder (str): OUTPUT_DIR or train.output_dir of the run.
+
+    Raises:
+        ConfigError: there is no config, or it cannot be read.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = os.path.normpath(folder)
+        self.name = os.path.basename(self.folder)
+        path = self.path("config.yaml")
+        if not os.path.isfile(path):
+            raise ConfigError(f"{folder}: there is no config.yaml: is it the folder of a run?")
+        try:
+            with open(path) as f:
+                lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
+            if lazy:
+                self.cfg = LazyConfig.load(path)
+                lazy_use_own_data(self.cfg, ("TEST",))
+            else:
+                self.cfg = load_config(path, [], ("TEST",))
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{path}: {one_line(error)}") from error
+        self.record = read_record(self.folder)
+
+    def path(self, *parts: str) -> str:
+        """A file of the folder."""
+        return os.path.join(self.folder, *parts)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the config is a LazyConfig."""
+        return not isinstance(self.cfg, CfgNode)
+
+    @property
+    def dataset(self) -> str:
+        """The data set that the run evaluates on, the last one of several; "" where none."""
+        names = lazy_names(self.cfg, "TEST")[0] if self.lazy else self.cfg.DATASETS.TEST
+        return names[-1] if names else ""
+
+    @cached_property
+    def results(self) -> Dict[str, Dict[str, Optional[float]]]:
+        """The last evaluation, task -> metric -> percent; empty where there was none."""
+        found = self._json("results.json") or {}
+        return found.get(self.dataset, found)
+
+    @cached_property
+    def scalars(self) -> Dict[str, Series]:
+        """Every scalar of metrics.json; where a resume repeats an iteration, the later value."""
+        by_name: Dict[str, Dict[int, float]] = {}
+        path = self.path("metrics.json")
+        lines = Path(path).read_text().splitlines() if os.path.isfile(path) else []
+        for number, line in enumerate(lines):
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                if number == len(lines) - 1:  # the run was killed while it wrote
+                    break
+                raise ConfigError(f"{path}: line {number + 1} is no JSON") from None
+            for name, value in values.items():
+                by_name.setdefault(name, {})[values["iteration"]] = value
+        return {
+            name: (sorted(points), [points[i] for i in sorted(points)])
+            for name, points in by_name.items()
+        }
+
+    @cached_property
+    def detections(self) -> Optional[List[Dict[str, Any]]]:
+        """COCO's results of the last evaluation; None where there are none."""
+        return self._json("inference", "coco_instances_results.json")
+
+    @cached_property
+    def objects(self) -> Optional[List[Dict[str, Any]]]:
+        """COCO's annotations of the data set; None where it has no json."""
+        DatasetCatalog.get(self.dataset)  # draws the embedded data
+        own = self.path("inference", f"{self.dataset}_coco_format.json")
+        path = MetadataCatalog.get(self.dataset).get("json_file", own)
+        if not os.path.isfile(path):
+            return None
+        with open(path) as f:
+            return json.load(f)["annotations"]
+
+    @property
+    def weights(self) -> str:
+        """The checkpoint to look at: the last one, the exported student, or what was evaluated."""
+        last = self.path("last_checkpoint")
+        if os.path.isfile(last):
+            with open(last) as f:
+                return self.path(os.path.basename(f.read().strip()))
+        if os.path.isfile(self.student):
+            return self.student
+        return self.cfg.train.init_checkpoint if self.lazy else self.cfg.MODEL.WEIGHTS
+
+    @property
+    def student(self) -> str:
+        """The exported student, whether it is there or not."""
+        return self.path("student.pth")
+
+    @property
+    def ended(self) -> str:
+        """When the last command of the run ended, in words."""
+        if self.record:
+            return self.record[-1]["ended"] or "not ended, or failed"
+        return "not known: there is no run.json"
+
+    @property
+    def device(self) -> str:
+        """The run's device where this machine has it, else the CPU."""
+        device = self.cfg.train.device if self.lazy else self.cfg.MODEL.DEVICE
+        return device if torch.cuda.is_available() else "cpu"
+
+    def build(self) -> nn.Module:
+        """The detector with its weights, in evaluation mode, its distiller without teacher.
+
+        Raises:
+            ConfigError: there is no checkpoint, or it is not one of this config.
+        """
+        if self.lazy:
+            model = instantiate(self.cfg.model).to(self.device)
+        else:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.DEVICE = self.device
+            model = build_model(cfg)
+        try:
+            path = PathManager.get_local_path(self.weights)
+            DetectionCheckpointer(model).load(path)
+        except Exception as error:
+            reason = f"cannot load {self.weights or 'a checkpoint'}: {one_line(error)}"
+            raise ConfigError(f"{self.folder}: {reason}") from error
+        return model.eval()
+
+    def samples(self, count: int) -> List[Tuple[Dict[str, Any], Dict[str, Any]]]:
+        """Images of the data set at equal distances.
+
+        Returns:
+            list[(dict, dict)]: the data set's record, with its annotations, and what a model takes.
+        """
+        records = DatasetCatalog.get(self.dataset) if self.dataset else []
+        chosen = records[:: max(1, len(records) // count)][:count]
+        mapper: Any
+        if self.lazy:
+            mapper = instantiate(self.cfg.dataloader.test.mapper)
+        else:
+            mapper = DatasetMapper(self.cfg, is_train=False)
+        return [(record, mapper(record)) for record in chosen]
+
+    def _json(self, *parts: str) -> Any:
+        path = self.path(*parts)
+        if not os.path.isfile(path):
+            return None
+        with open(path) as f:
+            return json.load(f)
