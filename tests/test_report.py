@@ -23,8 +23,9 @@ from report import main as command
 from ssimkd import ConfigError, engine
 from ssimkd.cli import load_config
 from ssimkd.data import use_own_data
-from ssimkd.graph import OneImage
+from ssimkd.report import pictures
 from ssimkd.report.detection_errors import KINDS, detection_errors
+from ssimkd.report.detector import Traceable
 from ssimkd.report.page import Report
 from ssimkd.report.run import Run
 from ssimkd.run_record import read_record, record_run
@@ -124,7 +125,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def expected_numbers(folder, report, few_shapes):
+def expected_numbers(folder, report):
     """Every number of the page, from the files of the runs and from other code."""
     expected = {}
     objects = read(folder.parent / "objects.json")["annotations"]
@@ -141,7 +142,7 @@ def expected_numbers(folder, report, few_shapes):
         expected[f"{label}/parameters"] = sum(p.numel() for p in plain.parameters()) / 1e6, 2
         expected[f"{label}/checkpoint"] = os.path.getsize(weights) / 1e6, 2
         plain.load_state_dict(torch.load(weights, weights_only=True)["model"], strict=False)
-        flops = FlopCountAnalysis(OneImage(plain), (image,)).unsupported_ops_warnings(False)
+        flops = FlopCountAnalysis(Traceable(plain), (image,)).unsupported_ops_warnings(False)
         expected[f"{label}/flops"] = flops.uncalled_modules_warnings(False).total() / 1e9, 2
         found = detection_errors(
             objects, read(folder / name / "inference/coco_instances_results.json")
@@ -158,7 +159,7 @@ def expected_numbers(folder, report, few_shapes):
 
 def test_every_number_is_the_files(folder, report, page, few_shapes):
     shutil.copy(f"{few_shapes}/{FOLDER}/instances_val.json", folder.parent / "objects.json")
-    expected = expected_numbers(folder, report, few_shapes)
+    expected = expected_numbers(folder, report)
     found = dict(page.numbers)
     for label in ("student", "vanilla", "teacher"):
         assert float(found.pop(f"{label}/speed")) > 0
@@ -213,6 +214,39 @@ def test_pictures_show_truth_and_every_detector(page, report):
     )
     shown = [c["index"] for c in report.chosen()]
     assert len(set(shown)) == 6 and least in shown
+
+
+def test_the_ring_is_where_the_maps_differ_most():
+    rng = np.random.default_rng(0)
+    maps = {level: {"SSIM": rng.uniform(0.5, 1, (40, 50))} for level in ("p2", "p3")}
+    maps["p2"]["SSIM"][30, 10] = -1
+    maps["p3"]["SSIM"][5, 5] = np.nan
+    different, row, column = pictures.most_different(maps)
+    assert (row, column) == (30, 10)
+    assert different[30, 10] == pytest.approx(1 - (maps["p3"]["SSIM"][30, 10] - 1) / 2)
+    assert different[5, 5] == 1 - maps["p2"]["SSIM"][5, 5]
+    picture = pictures.draw_most_different(maps, np.zeros((40, 50, 3), np.uint8))
+    ring = np.argwhere((picture == (34, 211, 238)).all(axis=-1))
+    assert abs(ring.mean(axis=0) / 7 - (30.5, 10.5)).max() < 0.2  # 50 pixels are drawn as 350
+
+
+def test_a_box_is_drawn_at_its_place():
+    image = np.zeros((100, 160, 3), np.uint8)  # drawn twice as large
+    picture = pictures.draw_boxes(image, np.array([[20, 40, 60, 90]]), [2], ["disk"])
+    drawn = (picture == pictures.PALETTE[2]).all(axis=-1)
+    assert picture.shape == (200, 320, 3) and drawn[100, 40] and drawn[180, 80] and drawn[150, 120]
+    assert not drawn[150, 80] and not drawn[100, 200]
+
+
+def test_a_run_without_checkpoint_keeps_its_figures(folder, tmp_path):
+    shutil.copytree(folder / "student", tmp_path / "student")
+    for path in (tmp_path / "student").glob("*.pth"):
+        path.unlink()
+    page = Page(Report(Run(str(tmp_path / "student")), []).html())
+    assert "measurements of student are left out" in page.text and not page.images
+    assert "This run has no teacher" not in page.text
+    expected = read(folder / "student/results.json")["bbox"]["AP50"]
+    assert float(page.numbers["student/AP50"]) == pytest.approx(expected, abs=0.06)
 
 
 def test_it_says_what_was_trained_and_how_to_do_it_again(page, folder):

@@ -46,22 +46,23 @@ class Detector:
             return self.model([{**x, "image": image}])[0]["instances"].to("cpu")
 
     def measure(self, inputs: List[Dict[str, Any]], shown: str) -> Dict[str, Optional[float]]:
-        """Parameters, FLOPs, images per second and size of the checkpoint.
+        """Parameters (millions), FLOPs (billions), images per second, size of the checkpoint (MB).
+
+        None is what cannot be measured: without weights or images.
 
         Args:
             inputs (list[dict]): images; FLOPs are counted on the first one.
             shown (str): their channel order.
         """
         size = os.path.getsize(self.weights) / 1e6 if os.path.isfile(self.weights) else None
-        if self.model is None or not inputs:
-            return {"checkpoint": size}
-        named = self.model.named_parameters()
-        return {
-            "parameters": sum(p.numel() for n, p in named if not n.startswith(PREFIX)) / 1e6,
-            "flops": count_flops(self.model, inputs[0]["image"]),
-            "speed": 1 / self.seconds(inputs[:TIMED], shown),
-            "checkpoint": size,
-        }
+        parameters = flops = speed = None
+        if self.model is not None:
+            named = self.model.named_parameters()
+            parameters = sum(p.numel() for n, p in named if not n.startswith(PREFIX)) / 1e6
+        if self.model is not None and inputs:
+            flops = count_flops(self.model, inputs[0]["image"])
+            speed = 1 / self.seconds(inputs[:TIMED], shown)
+        return {"parameters": parameters, "flops": flops, "speed": speed, "checkpoint": size}
 
     def seconds(self, inputs: List[Dict[str, Any]], shown: str) -> float:
         """Median time of an image alone, less the first one."""
@@ -115,8 +116,8 @@ def detectors_of(run: Run, others: List[Run], notes: List[str]) -> List[Detector
     """
     model = build(run, notes)
     teachers = teachers_of(model, notes) if model is not None else []
-    own = "student" if distils(model) else "vanilla"
-    found = [of_run(own, run, model)]
+    label = "student" if distils(model) else "vanilla"
+    found = [of_run(run.name if model is None else label, run, model)]
     for other in others:
         taught = [
             t for t in teachers if os.path.realpath(other.weights) == os.path.realpath(t.weights)

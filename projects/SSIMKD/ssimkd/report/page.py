@@ -16,7 +16,7 @@ from ..run_record import machine, now
 from ..similarity_maps import NAMES, render, similarity_maps
 from . import charts, pictures
 from .detection_errors import KINDS, DetectionErrors, detection_errors
-from .detector import detectors_of, distils
+from .detector import detectors_of
 from .differences import differences
 from .run import Run, Series
 from .similarity import measure_levels
@@ -42,10 +42,11 @@ class Report:
         self.shown = image_format_of(self.model)
         self.samples = run.samples(SAMPLE) if self.model is not None else []
         self.inputs = [x for _, x in self.samples]
-        taught = any(d.label.startswith("teacher") for d in self.detectors)
-        self.levels = measure_levels(self.model, self.inputs) if taught else {}
+        pairs = sum(distiller.enabled for _, distiller in distillers_of(self.model))
+        loaded = sum(d.label.startswith("teacher") for d in self.detectors)
+        self.levels = measure_levels(self.model, self.inputs) if loaded == pairs else {}
         self.colour = charts.colours([d.label for d in self.detectors])
-        if not distils(self.model):
+        if self.model is not None and not pairs:
             self.notes.append("This run has no teacher: what compares it with one is left out.")
         if not run.results:
             self.notes.append("This run was not evaluated: there is no results.json.")
