@@ -21,6 +21,7 @@ LOG = logging.getLogger("detectron2.utils.events")
 @pytest.fixture(autouse=True)
 def no_logger_of_another_test(monkeypatch):
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("detectron2"), "handlers", [])
 
 
 class Terminal(io.StringIO):
