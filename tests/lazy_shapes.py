@@ -30,7 +30,7 @@ train = model_zoo.get_config("common/train.py").train
 
 dataloader.train.dataset.names = "ssimkd_shapes_train"
 dataloader.test.dataset.names = "ssimkd_shapes_val"
-dataloader.train.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=[96])]
+dataloader.train.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=96)]
 dataloader.test.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=96)]
 dataloader.train.mapper.use_instance_mask = False
 dataloader.train.total_batch_size = 4

@@ -96,7 +96,7 @@ def test_an_exported_student_needs_no_weights_named(images, tmp_path, monkeypatc
         ({"images": ["{out}/bad.jpg"], "output": "{out}/seen"}, "bad.jpg cannot be read as an ima"),
         ({"images": ["{out}/a.jpg"]}, "a.jpg would be overwritten"),
         ({"images": ["{out}/a.jpg", "{out}/b/a.jpg"], "output": "{out}/c"}, "have the same name"),
-        ({"weights": "nowhere.pth"}, "--weights: cannot read nowhere.pth"),
+        ({"weights": "nowhere.pth"}, "--weights: nowhere.pth cannot be loaded"),
         ({"weights": ""}, "--weights: name the detector's checkpoint"),
         ({"config_file": "configs/shapes/vanilla.yaml"}, "does not fit the backbone of its config"),
         ({"opts": ["MODEL.ROI_HEADS.NUM_CLASSES", "5"]}, "does not hold roi_heads.box_predictor"),

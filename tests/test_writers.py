@@ -21,6 +21,7 @@ LOG = logging.getLogger("detectron2.utils.events")
 @pytest.fixture(autouse=True)
 def no_logger_of_another_test(monkeypatch):
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("detectron2"), "handlers", [])
 
 
 class Terminal(io.StringIO):
@@ -64,13 +65,13 @@ def test_an_unknown_batch_size_has_no_rate(tmp_path, caplog):
     assert not any("images/s" in record.getMessage() for record in caplog.records)
 
 
-def test_a_terminal_has_a_bar_below_the_lines(tmp_path, monkeypatch):
+def test_a_terminal_has_a_bar_below_the_lines(tmp_path, monkeypatch, caplog):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     logger = logging.getLogger("detectron2")
     handlers = [logging.StreamHandler(sys.stdout)]
     monkeypatch.setattr(logger, "handlers", handlers)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, LOG.name)
     lines = []
     monkeypatch.setattr(tqdm, "write", lambda line, file: lines.append(line))  # moves the bar
     iterate(build_writers(str(tmp_path), 30, batch_size=8), start=10, stop=30)
