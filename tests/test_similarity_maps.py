@@ -27,7 +27,7 @@ def losses_of(model, batch):
     images = model.preprocess_image(batch)
     with torch.no_grad(), EventStorage() as storage:
         maps = model.backbone(images.tensor)
-        model.distiller(batch, maps, tuple(images.tensor.shape[-2:]), model.input_format)
+        model.distiller(batch, maps, images.tensor, model.rules)
         return {name: value for name, (value, _) in storage.latest().items()}
 
 
