@@ -109,6 +109,19 @@ def test_without_last_checkpoint_the_newest_one_counts(tmp_path):
     assert resume(tmp_path) == 1
 
 
+def test_a_crash_just_before_the_final_checkpoint_does_not_lose_it(tmp_path):
+    save(tmp_path, 5.0, 5)
+    checkpointer = WholeCheckpointer(model_of(0.0), str(tmp_path))
+    checkpointer.resume_or_load("")
+    checkpointer.complete()  # no step was left
+    last = (tmp_path / "model_0000005.pth").read_bytes()
+    assert (tmp_path / "model_final.pth").read_bytes() == last
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    checkpointer.save("model_0000006", iteration=6)
+    checkpointer.complete()  # a step was taken: its own final checkpoint is the hook's to write
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
+
+
 def test_with_no_whole_one_it_does_not_start_anew_in_silence(tmp_path):
     save(tmp_path, 1.0, 1)
     os.truncate(tmp_path / "model_0000001.pth", 100)

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import zipfile
 from contextlib import contextmanager, suppress
 from typing import IO, Any, Dict, Iterator, List, Optional
@@ -16,6 +17,7 @@ from .errors import ConfigError, one_line
 from .same_run import check_same_run
 
 logger = logging.getLogger(__name__)
+FINAL = "model_final.pth"
 NUMBERED = re.compile(r"model_\d{7,}\.pth")  # names sort as their iterations do
 
 
@@ -44,6 +46,7 @@ class WholeCheckpointer(RunCheckpointer):
         self.path_manager = WholeFiles()
         self.run = run
         self.resuming = False
+        self.source = ""  # what was resumed from, until something is saved
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As Detectron2's.
@@ -51,6 +54,7 @@ class WholeCheckpointer(RunCheckpointer):
         Raises:
             ConfigError: it cannot be written; the checkpoints before it are as they were.
         """
+        self.source = ""
         try:
             super().save(name, **kwargs, **({"run": self.run} if self.run else {}))
         except (OSError, RuntimeError) as error:
@@ -81,11 +85,19 @@ class WholeCheckpointer(RunCheckpointer):
                 f"checkpoints in {self.save_dir}, this one {found or 'none'}: it has to be a "
                 "folder that all of them share"
             )
-        self.resuming = bool(found)
+        self.resuming, self.source = bool(found), found
         if not found:
             return super().resume_or_load(path, resume=False)
         self.whole = True
         return self.load(found)
+
+    def complete(self) -> None:
+        """Writes `model_final` where a crash came just before it: no step was left to take."""
+        if self.source and self.save_to_disk and os.path.basename(self.source) != FINAL:
+            target = os.path.join(self.save_dir, FINAL)
+            with open(self.source, "rb") as source, whole_file(target) as file:
+                shutil.copyfileobj(source, file)
+            self.tag_last_checkpoint(FINAL)
 
     def _newest_first(self) -> List[str]:
         """Names of the checkpoint that `last_checkpoint` gives and of those before it."""

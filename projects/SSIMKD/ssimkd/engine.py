@@ -219,6 +219,7 @@ class DistillTrainer(DefaultTrainer):
 
     def export(self):
         """Writes the student for stock Detectron2."""
+        self.checkpointer.complete()
         export_student(self.cfg, unwrap(self.model).state_dict(), self.cfg.OUTPUT_DIR)
 
     def state_dict(self):
@@ -306,6 +307,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         return results
 
     def export() -> None:
+        checkpointer.complete()
         export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
 
     with building("lr_multiplier"):
