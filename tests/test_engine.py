@@ -280,7 +280,7 @@ def test_a_resume_that_is_not_exact_says_so(caplog):
     hook = ExactResume([], torch.nn.Module(), 10)
     hook.trainer = Trainer(3, start_iter=3)
     hook.before_train()
-    hook.load_state_dict({"random": [None, None]})
+    hook.load_state_dict({"random": [{}, {}]})
     hook.before_train()
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3 and all("not exact" in message for message in messages)
