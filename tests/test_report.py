@@ -23,9 +23,9 @@ from report import main as command
 from ssimkd import ConfigError, engine
 from ssimkd.cli import load_config
 from ssimkd.data import use_own_data
+from ssimkd.graph import OneImage
 from ssimkd.report import pictures
 from ssimkd.report.detection_errors import KINDS, detection_errors
-from ssimkd.report.detector import Traceable
 from ssimkd.report.page import Report
 from ssimkd.report.run import Run
 from ssimkd.run_record import read_record, record_run
@@ -142,7 +142,7 @@ def expected_numbers(folder, report):
         expected[f"{label}/parameters"] = sum(p.numel() for p in plain.parameters()) / 1e6, 2
         expected[f"{label}/checkpoint"] = os.path.getsize(weights) / 1e6, 2
         plain.load_state_dict(torch.load(weights, weights_only=True)["model"], strict=False)
-        flops = FlopCountAnalysis(Traceable(plain), (image,)).unsupported_ops_warnings(False)
+        flops = FlopCountAnalysis(OneImage(plain), (image,)).unsupported_ops_warnings(False)
         expected[f"{label}/flops"] = flops.uncalled_modules_warnings(False).total() / 1e9, 2
         found = detection_errors(
             objects, read(folder / name / "inference/coco_instances_results.json")
