@@ -290,6 +290,22 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
     assert len(again.compare(weights)) == 6 and len(calls) == 8 and not again.runner.failed
 
 
+def test_published_runs_are_taken_over(tmp_path, executed):
+    calls = executed(lambda run: 10.0)
+    weights = {parse_method("vanilla"): 0.0, parse_method("l1"): 4.0}
+    rows = comparison(tmp_path / "theirs", "--seeds", "1", "2").compare(weights)
+    compare_runs.gather(tmp_path / "theirs")
+    compare_runs.restore(tmp_path / "theirs/records.json", tmp_path / "ours")
+    again = comparison(tmp_path / "ours", "--seeds", "1", "2", "3").compare(weights)
+    assert len(calls) == 4 + 2 and [row for row in again if row["seed"] < 3] == rows
+    for wrong in ("[1]", "{", None):
+        path = tmp_path / f"wrong{wrong}"
+        if wrong:
+            path.write_text(wrong)
+        with pytest.raises(ConfigError, match="--records: .*wrong"):
+            compare_runs.restore(path, tmp_path)
+
+
 def test_runs_of_other_settings_are_not_taken_over(tmp_path, executed):
     executed(lambda run: 10.0)
     weights = {parse_method("vanilla"): 0.0}

@@ -9,7 +9,8 @@ r"""Compares the losses on the embedded data: equal budgets, equal seeds, equall
 
 Run it again after an interruption: finished runs are not repeated. On several machines give each
 `--shard 1/3`, `2/3` and `3/3` and the same --out, or one folder each that are merged afterwards;
-then the same command without --shard measures the costs and writes the tables.
+then the same command without --shard measures the costs and writes the tables. With --records
+docs/comparison/records.json, the runs that this project has published are not repeated either.
 
 Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml); ssim:*0 is
 that alone, without distillation. A weight is searched by factors of four around the one whose
@@ -17,7 +18,7 @@ gradient at the maps is nearest to RATIO times the detector's (short runs with t
 tell it), further where the best lies at the edge, at the shortest budget on a fifth of the training
 images that the search's students do not see. Variants that --ablation names take the weight of
 ssim. In --out: table.md, table.csv (a row per budget and method), runs.csv (a row per run),
-weights.json, plot.png.
+weights.json, plot.png, records.json (every finished run, for --records).
 """
 
 import argparse
@@ -45,7 +46,7 @@ from compare_methods import (
     default_weight,
     parse_method,
 )
-from compare_runs import Run, Runner
+from compare_runs import Run, Runner, gather, restore
 from detectron2.data import DatasetCatalog
 from ssimkd import KD_LOSS_REGISTRY, ConfigError
 from ssimkd.cli import load_config
@@ -289,6 +290,7 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count(), help="processes at a time, a thread each")
     add("--shard", default="1/1", help="2/5: every fifth method from the second on, no report")
     add("--out", default=str(ROOT / "output/compare"), help="folder of runs and report")
+    add("--records", type=Path, help="finished runs to take over: a records.json")
     add("--timing-rounds", type=int, default=3, help="solo runs of each method; 0: no costs")
     add("--timing-iters", type=int, default=60, help="iterations of a solo run")
     add("opts", nargs="*", help="-- and overrides for every run")
@@ -302,12 +304,15 @@ def main() -> None:
         load_config(str(ROOT / VANILLA), args.opts)
         methods = select(args)
         DatasetCatalog.get("ssimkd_shapes_val")  # drawn once, not by several processes
-        comparison, out = Comparison(args), Path(args.out)
+        comparison, out = Comparison(args), Path(args.out).resolve()
+        if args.records:
+            restore(args.records, out)
         names = dict.fromkeys(method.searched_as for method in methods if method.loss)
         searched = [parse_method(n) for n in names if args.search_seeds]
         scores = comparison.search(searched, comparison.probe(searched)) if searched else {}
         weights = choose(methods, scores)
         rows = comparison.compare(weights)
+        gather(out)
         if args.shard != "1/1":
             print("This shard is done. With all of them in one folder, run without --shard.")
         elif rows:

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
 
 import torch
 from compare_methods import ROOT
-from ssimkd.errors import ConfigError
+from ssimkd.errors import ConfigError, one_line
 from ssimkd.run_record import commit, machine
 from suggest_weight import medians, read_rows
 from tqdm import tqdm
@@ -80,6 +80,30 @@ class Runner:
                     bar.update()
             finally:  # interrupted: start no more
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def restore(records: Path, out: Path) -> None:
+    """Takes over finished runs that :func:`gather` has written elsewhere, but not those in `out`.
+
+    Raises:
+        ConfigError: the file is not there or holds something else.
+    """
+    try:
+        found = json.loads(records.read_text())
+        drafts = {out / name / RECORD: json.dumps(found[name], indent=2) for name in found}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--records: {records}: {one_line(error)}") from error
+    for path, text in drafts.items():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def gather(out: Path) -> None:
+    """Writes all finished runs below `out` to one file there, by the names of their folders."""
+    paths = sorted(out.rglob(RECORD))
+    found = {str(path.parent.relative_to(out)): json.loads(path.read_text()) for path in paths}
+    (out / "records.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def execute(run: Run) -> str:
