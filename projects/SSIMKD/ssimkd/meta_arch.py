@@ -1,6 +1,7 @@
 """The detectors that learn from a teacher: Detectron2's own, plus the distillation losses."""
 
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Dict, Iterator, Optional, Union
 
 from detectron2.config import configurable
@@ -19,7 +20,7 @@ from .compat import FCOS
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
 from .finite import naming_place
-from .teacher import rules_of
+from .teacher import Rules, rules_of
 
 
 class DistillMixin:
@@ -45,7 +46,6 @@ class DistillMixin:
         if distiller is not None:
             distiller.attach(self.backbone.output_shape())
         self.distiller = distiller
-        self.rules = rules_of(self, image_format_of(self))  # read once: a GPU would be waited for
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -53,6 +53,11 @@ class DistillMixin:
         ret = super().from_config(cfg)  # type: ignore[misc]
         ret["distiller"] = build_distiller(cfg)
         return ret
+
+    @cached_property
+    def rules(self) -> Rules:
+        """How images are prepared; read once, because a GPU would be waited for."""
+        return rules_of(self, image_format_of(self))
 
     def forward(self, batched_inputs):
         """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
