@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_written_is_named(yaml, tmp_path):
     (tmp_path / "file").write_text("")
     assert finish(yaml_words(tmp_path / "file" / "out"), tmp_path / "out.txt") == 1
     last = yaml.said(tmp_path).splitlines()[-1]
-    assert last.startswith("error: OUTPUT_DIR: cannot write to ") and "Not a directory" in last
+    assert last.startswith("error: OUTPUT_DIR: ") and "is no folder, or read-only" in last
 
 
 class NanTeacher:

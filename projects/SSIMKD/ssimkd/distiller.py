@@ -295,7 +295,7 @@ class Distiller(nn.Module):
 def check_numbers(**options: float) -> None:
     """Raises ConfigError unless every option is a finite number >= 0."""
     for name, value in options.items():
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             key = "TEACHER.LOSS_WEIGHT" if name == "loss_weight" else name.upper()
             raise ConfigError(f"MODEL.DISTILL.{key} must be a finite number >= 0, got {value}")
 

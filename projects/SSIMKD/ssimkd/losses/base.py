@@ -94,7 +94,7 @@ class Context:
 def check_coefficients(**coefficients: float) -> None:
     """Raises ValueError, naming the option, where one is negative or not finite."""
     for name, value in coefficients.items():
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 

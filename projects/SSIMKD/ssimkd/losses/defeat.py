@@ -36,7 +36,7 @@ class DeFeatLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         for name, value in dict(foreground=foreground_weight, background=background_weight).items():
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name}_weight must be a finite number >= 0, got {value!r}")
         self.foreground_weight = float(foreground_weight)
         self.background_weight = float(background_weight)
