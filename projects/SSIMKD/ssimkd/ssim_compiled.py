@@ -1,16 +1,17 @@
-"""The inner part of `ssim_fast.py` in C++, built by the machine's own compiler when first asked for.
+"""The inner part of `ssim_fast.py` in C++, built by the machine's own compiler.
 
-A process builds it once, for the processor that it runs on, in a folder of its own: less than a
-second, and nothing is left behind or taken from elsewhere.
+A process builds it once, when first asked for it, for the processor that it runs on, in a folder of
+its own: about a second, and nothing is left behind or taken from elsewhere.
 """
 
 import ctypes
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -18,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import one_line
+
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 LANES = 16  # of the source
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ def _diagonals(matrix, before, after):
 
 
 def compare(
+    run: Callable[..., None],
     student: Tensor,
     teacher: Tensor,
     affine: Tensor,
@@ -74,6 +78,7 @@ def compare(
     """SSIM of maps, and its gradient.
 
     Args:
+        run (callable): see :func:`library`.
         student, teacher (Tensor): (maps, H, W), float32, cells of a row side by side.
         affine (Tensor): (maps, 6); mean, scale of the student's maps, of the teacher's, and what
             brings x' and v' back to x and v.
@@ -87,12 +92,7 @@ def compare(
         Tensor: (3, maps), float64: sums over each map of SSIM and, with a gradient, of the slope
         d SSIM / dx' / 4 and of slope times x'.
 
-    Raises:
-        RuntimeError: there is no library, see :func:`library`.
     """
-    run = library()
-    if run is None:
-        raise RuntimeError("the compiled form of the SSIM loss is not there")
     count, threads = len(student), torch.get_num_threads()
     affine, sums = affine.contiguous(), torch.empty(count, 3, dtype=torch.float64)
     maps = [_Maps(m) for m in (student, teacher, gradient)]
@@ -110,25 +110,24 @@ def compare(
     return sums.t()
 
 
-@lru_cache(maxsize=None)
+@cache
 def library() -> Optional[Callable[..., None]]:
     """The compiled function; None, and a warning, where it cannot be built."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = str(Path(folder, "ssim.so"))
-        compiler = os.environ.get("CXX", "c++").split()
-        command = [*compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", target]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+    compiler = os.environ.get("CXX") or "c++"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder, "ssim.so"))
+            command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", target]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             run = ctypes.CDLL(target).ssim
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            logger.warning(
-                "MODEL.DISTILL.SSIM.COMPILE: no compiled form of the SSIM loss, so that PyTorch's "
-                "own operators do the work: right, but slower (%s: %s)",
-                compiler[0],
-                reason.strip().splitlines()[0],
-            )
-            return None
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "MODEL.DISTILL.SSIM.COMPILE: %s built nothing (%s), so that PyTorch's own operators "
+            "do the work: right, but slower",
+            compiler,
+            (getattr(error, "stderr", None) or one_line(error)).splitlines()[0],
+        )
+        return None
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     maps, axes, floats = [_Maps] * 3, [_Axis] * 2, [ctypes.c_float] * 3
     run.argtypes = [*maps, number, number, *axes, pointer, *floats, pointer]

@@ -23,7 +23,7 @@ core's cache holds, in stacks
 import math
 import threading
 import weakref
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Callable, List, Sequence, Tuple
 
 import torch
@@ -86,7 +86,8 @@ def ssim_loss(
     Returns:
         Tensor: scalar in [0, 1], float32.
     """
-    compare = _compare_compiled if compiled and ssim_compiled.library() else _compare
+    library = ssim_compiled.library() if compiled else None
+    compare = partial(_compare_compiled, library) if library else _compare
     settings = (cells, normalize, normalize_scope, compare, options)
     return _Loss.apply(student, teacher, settings, reference)
 
@@ -161,13 +162,15 @@ def _evaluate(student, teacher, cells, normalize, scope, compare, options, with_
     return torch.tensor((1 - value) / 2), gradient
 
 
-def _compare_compiled(student, teacher, affine, blur, constants, gradient, factor):
+def _compare_compiled(library, student, teacher, affine, blur, constants, gradient, factor):
     """The sum of SSIM of an image's maps and the sums over each of slope and slope times x'.
 
     `gradient`, unless None, is filled with the slope times `factor`, in units of the maps.
     """
-    maps = student.float(), teacher.float()
-    ssim, *sums = ssim_compiled.compare(*maps, affine, *_axes(*blur), constants, gradient, factor)
+    maps, window = (student.float(), teacher.float()), _axes(*blur)
+    ssim, *sums = ssim_compiled.compare(
+        library, *maps, affine, *window, constants, gradient, factor
+    )
     return ssim.sum(), *sums
 
 

@@ -20,7 +20,7 @@ class SSIMLoss(MapLoss):
         border, window_size, sigma, k1, k2, exponents: see :func:`ssimkd.ssim.ssim_map`.
         fast (bool): use a faster form of the same loss where there is one; see `ssim_fast.py` (CPU)
             and `ssim_gpu.py`. False: by autograd, as `ssim.py` writes it.
-        compile (bool): the fast form for CPUs in C++, where there is a compiler; `ssim_compiled.py`.
+        compile (bool): the one for CPUs in C++, where there is a compiler; see `ssim_compiled.py`.
 
     Raises:
         ValueError: an option is out of its range.
@@ -41,7 +41,7 @@ class SSIMLoss(MapLoss):
         compile: bool = False,
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
-        self.fast, self.compile = fast, compile
+        self.fast, self.compiled = fast, compile
         self.options: Dict[str, Any] = dict(
             window_size=window_size,
             sigma=sigma,
@@ -67,6 +67,7 @@ class SSIMLoss(MapLoss):
         if self.fast and ssim_gpu.covers(*maps, kind, **self.options):
             return ssim_gpu.ssim_loss(*maps, cells, kind, scope, **self.options)
         if self.fast and ssim_fast.covers(*maps, kind, **self.options):
-            how = (cells, kind, scope, reference, self.compile)
-            return ssim_fast.ssim_loss(*maps, *how, **self.options)
+            return ssim_fast.ssim_loss(
+                *maps, cells, kind, scope, reference, self.compiled, **self.options
+            )
         return reference(*maps)
