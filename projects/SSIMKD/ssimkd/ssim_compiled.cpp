@@ -1,4 +1,4 @@
-// SSIM of maps and the gradient of its sum: the formulas and names of ssim_fast.py, a row at a time.
+// SSIM of maps and the gradient of its sum: formulas and names of ssim_fast.py, a row at a time.
 //
 // Rows of x', v', u'^2, v'^2 are averaged across, the last few of them downwards; their slopes go
 // the same way back. So all that is in use at a time stays in a core's cache.
@@ -120,9 +120,9 @@ struct Work {
   double similarity(const Affine &q) {
     const Vec zero = {};
     Vec total = {};
-    for (Int j = 0; j < columns.results; j += LANES) {
+    for (Int at = 0; at < columns.results; at += LANES) {
       Vec mean[4];
-      means.down(j, mean);
+      means.down(at, mean);
       Vec x = mean[0], v = mean[1], u = 2 * x - v;
       Vec var_u = mean[2] - u * u, var_v = mean[3] - v * v;
       var_u = var_u > 0 ? var_u : zero;
@@ -132,14 +132,14 @@ struct Work {
       x += q.shift_x;
       v += q.shift_v;
       u += 2 * q.shift_x - q.shift_v;
-      const Vec by_power = 1 / (u * u + v * v + 2 * c1), l = v * v * by_power;
-      const Vec f = (2 * l * x - v) * by_power;
-      const Vec luminance = 1 - 2 * l, cs = 1 - 2 * k, t = luminance * by_var;
+      const Vec by_power = 1 / (u * u + v * v + 2 * c1), j = v * v * by_power;
+      const Vec f = (2 * j * x - v) * by_power;
+      const Vec luminance = 1 - 2 * j, cs = 1 - 2 * k, t = luminance * by_var;
       Vec ssim = luminance * cs;
-      for (Int i = columns.results - j; i < LANES; i++) ssim[i] = 0;
+      for (Int i = columns.results - at; i < LANES; i++) ssim[i] = 0;
       total += ssim;
       const Vec slope[3] = {cs * f + t * d_mean, k * t, t};
-      for (int p = 0; p < 3; p++) store(slopes.data() + p * step + edge + j, slope[p]);
+      for (int p = 0; p < 3; p++) store(slopes.data() + p * step + edge + at, slope[p]);
     }
     return sum(total);
   }

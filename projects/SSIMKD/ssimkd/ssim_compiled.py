@@ -91,7 +91,6 @@ def compare(
     Returns:
         Tensor: (3, maps), float64: sums over each map of SSIM and, with a gradient, of the slope
         d SSIM / dx' / 4 and of slope times x'.
-
     """
     count, threads = len(student), torch.get_num_threads()
     affine, sums = affine.contiguous(), torch.empty(count, 3, dtype=torch.float64)

@@ -150,7 +150,9 @@ def _evaluate(student, teacher, cells, normalize, scope, compare, options, with_
         shift_v = shift_x - (mean_y - low_y[i]) * scale_y[i]
         affine = torch.cat((mean_x, scale_x[i], mean_y, scale_y[i], shift_x, shift_v), 2)[:, 0]
         target = None if gradient is None else gradient[i, :, : size[0], : size[1]]
-        ssim, total, moment = compare(x, y, affine, (*size, *window), constants, target, factor)
+        ssim, total, moment = compare(
+            x, y, affine, (*size, *window), constants, target, factor, normalize == "minmax"
+        )
         value -= factor / 2 * float(ssim)
         sums[0, i, :, 0, 0] = factor * total
         sums[1, i, :, 0, 0] = factor * (moment + total * shift_x[:, 0, 0])
@@ -162,20 +164,12 @@ def _evaluate(student, teacher, cells, normalize, scope, compare, options, with_
     return torch.tensor((1 - value) / 2), gradient
 
 
-def _compare_compiled(library, student, teacher, affine, blur, constants, gradient, factor):
+def _compare(student, teacher, affine, blur, constants, gradient, factor, with_sums):
     """The sum of SSIM of an image's maps and the sums over each of slope and slope times x'.
 
-    `gradient`, unless None, is filled with the slope times `factor`, in units of the maps.
+    `gradient`, unless None, is filled with the slope times `factor`, in units of the maps. The sums
+    are asked for by `with_sums`; 0 otherwise, unless they cost nothing.
     """
-    maps, window = (student.float(), teacher.float()), _axes(*blur)
-    ssim, *sums = ssim_compiled.compare(
-        library, *maps, affine, *window, constants, gradient, factor
-    )
-    return ssim.sum(), *sums
-
-
-def _compare(student, teacher, affine, blur, constants, gradient, factor):
-    """The same by PyTorch's operators."""
     (channels, height, width), (blur, adjoint) = student.shape, _blurs(*blur)
     mean_x, scale_x, mean_y, scale_y, shift_x, shift_v = affine[..., None, None].unbind(1)
     chunk = CHUNK * torch.get_num_threads()
@@ -196,10 +190,21 @@ def _compare(student, teacher, affine, blur, constants, gradient, factor):
             continue
         slope = adjoint(slopes, *buffers[1:3])  # of the means no more is needed
         slope = _combine(slope, stack)
-        sums[0, k] = slope.sum(0).sum(1)
-        sums[1, k] = (slope * stack[:, 0]).sum(0).sum(1)
+        if with_sums:
+            sums[0, k] = slope.sum(0).sum(1)
+            sums[1, k] = (slope * stack[:, 0]).sum(0).sum(1)
         torch.mul(slope.transpose(0, 1), scale_x[k] * factor, out=gradient[k])
     return value, *sums
+
+
+def _compare_compiled(
+    library, student, teacher, affine, blur, constants, gradient, factor, with_sums
+):
+    """:func:`_compare` by compiled code."""
+    maps = student.float(), teacher.float()
+    axes = _axes(*blur)
+    ssim, *sums = ssim_compiled.compare(library, *maps, affine, *axes, constants, gradient, factor)
+    return ssim.sum(), *sums
 
 
 def _range(crops, dims, normalize):
