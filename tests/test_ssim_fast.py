@@ -1,9 +1,11 @@
 import gc
+import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
-from ssimkd import ssim_fast
+from ssimkd import ssim_compiled, ssim_fast
 from ssimkd.losses import Context, MapLoss, SSIMLoss
 from ssimkd.normalize import AFFINE, SCOPES
 
@@ -11,6 +13,14 @@ LEVEL, STRIDE = "p3", 8
 SIZES = [(1, 1), (1, 7), (5, 4), (13, 21), (47, 70)]  # 47 x 70 is cut into blocks along both axes
 BORDERS = ("renormalize", "reflect", "valid")
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["eager", "compiled"])
+def both_forms(request, monkeypatch):
+    """Every test of this file takes `SSIMLoss` without and with COMPILE."""
+    if request.param and ssim_compiled.library() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(sys.modules[__name__], "SSIMLoss", partial(SSIMLoss, compile=request.param))
 
 
 def related_maps(*shape, seed=0, dtype=torch.float32):

@@ -9,6 +9,7 @@ from typing import Callable, Dict, List, Optional, Tuple, cast
 
 import torch
 from benchmark_measure import clock_of, interleave, markdown, peak_of
+from ssimkd import ssim_compiled
 from ssimkd.losses import Context, SSIMLoss
 from ssimkd.normalize import normalize_maps
 from ssimkd.ssim import ssim_loss
@@ -25,9 +26,11 @@ BASELINE = "pytorch-msssim"
 # --- implementations: name -> a loss of two maps in [0, 1], or an import error ---
 
 
-def own(normalize: str) -> Loss:
+def own(normalize: str, compiled: bool = False) -> Loss:
     """This package's loss of one level, whose images fill it."""
-    loss = SSIMLoss(normalize=normalize)
+    if compiled and ssim_compiled.library() is None:
+        raise ImportError("it needs a C++ compiler")
+    loss = SSIMLoss(normalize=normalize, compile=compiled)
 
     def compare(student: Tensor, teacher: Tensor) -> Tensor:
         h, w = student.shape[2:]
@@ -81,6 +84,8 @@ def fused_ssim() -> Loss:
 LOSSES: Dict[str, Callable[[], Loss]] = {
     OWN: lambda: own("none"),
     f"{OWN}, normalisation included": lambda: own("minmax"),
+    f"{OWN}, compiled": lambda: own("none", True),
+    f"{OWN}, compiled, normalisation included": lambda: own("minmax", True),
     f"{OWN}, plain autograd": lambda: ssim_loss,
     BASELINE: pytorch_msssim,
     f"{BASELINE}, normalisation included": normalised,

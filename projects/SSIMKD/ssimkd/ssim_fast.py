@@ -12,9 +12,10 @@ and with primes for maps that are shifted to be near 0, which spares V its round
     t = l / (V_u + V_v + 2 C2)      f = (2 j mu_x - mu_v) / (mu_u^2 + mu_v^2 + 2 C1)
     d sum(l cs) / dx = 4 { B^T[cs f + t (mu_v' - 2 k mu_x')] + 2 x' B^T[k t] - v' B^T[t] }
 
-where B is the average under the window, B^T its adjoint. B is a product with one banded matrix per
-axis, which holds what the border does: no copies in another layout, no padding. Maps are taken a
-few at a time, as many as a core's cache holds, in stacks
+where B is the average under the window, B^T its adjoint: one banded matrix per axis, which holds
+what the border does: no copies in another layout, no padding. `ssim_compiled.py` works on rows of a
+map. Without it B is a product with these matrices, and maps are taken a few at a time, as many as a
+core's cache holds, in stacks
 
     stack   S maps of each of k channels    (H, S, k, W), so that both products are plain ones
 """
@@ -22,13 +23,14 @@ few at a time, as many as a core's cache holds, in stacks
 import math
 import threading
 import weakref
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Callable, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ssim_compiled
 from .normalize import AFFINE, SCOPES, TINY
 from .ssim import Window
 
@@ -66,6 +68,7 @@ def ssim_loss(
     normalize: str,
     normalize_scope: str,
     reference: Callable[[Tensor, Tensor], Tensor],
+    compiled: bool,
     **options,
 ) -> Tensor:
     """The mean over images of (1 - SSIM) / 2.
@@ -77,12 +80,15 @@ def ssim_loss(
         normalize, normalize_scope (str): see `normalize.py`.
         reference (callable): (student, teacher) -> the same loss by autograd, for a second backward
             or derivative.
+        compiled (bool): by `ssim_compiled.py`, where it can be built.
         options: those of :func:`ssimkd.ssim.ssim_map`, all of them; see :func:`covers`.
 
     Returns:
         Tensor: scalar in [0, 1], float32.
     """
-    settings = (cells, normalize, normalize_scope, options)
+    library = ssim_compiled.library() if compiled else None
+    compare = partial(_compare_compiled, library) if library else _compare
+    settings = (cells, normalize, normalize_scope, compare, options)
     return _Loss.apply(student, teacher, settings, reference)
 
 
@@ -90,12 +96,12 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, settings, reference):
         with torch.autocast("cpu", enabled=False):
-            maps, (cells, normalize, scope, options) = (student, teacher), settings
+            maps, (cells, normalize, scope, *how) = (student, teacher), settings
             small = len(set(cells)) == 1 and student[0].numel() < CHUNK
             if small and scope == "channel":  # all images as one: fewer calls, of longer lists
                 maps, cells = [m.flatten(0, 1)[None] for m in maps], cells[:1]
             with_gradient = ctx.needs_input_grad[0]
-            value, gradient = _evaluate(*maps, cells, normalize, scope, options, with_gradient)
+            value, gradient = _evaluate(*maps, cells, normalize, scope, *how, with_gradient)
             gradient = gradient.view(student.shape) if with_gradient else None
         ctx.save_for_backward(student)
         # Weak: kept until the backward, the teacher's maps would cost as much as the gradient
@@ -116,7 +122,7 @@ class _Loss(torch.autograd.Function):
         return *torch.autograd.grad(loss, student, upstream, create_graph=twice), None, None, None
 
 
-def _evaluate(student, teacher, cells, normalize, scope, options, with_gradient):
+def _evaluate(student, teacher, cells, normalize, scope, compare, options, with_gradient):
     """The loss and, where asked for, its gradient, (N, C, H, W) in float32."""
     (images, channels), dims = student.shape[:2], SCOPES[scope]
     crops_x, crops_y = (
@@ -127,53 +133,78 @@ def _evaluate(student, teacher, cells, normalize, scope, options, with_gradient)
     low_x, high_x, scale_x = low_y, high_y, scale_y
     if normalize == "minmax":
         low_x, high_x, scale_x = _range(crops_x, dims, normalize)
-    constants = [(options[k] * options["data_range"]) ** 2 for k in ("k1", "k2")]
-    blurs = {
-        size: _blurs(*size, *(options[k] for k in ("window_size", "sigma", "border")))
-        for size in set(cells)
-    }
-    chunk = CHUNK * torch.get_num_threads()
+    constants = tuple((options[k] * options["data_range"]) ** 2 for k in ("k1", "k2"))
+    window = tuple(options[k] for k in ("window_size", "sigma", "border"))
     whole = all(size == student.shape[2:] for size in cells)
     make = torch.empty if whole else torch.zeros
     gradient = make(student.shape, dtype=torch.float32) if with_gradient else None
     sums = torch.zeros(2, images, channels, 1, 1)  # over a map: slope, slope x normalised map
-    # a chunk has one map at least
-    buffers = _buffers(max(chunk, *(h * w for h, w in cells)))
     value = 0.0
     for i, (x, y, size) in enumerate(zip(crops_x, crops_y, cells)):
-        blur, adjoint = blurs[size]
-        factor = 1 / (images * channels * blur.cells)
+        matrices = _matrices(*size, *window)
+        # The loss's slope is that of SSIM / 4 times this
+        factor = -2 / (images * channels * math.prod(len(m) for m in matrices))
         # A shift need only be near the mean: every fourth row will do
         mean_x, mean_y = (m[:, ::4].mean((1, 2), True, dtype=torch.float32) for m in (x, y))
         shift_x = (mean_x - low_x[i]) * scale_x[i]
         shift_v = shift_x - (mean_y - low_y[i]) * scale_y[i]
-        step = max(1, chunk // (size[0] * size[1]))
-        for k in (slice(start, start + step) for start in range(0, channels, step)):
-            stack = _view(buffers[0], size[0], 4, len(x[k]), size[1])
-            _fill(stack, x[k], mean_x[k], scale_x[i, k], y[k], mean_y[k], scale_y[i, k])
-            means = blur(stack, *buffers[1:3])
-            height, _, maps, width = means.shape
-            spare = _view(buffers[1], height, 4, maps, width)
-            slopes = _view(buffers[3], height, 3, maps, width)
-            shifts = (m[k, 0].expand(-1, width).contiguous() for m in (shift_x, shift_v))
-            value += factor * float(_similarity(means, *shifts, *constants, spare, slopes))
-            if gradient is None:
-                continue
-            slope = adjoint(slopes, *buffers[1:3])  # of the means no more is needed
-            slope = _combine(slope, stack)  # the loss's is -2 factor times this
-            if normalize == "minmax":
-                sums[0, i, k, 0, 0] = total = slope.sum(0).sum(1)
-                moment = (slope * stack[:, 0]).sum(0).sum(1)
-                sums[1, i, k, 0, 0] = moment + total * shift_x[k, 0, 0]
-            out = gradient[i, k, : size[0], : size[1]]
-            torch.mul(slope.transpose(0, 1), scale_x[i, k] * (-2 * factor), out=out)
-        sums[:, i] *= -2 * factor
+        affine = torch.cat((mean_x, scale_x[i], mean_y, scale_y[i], shift_x, shift_v), 2)[:, 0]
+        target = None if gradient is None else gradient[i, :, : size[0], : size[1]]
+        ssim, total, moment = compare(
+            x, y, affine, (*size, *window), constants, target, factor, normalize == "minmax"
+        )
+        value -= factor / 2 * float(ssim)
+        sums[0, i, :, 0, 0] = factor * total
+        sums[1, i, :, 0, 0] = factor * (moment + total * shift_x[:, 0, 0])
     if gradient is not None and normalize == "minmax":
         total, moment = (s.sum(dims, keepdim=True) * scale_x for s in sums)
         # z = (x - low) / (high - low): dz / dlow = (z - 1) / width, dz / dhigh = -z / width
         _spread(gradient, crops_x, torch.amin, low_x, moment - total, dims)
         _spread(gradient, crops_x, torch.amax, high_x, -moment, dims)
     return torch.tensor((1 - value) / 2), gradient
+
+
+def _compare(student, teacher, affine, blur, constants, gradient, factor, with_sums):
+    """The sum of SSIM of an image's maps and the sums over each of slope and slope times x'.
+
+    `gradient`, unless None, is filled with the slope times `factor`, in units of the maps. The sums
+    are asked for by `with_sums`; 0 otherwise, unless they cost nothing.
+    """
+    (channels, height, width), (blur, adjoint) = student.shape, _blurs(*blur)
+    mean_x, scale_x, mean_y, scale_y, shift_x, shift_v = affine[..., None, None].unbind(1)
+    chunk = CHUNK * torch.get_num_threads()
+    buffers = _buffers(max(chunk, height * width))  # a chunk has one map at least
+    step = max(1, chunk // (height * width))
+    value, sums = 0.0, torch.zeros(2, channels)
+    for k in (slice(start, start + step) for start in range(0, channels, step)):
+        x, y = student[k], teacher[k]
+        stack = _view(buffers[0], height, 4, len(x), width)
+        _fill(stack, x, mean_x[k], scale_x[k], y, mean_y[k], scale_y[k])
+        means = blur(stack, *buffers[1:3])
+        rows, _, maps, columns = means.shape
+        spare = _view(buffers[1], rows, 4, maps, columns)
+        slopes = _view(buffers[3], rows, 3, maps, columns)
+        shifts = (m[k, 0].expand(-1, columns).contiguous() for m in (shift_x, shift_v))
+        value += float(_similarity(means, *shifts, *constants, spare, slopes))
+        if gradient is None:
+            continue
+        slope = adjoint(slopes, *buffers[1:3])  # of the means no more is needed
+        slope = _combine(slope, stack)
+        if with_sums:
+            sums[0, k] = slope.sum(0).sum(1)
+            sums[1, k] = (slope * stack[:, 0]).sum(0).sum(1)
+        torch.mul(slope.transpose(0, 1), scale_x[k] * factor, out=gradient[k])
+    return value, *sums
+
+
+def _compare_compiled(
+    library, student, teacher, affine, blur, constants, gradient, factor, with_sums
+):
+    """:func:`_compare` by compiled code."""
+    maps = student.float(), teacher.float()
+    axes = _axes(*blur)
+    ssim, *sums = ssim_compiled.compare(library, *maps, affine, *axes, constants, gradient, factor)
+    return ssim.sum(), *sums
 
 
 def _range(crops, dims, normalize):
@@ -264,11 +295,23 @@ def _combine(adjoint, stack):
 
 
 @lru_cache(maxsize=128)  # sizes of the maps of a few dozen image sizes
-def _blurs(height, width, window_size, sigma, border):
-    """B and its adjoint on maps of one size."""
+def _matrices(height, width, window_size, sigma, border):
+    """B along each axis of maps of one size."""
     like = torch.empty(0, dtype=torch.float64)
     window = Window((height, width), window_size, sigma, border, like)
-    axes = [_matrix(n, w, border) for n, w in zip((height, width), window.weights)]
+    return [_matrix(n, w, border) for n, w in zip((height, width), window.weights)]
+
+
+@lru_cache(maxsize=128)
+def _axes(*blur):
+    """B and its adjoint for the compiled form."""
+    return [ssim_compiled.axis_of(m) for m in _matrices(*blur)]
+
+
+@lru_cache(maxsize=128)
+def _blurs(*blur):
+    """B and its adjoint as products."""
+    axes = _matrices(*blur)
     return _Blur(axes), _Blur([m.t() for m in axes])
 
 
@@ -286,7 +329,6 @@ class _Blur:
 
     def __init__(self, axes):
         self.size = [len(m) for m in axes]
-        self.cells = self.size[0] * self.size[1]
         self.rows, self.columns = (list(_blocks(m, n)) for m, n in zip(axes, BLOCKS))
 
     def __call__(self, stack, down, across):

@@ -20,6 +20,7 @@ class SSIMLoss(MapLoss):
         border, window_size, sigma, k1, k2, exponents: see :func:`ssimkd.ssim.ssim_map`.
         fast (bool): use a faster form of the same loss where there is one; see `ssim_fast.py` (CPU)
             and `ssim_gpu.py`. False: by autograd, as `ssim.py` writes it.
+        compile (bool): the one for CPUs in C++, where there is a compiler; see `ssim_compiled.py`.
 
     Raises:
         ValueError: an option is out of its range.
@@ -37,9 +38,10 @@ class SSIMLoss(MapLoss):
         k2: float = 0.03,
         exponents: Sequence[float] = (1.0, 1.0, 1.0),
         fast: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
-        self.fast = fast
+        self.fast, self.compiled = fast, compile
         self.options: Dict[str, Any] = dict(
             window_size=window_size,
             sigma=sigma,
@@ -65,5 +67,7 @@ class SSIMLoss(MapLoss):
         if self.fast and ssim_gpu.covers(*maps, kind, **self.options):
             return ssim_gpu.ssim_loss(*maps, cells, kind, scope, **self.options)
         if self.fast and ssim_fast.covers(*maps, kind, **self.options):
-            return ssim_fast.ssim_loss(*maps, cells, kind, scope, reference, **self.options)
+            return ssim_fast.ssim_loss(
+                *maps, cells, kind, scope, reference, self.compiled, **self.options
+            )
         return reference(*maps)
