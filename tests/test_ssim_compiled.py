@@ -1,3 +1,5 @@
+"""The compiled form of the SSIM loss: its compiler, or none, and its threads."""
+
 import logging
 
 import pytest
@@ -8,12 +10,12 @@ from ssimkd.losses import Context, SSIMLoss
 needs_compiler = pytest.mark.skipif(ssim_compiled.library() is None, reason="no C++ compiler")
 
 
-def value_and_gradient(**options):
+def value_and_gradient(compile=False, **options):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 2, 5, 30, 40, generator=generator)
     student.requires_grad_()
     context = Context([(30, 40), (21, 32)], {"p0": 1})
-    value = SSIMLoss(**options)({"p0": student}, {"p0": teacher}, context)["p0"]
+    value = SSIMLoss(compile=compile, **options)({"p0": student}, {"p0": teacher}, context)["p0"]
     return value.detach(), torch.autograd.grad(value, student)[0]
 
 
@@ -31,7 +33,7 @@ def test_compile_leaves_no_arithmetic_to_the_other_form(monkeypatch):
     torch.testing.assert_close(value_and_gradient(compile=True), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_nothing_is_built_unless_asked_for(monkeypatch):
+def test_nothing_is_built_where_it_is_switched_off(monkeypatch):
     forbid(monkeypatch, ssim_compiled, "library")
     value_and_gradient()
 
@@ -59,14 +61,12 @@ def test_threads_share_the_maps_and_change_nothing():
     "compiler, reason",
     [("no-such-compiler", "FileNotFoundError"), ("false", "exit status 1"), ("true", "OSError")],
 )
-def test_without_a_working_compiler_a_warning_and_the_same_loss(
-    monkeypatch, caplog, compiler, reason
-):
+def test_without_a_working_compiler_a_line_and_the_same_loss(monkeypatch, caplog, compiler, reason):
     expected = value_and_gradient()
     monkeypatch.setenv("CXX", compiler)
     ssim_compiled.library.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO, "ssimkd"):
             results = [value_and_gradient(compile=True) for _ in range(2)]
     finally:
         ssim_compiled.library.cache_clear()

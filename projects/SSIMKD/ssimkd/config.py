@@ -92,8 +92,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.SSIM.EXPONENTS = (1.0, 1.0, 1.0)  # of luminance, contrast, structure [paper]
     # Faster forms of the same loss: an analytic gradient on CPUs, Triton kernels on GPUs
     cfg.MODEL.DISTILL.SSIM.FAST = True
-    # The one for CPUs in C++, built in a second at the start; needs a C++ compiler
-    cfg.MODEL.DISTILL.SSIM.COMPILE = False
+    # The one for CPUs in C++, built in a second at the start, where there is a C++ compiler
+    cfg.MODEL.DISTILL.SSIM.COMPILE = True
 
     cfg.MODEL.DISTILL.L1 = CN()
     cfg.MODEL.DISTILL.L1.WEIGHT = 4.0  # as for SSIM; not tuned

@@ -111,7 +111,7 @@ def compare(
 
 @cache
 def library() -> Optional[Callable[..., None]]:
-    """The compiled function; None, and a warning, where it cannot be built."""
+    """The compiled function; None, and a line in the log, where it cannot be built."""
     compiler = os.environ.get("CXX") or "c++"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def library() -> Optional[Callable[..., None]]:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             run = ctypes.CDLL(target).ssim
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(
+        logger.info(
             "MODEL.DISTILL.SSIM.COMPILE: %s built nothing (%s), so that PyTorch's own operators "
             "do the work: right, but slower",
             compiler,

@@ -38,7 +38,7 @@ class SSIMLoss(MapLoss):
         k2: float = 0.03,
         exponents: Sequence[float] = (1.0, 1.0, 1.0),
         fast: bool = True,
-        compile: bool = False,
+        compile: bool = True,
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
         self.fast, self.compiled = fast, compile
