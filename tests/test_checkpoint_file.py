@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import threading
 import zipfile
 
@@ -20,7 +21,13 @@ from conftest import shapes_cfg
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.checkpoint import RunCheckpointer, load_teacher
-from ssimkd.checkpoint_file import check_download, read_checkpoint, trust_checkpoints
+from ssimkd.checkpoint_file import (
+    check_download,
+    multiarray,
+    numeric,
+    read_checkpoint,
+    trust_checkpoints,
+)
 from ssimkd.export import read_weights
 
 import train_net
@@ -57,7 +64,6 @@ HARMLESS = {
     "scalar": np.float64(2.5),
     "count": np.int64(7),
     "string": np.array(["a", "b"]),
-    "objects": np.array([1, "a", None], dtype=object),
     "tensor": torch.arange(4.0),
     "parameter": torch.nn.Parameter(torch.ones(2)),
     "plain": [1, 2.5, "text", b"bytes", None, True, (1, 2), {"a": {3}}, complex(1, 2)],
@@ -66,7 +72,7 @@ HARMLESS = {
 
 
 def assert_same(found, expected):
-    assert type(found) is type(expected)
+    assert isinstance(found, type(expected))
     if isinstance(expected, dict):
         assert list(found) == list(expected)
         for key, value in expected.items():
@@ -94,7 +100,9 @@ def test_a_pth_of_arrays_scalars_and_tensors_is_read(tmp_path, name):
     "old, new", [(b"numpy._core", b"numpy.core"), (b"numpy.core", b"numpy._core")]
 )
 def test_files_of_either_numpy_are_read(tmp_path, old, new):
-    content = pickle.dumps({"a": np.arange(3), "b": np.float32(2)}, 2).replace(old, new)
+    content = pickle.dumps({"a": np.arange(3, dtype=">i2"), "b": np.float32(2)}, 2).replace(
+        old, new
+    )
     assert new in content
     (tmp_path / "x.pkl").write_bytes(content)
     found = read_checkpoint(str(tmp_path / "x.pkl"))
@@ -165,6 +173,58 @@ def test_a_file_cannot_change_a_function_for_later_files(tmp_path):
     with pytest.raises(ConfigError):
         read_checkpoint(str(tmp_path / "x.pkl"))
     assert not hasattr(torch._utils._rebuild_tensor_v2, "marked")
+
+
+class Call:
+    """Reading it calls a function, and sets the state of what comes back."""
+
+    def __init__(self, function, *args, state=None):
+        self.result = (function, args, state) if state else (function, args)
+
+    def __reduce__(self):
+        return self.result
+
+
+ADDRESS = bytearray(struct.pack("P", id(os.system)))
+F8 = np.dtype("f8")
+OBJECTS = Call(np.dtype, "O", False, True)
+HIDDEN = Call(  # a structure with objects whose flags say that it has none
+    np.dtype, "V8", False, True, state=(3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+)
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "x.pth", "legacy.pth"])
+@pytest.mark.parametrize(
+    "forged",
+    [
+        Call(np.ndarray, (1,), OBJECTS, ADDRESS),
+        Call(np.ndarray, (1,), "O", ADDRESS),
+        Call(np.ndarray, (100,), "i8"),  # memory as it is
+        Call(numeric._frombuffer, ADDRESS, OBJECTS, (1,), "C"),
+        Call(numeric._frombuffer, ADDRESS, HIDDEN, (1,), "C"),
+        Call(multiarray.scalar, OBJECTS, bytes(ADDRESS)),
+        Call(multiarray.scalar, HIDDEN, bytes(ADDRESS)),
+        *(
+            Call(
+                *(multiarray._reconstruct, np.ndarray, (0,), b"b"),
+                state=(1, (1,), kind, False, content),
+            )
+            for kind in (OBJECTS, HIDDEN)
+            for content in (bytes(ADDRESS), [1])
+        ),
+        Call(multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (9,), F8, False, b"8" * 8)),
+    ],
+)
+def test_no_object_is_made_of_bytes(tmp_path, name, forged):
+    """Eight bytes taken for an object's address would be any function of the process."""
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_checkpoint(write(tmp_path / name, {"model": forged}))
+
+
+def test_a_plain_pickle_with_another_name_is_named_too(tmp_path):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"model": Attack(tmp_path / "ran")}, 4))
+    with pytest.raises(ConfigError, match=r"it names \w+\.mkdir"):
+        read_checkpoint(str(tmp_path / "x.pth"))
 
 
 @pytest.mark.parametrize("name", ["x.pkl", "x.pth", "legacy.pth"])

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import logging
+import math
 import os
 import pickle
 import re
@@ -41,12 +42,58 @@ def _tensor_storage(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+class _Dtype:
+    """What a pickle gets for `numpy.dtype`: plain numbers and text.
+
+    A real one could be turned into one of objects, whose bytes then are addresses in memory.
+    """
+
+    def __init__(self, code: str, *options: Any) -> None:
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "biufcSU" or not self.dtype.itemsize:
+            raise pickle.UnpicklingError(f"arrays of type {code} are not read")
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """What a pickle gets for `numpy.ndarray`: an empty array, to be filled once."""
+
+    def __new__(cls) -> "_Array":
+        return super().__new__(cls, (0,), np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, content = state
+        if isinstance(content, str):  # of Python 2
+            content = content.encode("latin1")
+        if not isinstance(content, bytes) or min(shape, default=0) < 0 or self.size:
+            raise pickle.UnpicklingError("an array is filled with something else than bytes")
+        if math.prod(shape) * kind.dtype.itemsize != len(content):
+            raise pickle.UnpicklingError(f"{len(content)} bytes are no array of shape {shape}")
+        super().__setstate__((1, shape, kind.dtype, int(fortran), content))  # type: ignore[arg-type]
+
+
+def _reconstruct(kind: Any, *options: Any) -> _Array:
+    if kind is not _Array:
+        raise pickle.UnpicklingError(f"{kind} is no kind of array")
+    return _Array()
+
+
+def _scalar(kind: _Dtype, content: Any) -> Any:
+    return multiarray.scalar(kind.dtype, content)
+
+
+def _frombuffer(content: Any, kind: _Dtype, *options: Any) -> np.ndarray:
+    return numeric._frombuffer(bytes(content), kind.dtype, *options)
+
+
 # What a pickle may name -> what it gets. NumPy 2 renamed its core; files of both are about.
 ADMITTED: Dict[str, Any] = {
     "_codecs.encode": codecs.encode,  # how protocol 2 writes bytes
     "collections.OrderedDict": OrderedDict,
-    "numpy.dtype": np.dtype,
-    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch.storage._load_from_bytes": _tensor_storage,
@@ -55,12 +102,14 @@ for _kind in (set, frozenset, complex, bytearray):
     for _module in ("builtins", "__builtin__"):  # the latter in protocols of Python 2
         ADMITTED[f"{_module}.{_kind.__name__}"] = _kind
 for _core in ("numpy.core", "numpy._core"):
-    ADMITTED[f"{_core}.multiarray._reconstruct"] = multiarray._reconstruct
-    ADMITTED[f"{_core}.multiarray.scalar"] = multiarray.scalar
-    ADMITTED[f"{_core}.numeric._frombuffer"] = numeric._frombuffer
+    ADMITTED[f"{_core}.multiarray._reconstruct"] = _reconstruct
+    ADMITTED[f"{_core}.multiarray.scalar"] = _scalar
+    ADMITTED[f"{_core}.numeric._frombuffer"] = _frombuffer
 # torch's own restricted reader admits tensors and containers; this is added to it.
 NUMPY: List[Any] = [(value, name) for name, value in ADMITTED.items() if name.startswith("numpy")]
-NUMPY += [type(np.dtype(code)) for code in np.typecodes["All"]]
+
+# Both readers' words for what they do not call.
+NAMED = re.compile(r"GLOBAL (\S+) (was not an allowed global|whose module)")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -91,7 +140,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     try:
         content = _read(path)
     except Exception as error:  # a pickle that is none can raise anything
-        name = re.search(r"GLOBAL (\S+) (was not an allowed global|whose module)", str(error))
+        name = NAMED.search(str(error)) or _named_by_plain(path)
         if name:
             raise ConfigError(
                 f"is not read: it names {name[1]}, which may run any code; {TRUST} reads it all "
@@ -112,6 +161,16 @@ def _read(path: str) -> Any:
             return (pickle.Unpickler if _trusted else _Unpickler)(f, encoding="latin1").load()
     with torch.serialization.safe_globals(NUMPY):
         return torch.load(path, map_location="cpu", weights_only=not _trusted)
+
+
+def _named_by_plain(path: str) -> Optional[re.Match]:
+    """What a plain pickle would call that has not the name of one."""
+    try:
+        with open(path, "rb") as f:
+            _Unpickler(f).load()
+    except Exception as error:
+        return NAMED.search(str(error))
+    return None
 
 
 class _Reader(Checkpointer):
