@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import contextmanager
+from functools import wraps
 from types import MethodType
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
@@ -43,7 +44,9 @@ class FiniteSteps(HookBase):
         self.handle = inner.model.register_forward_hook(self._note)
         inner._write_metrics = self._write_metrics
         # a method of the optimizer, as torch's schedulers expect when they wrap it in turn
-        inner.optimizer.step = MethodType(lambda _, *args: self._step(*args), inner.optimizer)
+        # with the mark of a scheduler that has done so already
+        step = wraps(inner.optimizer.step)(lambda _, *args: self._step(*args))
+        inner.optimizer.step = MethodType(step, inner.optimizer)
 
     def after_train(self) -> None:
         """Leaves nothing behind."""
