@@ -203,8 +203,8 @@ class DistillTrainer(DefaultTrainer):
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         ret[place] = EvalHook(self.cfg.TEST.EVAL_PERIOD, ret[place]._func)
         ret[place:place] = [
-            StopOnSignal(exact.collect, self.checkpointer),
             AfterTraining(self.export),
+            StopOnSignal(exact.collect, self.checkpointer),
             CountSkipped(self.data_loader),
             build_pictures(
                 model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
@@ -327,9 +327,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             hooks.LRScheduler(scheduler=scheduler),
             exact,
             checkpoints,
+            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             StopOnSignal(exact.collect, checkpointer),
             CountSkipped(loader),
-            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             EvalHook(cfg.train.eval_period, test),
             build_pictures(
                 unwrap(model),
