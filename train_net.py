@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import argument_parser, check_config, load_arguments, writing_to
+from ssimkd.errors import traceback_in_log_only
 from ssimkd.run_record import record_run
 from ssimkd.writers import quiet_terminal
 
@@ -38,7 +39,7 @@ def main(args) -> None:
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
-    with record_run(folder):
+    with record_run(folder), traceback_in_log_only(args.debug):
         run(cfg, args.resume)
 
 

@@ -15,6 +15,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from ssimkd import ConfigError
 from ssimkd.checkpointer import WholeCheckpointer, whole_file
+from ssimkd.hooks import AfterTraining, EvalHook
 from ssimkd.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
 from ssimkd.same_run import check_same_run, flatten
 from torch import nn
@@ -206,7 +207,7 @@ class Sum(nn.Module):
 
 
 def stop_one_of_two(rank, folder):
-    """The second process gets the signal in its third iteration; the first writes."""
+    """The second process gets the signal in its third iteration; the first writes, in the tenth."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
@@ -236,8 +237,48 @@ def test_all_processes_end_after_the_same_iteration(tmp_path):
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [EXIT_STATUS, EXIT_STATUS]
-    assert (tmp_path / "iterations0").read_text() == (tmp_path / "iterations1").read_text() == "2 1"
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert (tmp_path / "iterations0").read_text() == (tmp_path / "iterations1").read_text() == "9 1"
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
+
+
+def end_with(signal_at, hooks):
+    """Trains for two iterations; the signal comes in one of them, or from a hook."""
+
+    def batches():
+        for number in range(2):
+            if number == signal_at:
+                signal.raise_signal(signal.SIGUSR1)
+            yield [{}]
+
+    model = Sum()
+    trainer = SimpleTrainer(model, batches(), torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.register_hooks(hooks)
+    trainer.train(0, 2)
+
+
+def test_a_signal_in_the_last_iteration_ends_the_run_behind_the_export():
+    done = []
+    stop = StopOnSignal(lambda: done.append("collected"), None)
+    hooks = [AfterTraining(lambda: done.append("exported")), stop]
+    hooks.append(EvalHook(0, lambda: done.append("evaluated")))
+    with pytest.raises(SystemExit) as ended:
+        end_with(1, hooks)
+    assert ended.value.code == EXIT_STATUS and done == ["exported"]
+
+
+def test_a_signal_after_the_last_iteration_acts_as_ever():
+    done = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: done.append("signalled"))
+
+    def export():
+        signal.raise_signal(signal.SIGUSR1)
+        done.append("exported")
+
+    try:
+        end_with(None, [AfterTraining(export), StopOnSignal(lambda: None, None)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert done == ["exported", "signalled"]
 
 
 def wait_for_signal():
@@ -262,3 +303,15 @@ def test_the_parent_passes_a_signal_on(tmp_path):
     parent.start()
     parent.join()
     assert (tmp_path / "said").read_text() == f"[{EXIT_STATUS}, {EXIT_STATUS}]"
+
+
+def parent_of_none():
+    forward_to_children()
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_parent_without_children_ends_by_the_signal():
+    parent = FORK.Process(target=parent_of_none)
+    parent.start()
+    parent.join()
+    assert parent.exitcode == -signal.SIGTERM

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
-from detectron2.engine.hooks import EvalHook
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.engine import DistillTrainer
-from ssimkd.hooks import AfterTraining
+from ssimkd.hooks import AfterTraining, EvalHook
 
 KEY = "MODEL.DISTILL"
 
@@ -269,6 +268,17 @@ def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
     called = []
     hook = AfterTraining(lambda: called.append(1))
     for iteration, expected in ((3, []), (4, [1])):  # 4: counted up after the last step
+        hook.trainer = Trainer(iteration)
+        hook.after_train()
+        assert called == expected
+
+
+def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(tmp_path):
+    trainer = DistillTrainer(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)))
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, EvalHook))
+    called = []
+    hook._do_eval = lambda: called.append(1)
+    for iteration, expected in ((3, []), (4, [1])):
         hook.trainer = Trainer(iteration)
         hook.after_train()
         assert called == expected

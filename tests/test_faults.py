@@ -282,3 +282,15 @@ def test_nan_is_left_out_as_often_as_asked_and_then_ends_the_run(lazy, tmp_path)
     last = text.splitlines()[-1]
     assert last.startswith("error: ssim_kd_loss is nan") and "(iteration 4, images: " in last
     assert last.count(".jpg") == 2 or last.count(".png") == 2
+
+
+def test_nan_in_the_last_step_is_no_result_and_ends_in_one_line(yaml, tmp_path):
+    diverge = ["SOLVER.BASE_LR", 1e9, "SOLVER.WARMUP_ITERS", 0]
+    diverge += ["SOLVER.CLIP_GRADIENTS.ENABLED", False]
+    assert yaml.finish(tmp_path, *diverge, max_iter=2) == 1
+    text = yaml.said(tmp_path)
+    assert text.splitlines()[-1].startswith("error: ") and "(iteration 1, images: " in text
+    assert "Traceback" not in text
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "results.json").exists()  # it was not evaluated
+    assert "has been overridden" not in text  # torch's, of the step that is watched

@@ -11,6 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
+from ssimkd import finite
 from ssimkd.finite import MOST_OVERFLOWS, FiniteSteps
 from torch import nn
 
@@ -119,6 +120,19 @@ def test_mixed_precision_may_look_for_its_loss_scale_but_not_for_ever():
     assert trainer.failed.startswith(f"mixed precision: {MOST_OVERFLOWS + 1} gradients in a row")
     trainer, _ = train([batch(0), batch(1, value=math.nan)], kind=Scaled)
     assert trainer.failed == "loss_b is nan (iteration 1, images: 1.jpg)"
+
+
+def test_mixed_precision_has_looked_at_the_gradients_itself(monkeypatch):
+    monkeypatch.setattr(finite, "get_total_norm", None)
+    assert train([batch(0), batch(1, root=0.0), batch(2)], kind=Scaled)[0].failed is None
+
+
+@pytest.mark.parametrize("said, counts", [([True, False], (1, 0)), ([False, False], (0, 1))])
+def test_all_processes_count_what_mixed_precision_leaves_out_alike(said, counts, monkeypatch):
+    """This one was told of no loss; the main process may have been."""
+    monkeypatch.setattr(finite.comm, "all_gather", lambda own: said)
+    _, hook = train([batch(0), batch(1, root=0.0)], allowed=1, kind=Scaled)
+    assert (hook.skipped, hook.overflows) == counts
 
 
 def spoil_level(model, level):

@@ -169,6 +169,15 @@ def test_an_error_of_every_process_is_said_once(capfd):
     assert capfd.readouterr().err.count("error: SOME.KEY: wrong\n") == 1
 
 
+def test_nan_on_two_processes_is_said_once_whatever_their_images():
+    store, codes = dist.HashStore(), []
+    for what in ("a is nan (iteration 3, images: 1.jpg)", "a is nan (iteration 3, images: 2.jpg)"):
+        with pytest.raises(SystemExit) as ended, launch.said_once(store, False):
+            raise FloatingPointError(what)
+        codes.append(ended.value.code)
+    assert codes == ["error: a is nan (iteration 3, images: 1.jpg)", 1]
+
+
 def own_launch(main, count, args, **_):
     """As Detectron2's launch, which needs GPUs before v0.6."""
     fork(2, main, *args)

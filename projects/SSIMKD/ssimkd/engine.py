@@ -40,7 +40,7 @@ from .errors import ConfigError, one_line
 from .evaluation import build_evaluator, build_lazy_evaluator
 from .export import export_student
 from .finite import FiniteSteps
-from .hooks import AfterTraining, ExactResume
+from .hooks import AfterTraining, EvalHook, ExactResume
 from .lazy import lazy_names, target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
@@ -201,9 +201,10 @@ class DistillTrainer(DefaultTrainer):
         ret.insert(place, exact)
         # the export before the last evaluation: a failure there must not cost the student
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
+        ret[place] = EvalHook(self.cfg.TEST.EVAL_PERIOD, ret[place]._func)
         ret[place:place] = [
-            StopOnSignal(exact.collect, self.checkpointer),
             AfterTraining(self.export),
+            StopOnSignal(exact.collect, self.checkpointer),
             CountSkipped(self.data_loader),
             build_pictures(
                 model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
@@ -326,10 +327,10 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             hooks.LRScheduler(scheduler=scheduler),
             exact,
             checkpoints,
+            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
             StopOnSignal(exact.collect, checkpointer),
             CountSkipped(loader),
-            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
-            hooks.EvalHook(cfg.train.eval_period, test),
+            EvalHook(cfg.train.eval_period, test),
             build_pictures(
                 unwrap(model),
                 lazy_names(cfg, "TEST")[0],

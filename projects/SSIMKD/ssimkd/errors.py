@@ -1,5 +1,6 @@
 """The one exception for input that a user can mend."""
 
+import logging
 import re
 import sys
 from contextlib import contextmanager
@@ -51,3 +52,29 @@ def exit_in_one_line(debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         sys.exit(f"error: {in_user_terms(error)}")
+
+
+@contextmanager
+def traceback_in_log_only(debug: bool = False) -> Iterator[None]:
+    """Around a training: Detectron2's traceback of what a user can mend goes to log.txt alone.
+
+    Args:
+        debug (bool): let it reach the terminal, too.
+    """
+    # by a filter of its logger: a progress bar puts another handler into the terminal's place
+    logger = logging.getLogger("detectron2.engine.train_loop")
+    if not debug:
+        logger.addFilter(_off_terminal)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_off_terminal)
+
+
+def _off_terminal(record: logging.LogRecord) -> bool:
+    if not (record.exc_info and isinstance(record.exc_info[1], MENDABLE)):
+        return True
+    for handler in logging.getLogger("detectron2").handlers:
+        if getattr(handler, "stream", None) not in (sys.stdout, sys.stderr):
+            handler.handle(record)
+    return False

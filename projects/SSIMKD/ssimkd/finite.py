@@ -2,10 +2,12 @@
 
 import logging
 from contextlib import contextmanager
+from functools import wraps
 from types import MethodType
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -31,7 +33,7 @@ class FiniteSteps(HookBase):
 
     def __init__(self, allowed: int = 0) -> None:
         self.allowed, self.skipped = allowed, 0
-        self.stepped, self.overflows = False, 0
+        self.stepped, self.overflows, self.scaled = False, 0, False
         self.files: List[str] = []
         self.losses: Mapping[str, Tensor] = {}
         self.refused: Optional[FloatingPointError] = None  # what Detectron2 said of the losses
@@ -39,11 +41,15 @@ class FiniteSteps(HookBase):
     def before_train(self) -> None:
         """Looks at what the model returns, at what Detectron2 says of it, and at the optimizer."""
         inner = self._inner()
+        # such a scaler has looked at the gradients before it takes a step
+        self.scaled = hasattr(inner, "grad_scaler") and inner.grad_scaler.is_enabled()
         self.before = (inner._write_metrics, inner.optimizer.step)
         self.handle = inner.model.register_forward_hook(self._note)
         inner._write_metrics = self._write_metrics
         # a method of the optimizer, as torch's schedulers expect when they wrap it in turn
-        inner.optimizer.step = MethodType(lambda _, *args: self._step(*args), inner.optimizer)
+        # with the mark of a scheduler that has done so already
+        step = wraps(inner.optimizer.step)(lambda _, *args: self._step(*args))
+        inner.optimizer.step = MethodType(step, inner.optimizer)
 
     def after_train(self) -> None:
         """Leaves nothing behind."""
@@ -63,7 +69,7 @@ class FiniteSteps(HookBase):
         """Sees to the steps that mixed precision has left out."""
         if self.stepped:
             self.overflows = 0
-        elif self.refused:
+        elif any(comm.all_gather(bool(self.refused))):  # the main process alone knows of it
             self._leave_out()
         else:
             self.overflows += 1
@@ -88,10 +94,11 @@ class FiniteSteps(HookBase):
     def _step(self, *args: Any) -> Any:
         """The optimizer's, if its gradients are finite."""
         self.stepped = True
-        groups = self.trainer.optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if not get_total_norm(gradients).isfinite():
-            return self._leave_out()
+        if not self.scaled:
+            groups = self.trainer.optimizer.param_groups
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            if not get_total_norm(gradients).isfinite():
+                return self._leave_out()
         if self.refused:  # only the main process knows of it: it cannot be left out
             raise FloatingPointError(self._explain())
         return self.before[1](*args)

@@ -3,7 +3,7 @@
 import logging
 from typing import Any, Callable, Dict, List
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
@@ -90,3 +90,16 @@ class AfterTraining(HookBase):
         # only a run that succeeded counts up to max_iter
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             self.function()
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, but for a run that fails in its last iteration.
+
+    There its own evaluates a student that is no result, and waits in it for the other processes,
+    which wait for this one's gradient.
+    """
+
+    def after_train(self) -> None:
+        """Not after a failure."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()

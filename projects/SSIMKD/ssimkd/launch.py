@@ -166,7 +166,8 @@ def said_once(store: dist.Store, debug: bool) -> Iterator[None]:
             raise
         said = in_user_terms(error)
         try:
-            first = store.add(f"error/{said}", 1) == 1
+            # the images that follow it are each process's own
+            first = store.add("error/" + said.split(" (iteration ")[0], 1) == 1
         except RuntimeError:  # the store is gone, with the process that kept it
             first = True
         sys.exit(f"error: {said}" if first else 1)
