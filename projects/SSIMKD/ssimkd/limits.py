@@ -82,7 +82,7 @@ def check_folder(key: str, folder: Any) -> None:
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"{key} must name the folder of the results, got {folder!r}")
     if "://" in folder:
-        return
+        raise ConfigError(f"{key}: {folder} is no folder of this machine")
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
