@@ -15,6 +15,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import SimpleTrainer
 from omegaconf import OmegaConf
 from PIL import Image
+from ssimkd import ConfigError
 from ssimkd.bad_images import BadImageError, CountSkipped, NamingMapper
 from ssimkd.coco_file import read_coco
 from ssimkd.engine import DistillTrainer
@@ -218,11 +219,42 @@ def test_an_error_of_a_data_worker_is_one_line(workers):
     assert end.value.code in {f"error: {i}.jpg: OSError: broken" for i in BAD}
 
 
-def test_no_image_is_left():
-    records = [{**r, "file_name": "3.jpg"} for r in RECORDS]
-    loader = ResumableLoader(records, mapper=fragile, total_batch_size=2, skip_bad_images=True)
-    with pytest.raises(Exception, match="no image is left that can be read; 3.jpg: OSError"):
-        take(loader, 1)
+def of_names(names, mapper=fragile, **options):
+    records = [{"width": 9, "height": 12, "file_name": name} for name in names]
+    return ResumableLoader(
+        records, mapper=mapper, total_batch_size=1, skip_bad_images=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["3.jpg"] * 5, "5 images in a row cannot be read, .*; 3.jpg: OSError: broken"),
+        (["3.jpg"] * 30 + ["1.jpg"] * 40, "11 images in a row cannot be read"),
+    ],
+)
+def test_too_many_in_a_row(names, said):
+    with pytest.raises(ConfigError, match=said):
+        take(of_names(names, sampler=range(10)), 1)
+
+
+def test_more_than_half_of_the_data(monkeypatch):
+    monkeypatch.setitem(globals(), "BAD", {0, 2, 4, 5})
+    names = [f"{i}.jpg" for i in range(8)]
+    assert len(take(of_names(names, sampler=range(8)), 8)) == 8
+    BAD.add(7)
+    with pytest.raises(ConfigError, match="more than half of the 8 images"):
+        take(of_names(names, sampler=range(8)), 8)
+
+
+@pytest.mark.parametrize("error", [MemoryError, TypeError, RuntimeError])
+def test_what_no_image_is_to_blame_for_is_not_skipped(error):
+    def fails(item):
+        raise error("no fault of the image")
+
+    with pytest.raises(ConfigError, match=f"^3.jpg: {error.__name__}: no fault") as failed:
+        take(of_names(["3.jpg"], fails), 1)
+    assert not isinstance(failed.value, BadImageError)
 
 
 class Trainer:

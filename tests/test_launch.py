@@ -13,7 +13,7 @@ from processes import fork, free_port, in_processes, options
 from ssimkd import ConfigError, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-TORCHRUN = dict.fromkeys(launch.VARIABLES, "1")
+TORCHRUN = {**dict.fromkeys(launch.VARIABLES, "1"), "RANK": "0", "LOCAL_RANK": "0"}
 SLURM = {  # of srun, for the sixth of eight tasks on two nodes
     "SLURM_JOB_ID": "4711", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",
@@ -29,35 +29,51 @@ def without(env, *names):
 
 
 @pytest.mark.parametrize(
-    "env, gpus, expected",
+    "env, expected",
     [
-        ({}, 8, {}),
-        ({**SLURM, **TORCHRUN}, 1, TORCHRUN),  # torchrun in a Slurm job
-        ({**SLURM, "RANK": "1", "WORLD_SIZE": "2"}, 1, EXPECTED),  # no torchrun: LOCAL_RANK lacks
-        (SLURM, 1, EXPECTED),
-        (SLURM, 8, EXPECTED),
+        ({}, {}),
+        ({**SLURM, **TORCHRUN}, TORCHRUN),  # torchrun in a Slurm job
+        ({**SLURM, "RANK": "1", "WORLD_SIZE": "2"}, EXPECTED),  # no torchrun: LOCAL_RANK lacks
+        (SLURM, EXPECTED),
         (
             {**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            1,
             {**EXPECTED, "MASTER_ADDR": "a", "MASTER_PORT": "1"},
         ),
-        (
-            {**without(SLURM, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"), "SLURM_NNODES": "2"},
-            1,
-            EXPECTED,
-        ),
-        (without(SLURM, "SLURM_STEP_NUM_TASKS"), 8, {}),  # a batch script: no srun, its own launch
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, 8, {}),  # one task of a job of eight
+        ({**without(SLURM, "SLURM_STEP_NUM_NODES"), "SLURM_NNODES": "2"}, EXPECTED),
+        ({"SLURM_NTASKS": "8"}, {}),  # salloc's shell
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {}),  # a batch script
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {}),  # one task of a job of eight
     ],
 )
-def test_who_has_started_this_process(env, gpus, expected):
-    assert launch.find_place(env, gpus) == expected
+def test_who_has_started_this_process(env, expected):
+    assert launch.find_place(env) == expected
+
+
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        ({**TORCHRUN, "RANK": "a"}, "RANK must be an integer of at least 0, got 'a'"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE must be an integer of at least 1, got '0'"),
+        ({**TORCHRUN, "WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ({**TORCHRUN, "MASTER_PORT": "x"}, "MASTER_PORT must be an integer"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999"),
+        (without(SLURM, "SLURM_PROCID"), "SLURM_PROCID must be an integer of at least 0, got ''"),
+        (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID must be an integer"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS must be an integer"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "0"}, "SLURM_STEP_NUM_NODES must be an integer"),
+        ({**SLURM, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID must be an integer"),
+        ({**SLURM, "MASTER_PORT": "x"}, "MASTER_PORT must be an integer"),
+    ],
+)
+def test_a_variable_without_its_number_is_named(env, said):
+    with pytest.raises(ConfigError, match=said):
+        launch.find_place(env)
 
 
 @pytest.mark.parametrize("key, value", [("SLURM_STEP_NUM_NODES", "3"), ("SLURM_LOCALID", "2")])
 def test_tasks_that_do_not_fill_node_after_node_are_refused(key, value):
     with pytest.raises(ConfigError, match="--distribution=block"):
-        launch.find_place({**SLURM, key: value}, 1)
+        launch.find_place({**SLURM, key: value})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +106,7 @@ def test_slurm_starts_processes():
 
     def task(index):
         os.environ.update(
-            SLURM_PROCID=str(index), SLURM_LOCALID=str(index % 2), SLURM_NTASKS="4",
+            SLURM_PROCID=str(index), SLURM_LOCALID=str(index % 2), SLURM_STEP_NUM_TASKS="4",
             SLURM_NNODES="2", SLURM_NODELIST="localhost,elsewhere", MASTER_PORT=str(port),
         )  # fmt: skip
         launch.start(lambda _: results.put((index, place())), lambda _: "cpu", options())

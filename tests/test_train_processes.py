@@ -81,7 +81,11 @@ def test_torchrun_trains_on_the_same_images_to_the_same_weights(alone, tmp_path)
 def test_slurm_resumes_with_two_processes_what_one_began(alone, tmp_path):
     shutil.copy(alone / "model_0000001.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     tasks = [
         begin(
             [sys.executable], *YAML[:2], "--resume", *YAML[2:], "OUTPUT_DIR", tmp_path,

@@ -18,6 +18,7 @@ from ssimkd.errors import exit_in_one_line
 
 import train_net
 
+HEADS = "MODEL.ROI_HEADS"
 KD, TEACHER = "MODEL.DISTILL", "MODEL.DISTILL.TEACHER"
 YAML, VANILLA = "configs/shapes/ssimkd.yaml", "configs/shapes/vanilla.yaml"
 
@@ -51,6 +52,11 @@ def files(tmp_path_factory, few_shapes):
         "number.json": json.dumps({**COCO, "images": [7]}),
         "category.json": json.dumps({**COCO, "annotations": [{**BOX, "category_id": 9}]}),
         "no_file.json": json.dumps({**COCO, "images": [{**IMAGE, "file_name": "b.png"}]}),
+        "deep.json": "[" * 200000,
+        **{
+            f"{name}.json": json.dumps({**COCO, "annotations": [{**BOX, **wrong}]})
+            for name, wrong in WRONG_BOXES.items()
+        },
         "good.json": json.dumps(COCO),
     }
     for name, text in texts.items():
@@ -82,6 +88,16 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 9, 9], "area": 8
 COCO = {"images": [IMAGE], "annotations": [BOX], "categories": [{"id": 1, "name": "crack"}]}
 
 
+WRONG_BOXES = {
+    "true": {"bbox": [True, 2, 9, 9]},
+    "crowd": {"iscrowd": 2},
+    "outside": {"bbox": [40, 2, 9, 9]},
+    "rle": {"segmentation": {"size": [1, 1]}},
+    "polygon": {"segmentation": [["a", 2, 3, 4, 5, 6]]},
+    "points": {"keypoints": "abc"},
+}
+
+
 def own(name):
     entry = f"[{{'NAME': 'own', 'JSON': '{{files}}/{name}', 'IMAGES': '{{files}}'}}]"
     return [YAML, "DATASETS.COCO", entry, "DATASETS.TEST", "('own',)"]
@@ -101,6 +117,9 @@ CASES = [
     ([YAML, "--num-gpus", "-1"], "--num-gpus is -1"),
     ([YAML, "--num-machines", "0"], "--num-machines is 0"),
     ([YAML, "--machine-rank", "3"], "--machine-rank is 3"),
+    *(([YAML, "--timeout", x], "--timeout: must be above 0") for x in ("nan", "1e300", "0", "-1")),
+    ([YAML, "--timeout", "x"], "--timeout: invalid minutes value: 'x'"),
+    ([YAML, "--num-machines", "2", "--dist-url", "x"], "--dist-url: x is no address"),
     ([YAML, "MODEL.DEVICE"], "MODEL.DEVICE: AssertionError: Override list has odd length"),
     ([YAML, "SOLVER.MAX_ITER", "5", "--resume"], "--resume: flags stand before the overrides"),
     ([VANILLA, "--eval-only", "--resume"], "MODEL.WEIGHTS is empty"),
@@ -163,7 +182,17 @@ CASES = [
     ([YAML, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "GeneralizedRCNN does not distil"),
     ([YAML, "MODEL.RESNETS.DEPTH", "51"], "MODEL: KeyError: 51"),
     ([YAML, "MODEL.FPN.NORM", "XX"], "MODEL: KeyError: 'XX'"),
-    ([YAML, "MODEL.PIXEL_MEAN", "[1.0]"], "MODEL: AssertionError"),
+    ([YAML, "MODEL.PIXEL_MEAN", "[1.0]"], "MODEL.PIXEL_MEAN must hold the 3 numbers of INPUT"),
+    ([YAML, "MODEL.PIXEL_STD", "[0.0,1.0,1.0]"], "MODEL.PIXEL_STD must be a finite number of at"),
+    ([YAML, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[]]"], "ASPECT_RATIOS is empty, or has a"),
+    ([YAML, "MODEL.RPN.PRE_NMS_TOPK_TRAIN", "-1"], "MODEL.RPN.PRE_NMS_TOPK_TRAIN must be"),
+    ([YAML, "MODEL.RPN.POST_NMS_TOPK_TRAIN", "0"], "MODEL.RPN.POST_NMS_TOPK_TRAIN must be"),
+    ([YAML, f"{HEADS}.BATCH_SIZE_PER_IMAGE", "0"], f"{HEADS}.BATCH_SIZE_PER_IMAGE must be"),
+    (
+        [YAML, f"{HEADS}.POSITIVE_FRACTION", "7.0"],
+        f"{HEADS}.POSITIVE_FRACTION must be a finite number of at least 0.0 and at most 1.0",
+    ),
+    ([YAML, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "0"], "ROI_BOX_HEAD.POOLER_RESOLUTION must"),
     ([YAML, "MODEL.ROI_HEADS.NUM_CLASSES", "3"], "4 thing classes and the head has 3"),
     ([YAML, "MODEL.ROI_HEADS.NUM_CLASSES", "0"], "MODEL.ROI_HEADS.NUM_CLASSES must be"),
     ([YAML, "MODEL.DEVICE", "cpuu"], "MODEL.DEVICE: "),
@@ -187,11 +216,23 @@ CASES = [
     ([YAML, "SOLVER.BASE_LR", "-1.0"], "SOLVER.BASE_LR must be a finite number of at least 0.0"),
     ([YAML, "SOLVER.BASE_LR", "1e400"], "SOLVER.BASE_LR must be a finite number"),
     ([YAML, "SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD must be"),
+    ([YAML, "SOLVER.WARMUP_ITERS", "-1"], "SOLVER.WARMUP_ITERS must be"),
+    ([YAML, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "-1.0"], "CLIP_GRADIENTS.CLIP_VALUE must be"),
+    ([YAML, "SOLVER.CLIP_GRADIENTS.NORM_TYPE", "0.0"], "CLIP_GRADIENTS.NORM_TYPE must be"),
+    ([YAML, "SOLVER.REFERENCE_WORLD_SIZE", "7"], "must be a multiple of SOLVER.REFERENCE_WORLD_SI"),
+    (
+        [YAML, "SEED", "99999999999999"],
+        "SEED must be an integer of at least -2147483648 and at mos",
+    ),
+    ([YAML, "TEST.EVAL_PERIOD", "-1"], "TEST.EVAL_PERIOD must be"),
+    ([YAML, "TEST.DETECTIONS_PER_IMAGE", "-5"], "TEST.DETECTIONS_PER_IMAGE must be"),
+    ([YAML, "TEST.EXPECTED_RESULTS", "[['x']]"], "TEST.EXPECTED_RESULTS: an entry is [task, metri"),
     ([YAML, "SOLVER.STEPS", "(9,3)"], "SOLVER: ValueError: Milestone must be smaller"),
     ([YAML, "SOLVER.LR_SCHEDULER_NAME", "X"], "SOLVER: ValueError: Unknown LR scheduler: X"),
     ([YAML, "DATALOADER.NUM_WORKERS", "-1"], "DATALOADER.NUM_WORKERS must be"),
     ([YAML, "DATALOADER.SAMPLER_TRAIN", "X"], "DATALOADER or INPUT: ValueError: Unknown training"),
     ([YAML, "OUTPUT_DIR", ""], "OUTPUT_DIR must name the folder"),
+    ([YAML, "OUTPUT_DIR", "s3://bucket/x"], "OUTPUT_DIR: s3://bucket/x is no folder"),
     ([YAML, "OUTPUT_DIR", "{files}/notes.txt"], "OUTPUT_DIR: {files}/notes.txt cannot be written"),
     ([YAML, "OUTPUT_DIR", "{files}/notes.txt/x"], "{files}/notes.txt is no folder"),
     # the data
@@ -200,6 +241,11 @@ CASES = [
     ([YAML, "DATASETS.TRAIN", "5"], "DATASETS.TRAIN"),
     ([YAML, "DATASETS.COCO", "[3]"], "DATASETS.COCO: an entry is a mapping"),
     ([YAML, "INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN is empty"),
+    *(
+        ([YAML, "INPUT.MIN_SIZE_TRAIN", x], "INPUT.MIN_SIZE_TRAIN must be an integer of at least 1")
+        for x in ("(0,)", "(-1,)", "('a',)")
+    ),
+    ([YAML, "INPUT.FORMAT", "CMYK"], "MODEL.PIXEL_MEAN must hold the 4 numbers of INPUT.FORMAT"),
     ([YAML, "INPUT.MAX_SIZE_TRAIN", "-1"], "INPUT.MAX_SIZE_TRAIN must be"),
     ([YAML, "INPUT.FORMAT", "XYZ"], "INPUT.FORMAT: 'XYZ' is none of"),
     (own("nowhere.json"), "own: {files}/nowhere.json cannot be read: FileNotFoundError"),
@@ -212,6 +258,13 @@ CASES = [
     (own("nan.json"), "nan.json has a bbox that is not [x, y, width, height]"),
     (own("words.json"), "words.json has a bbox that is not [x, y, width, height]"),
     (own("number.json"), "number.json has an entry of 'images' that is no mapping"),
+    (own("deep.json"), "own: {files}/deep.json cannot be read: RecursionError"),
+    (own("true.json"), "true.json has a bbox that is not [x, y, width, height]"),
+    (own("crowd.json"), "crowd.json has an 'iscrowd' that is neither 0 nor 1"),
+    (own("outside.json"), "outside.json has no box with an area inside its image"),
+    (own("rle.json"), "rle.json has a 'segmentation' that is no list of polygons, nor RLE"),
+    (own("polygon.json"), "polygon.json has a 'segmentation' that is no list of polygons"),
+    (own("points.json"), "points.json has 'keypoints' that are not [x, y, v, ...]"),
     (own("no_file.json"), "no_file.json names the image {files}/b.png, which does not exist"),
     (own("good.json"), "own has 1 thing classes and the head has 4: set MODEL.ROI_HEADS.NUM_CLA"),
 ]
@@ -271,10 +324,24 @@ LAZY_CASES = [
     ("train.max_iters=3", "train.max_iters"),
     ("train.max_iter=x", "train.max_iter must be an integer of at least 1, got 'x'"),
     ("train.max_iter=-1", "train.max_iter must be"),
+    ("train.max_iter=null", "train.max_iter must be an integer of at least 1, got None"),
+    ("train.eval_period=x", "train.eval_period must be"),
+    ("train.ddp=3", "train.ddp must be a node, got 3"),
+    ("train.checkpointer=3", "train.checkpointer must be a node, got 3"),
+    ("train.checkpointer.max_to_keep=-1", "train.checkpointer.max_to_keep must be"),
+    ("train.checkpointer.max_to_keep=x", "train.checkpointer.max_to_keep must be"),
+    ("optimizer.params=3", "optimizer.params must be a node"),
+    ("optimizer.params.weight_decay_norm=x", "optimizer.params.weight_decay_norm must be"),
+    ("+datasets=3", "datasets: there are the keys coco, num_classes_from_data, got 3"),
+    ("+datasets.coco=3", "datasets.coco must be a list, got 3"),
+    ("+dataloader.train.skip_bad_images=x", "skip_bad_images must be True or False, got 'x'"),
+    ("+model.distiller.check_images=1.5", "model.distiller.check_images must be an integer"),
+    ("+model.distiller.mask_padding=3", "model.distiller.mask_padding must be True or False"),
     ("train.log_period=0", "train.log_period must be"),
     ("train.checkpointer.period=0", "train.checkpointer.period must be"),
     ("train.device=cpuu", "train.device: "),
     ("train.output_dir={files}/notes.txt/x", "train.output_dir: {files}/notes.txt/x cannot be"),
+    ("train.output_dir=s3://bucket/x", "train.output_dir: s3://bucket/x is no folder"),
     ("train.init_checkpoint=no.pth", "train.init_checkpoint: there is no file no.pth"),
     ("dataloader.train.dataset.names=no", "dataloader.train.dataset.names: no data set 'no'"),
     ("dataloader.train.dataset.names=[]", "dataloader.train.dataset.names is empty"),
@@ -282,8 +349,8 @@ LAZY_CASES = [
     ("dataloader.train.num_workers=-1", "dataloader.train.num_workers must be"),
     ("optimizer.lr=-1", "optimizer.lr must be a finite number of at least 0.0, got -1"),
     ("optimizer.lr=nan", "optimizer.lr must be a finite number"),
-    ("optimizer=3", "optimizer must be a node that is called"),
-    ("model=3", "model must be a node that is called"),
+    ("optimizer=3", "optimizer must be a node"),
+    ("model=3", "model must be a node"),
     ("model.distiller=3", "model.distiller"),
     ("model.distiller.losses=ssim", "model.distiller"),
     ("model.distiller.losses.0=3", "model.distiller"),
@@ -312,6 +379,17 @@ def test_a_lazy_run(override, expected, files, few_shapes, tmp_path, monkeypatch
     ]  # fmt: skip
     check(words, expected, files, tmp_path, monkeypatch, capsys)
     assert not contents(tmp_path)
+
+
+def test_what_no_check_knows_of_ends_in_one_line_as_well(few_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
+    words = ["--config-file", "tests/lazy_shapes.py", f"train.output_dir={tmp_path}"]
+    line = said_by([*words, "+train.checkpointer.x=1"], monkeypatch, capsys)
+    assert line.startswith("error: train.checkpointer: TypeError: ")
+    monkeypatch.setattr("ssimkd.engine.build_pictures", lambda *_: 1 / 0)
+    words = ["--config-file", YAML, "OUTPUT_DIR", str(tmp_path)]
+    line = said_by(words, monkeypatch, capsys)
+    assert line == "error: the config: ZeroDivisionError: division by zero"
 
 
 def test_an_integer_is_a_weight(few_shapes, tmp_path, monkeypatch):

@@ -1,14 +1,23 @@
 """Images that cannot be read: named, or left out of the training and counted."""
 
 import logging
+import struct
+import zlib
 from typing import Any, Callable, Dict, Set
 
+import cv2
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from PIL.Image import DecompressionBombError
 
 from .errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
+# What decoders raise, and Detectron2 for a size that is not the annotated one (a ValueError).
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, DecompressionBombError),
+    *(cv2.error, struct.error, zlib.error),
+)
 
 
 class BadImageError(ConfigError):
@@ -22,7 +31,8 @@ class NamingMapper:
         mapper (callable): record in Detectron2's format -> what the model takes.
 
     Raises:
-        BadImageError: when called, whatever the mapper raised.
+        BadImageError: when called, of an image that cannot be read.
+        ConfigError: when called, whatever else the mapper raised: no image is to blame.
     """
 
     def __init__(self, mapper: Callable[[Dict], Any]) -> None:
@@ -33,8 +43,9 @@ class NamingMapper:
         name = record.get("file_name", record.get("image_id", "an image without a name"))
         try:
             return self.mapper(record)
-        except Exception as error:  # a broken file can make a decoder raise anything
-            raise BadImageError(f"{name}: {one_line(error)}") from error
+        except Exception as error:
+            kind = BadImageError if isinstance(error, UNREADABLE) else ConfigError
+            raise kind(f"{name}: {one_line(error)}") from error
 
 
 class CountSkipped(HookBase):

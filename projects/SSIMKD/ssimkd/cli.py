@@ -39,7 +39,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=minutes,
         default=30.0,  # Detectron2's DEFAULT_TIMEOUT
         metavar="MINUTES",
         help="of waiting for another process (30); one that does not answer ends the run",
@@ -51,6 +51,14 @@ def argument_parser() -> argparse.ArgumentParser:
 
     parser.error = fail  # type: ignore[assignment, method-assign]
     return parser
+
+
+def minutes(text: str) -> float:
+    """A time that PyTorch can wait for, in minutes."""
+    value = float(text)
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1e6 minutes, got {text}")
+    return value
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +222,8 @@ def check_processes(args: argparse.Namespace, device: str, use_cpu: str) -> None
             f"--machine-rank is {args.machine_rank}: of --num-machines {args.num_machines} the "
             f"last one is {args.num_machines - 1}"
         )
+    if args.num_machines > 1 and "://" not in args.dist_url:
+        raise ConfigError(f"--dist-url: {args.dist_url} is no address such as tcp://host:port")
     cuda, gpus = device.startswith("cuda"), torch.cuda.device_count()
     if args.num_gpus > 1 and not cuda:
         raise ConfigError(

@@ -43,7 +43,7 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
     try:
         with open(json_file) as f:
             content = json.load(f)
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ConfigError(f"cannot be read: {one_line(error)}") from error
     parts = ("images", "annotations", "categories")
     for part in parts:
@@ -85,19 +85,44 @@ def check_entries(part: str, entries: List[Any], kinds: Dict[str, Tuple[type, ..
 
 
 def check_annotations(annotations: List[Dict[str, Any]], ids: Dict[str, set]) -> None:
-    """Raises ConfigError for a box that is none, or an image or category that is unknown."""
+    """Raises ConfigError for a box or shape that is none, or an unknown image or category."""
     for entry in annotations:
         box = entry["bbox"]
-        numbers = [x for x in box if isinstance(x, (int, float)) and abs(x) < MOST]
-        if len(numbers) != 4 or len(box) != 4 or min(box[2:]) < 0:
+        if not (numbers(box) and len(box) == 4 and min(box[2:]) >= 0):
             raise ConfigError(f"has a bbox that is not [x, y, width, height]: {entry}")
+        if type(entry.get("iscrowd", 0)) is not int or entry.get("iscrowd", 0) not in (0, 1):
+            raise ConfigError(f"has an 'iscrowd' that is neither 0 nor 1: {entry}")
+        points = entry.get("keypoints") or []
+        if not numbers(points) or len(points) % 3:
+            raise ConfigError(f"has 'keypoints' that are not [x, y, v, ...]: {entry}")
+        if not is_mask(entry.get("segmentation") or []):
+            raise ConfigError(f"has a 'segmentation' that is no list of polygons, nor RLE: {entry}")
         for key, part in (("image_id", "images"), ("category_id", "categories")):
             if entry[key] not in ids[part]:
                 raise ConfigError(f"has an annotation of the unknown {key} {entry[key]}")
 
 
+def numbers(values: Any) -> bool:
+    """Whether this is a list of finite numbers that pixels can have."""
+    return isinstance(values, list) and all(
+        type(x) in (int, float) and abs(x) < MOST for x in values
+    )
+
+
+def is_mask(segmentation: Any) -> bool:
+    """Whether this is COCO's list of polygons [x, y, ...], or its RLE: `size` and `counts`."""
+    if not isinstance(segmentation, dict):
+        return isinstance(segmentation, list) and all(map(numbers, segmentation))
+    size, counts = segmentation.get("size", []), segmentation.get("counts")
+    return numbers(size) and len(size) == 2 and (isinstance(counts, str) or numbers(counts))
+
+
 def warn_of_unseen(json_file: str, content: Dict[str, Any]) -> None:
-    """Warns of boxes without area or outside their image: Detectron2 leaves them out."""
+    """Warns of boxes without area or outside their image: Detectron2 leaves them out.
+
+    Raises:
+        ConfigError: all are.
+    """
     images = {image["id"]: image for image in content["images"]}
     unseen = []
     for entry in content["annotations"]:
@@ -105,6 +130,8 @@ def warn_of_unseen(json_file: str, content: Dict[str, Any]) -> None:
         inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
         if not (inside and width and height):
             unseen.append(f"id {entry['id']} in {image['file_name']}")
+    if len(unseen) == len(content["annotations"]):
+        raise ConfigError("has no box with an area inside its image: nothing can be learned")
     if unseen:
         logger.warning(
             "%s: %d of %d boxes have no area or lie outside their image and are not learned: %s",

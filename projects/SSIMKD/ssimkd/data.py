@@ -49,14 +49,17 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
     """As :func:`use_own_data` for the optional node `datasets` of a LazyConfig."""
     node = cfg.get("datasets", {})
     known = {"coco", "num_classes_from_data"}
-    if set(node) - known:
+    if not isinstance(node, Mapping) or set(node) - known:
         raise ConfigError(f"datasets: there are the keys {', '.join(sorted(known))}, got {node}")
     names = {split: lazy_names(cfg, split) for split in splits or ("TRAIN",)}
     count = node.get("num_classes_from_data", False)
     if splits or count:
+        listed = node.get("coco", [])
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise ConfigError(f"datasets.coco must be a list, got {listed!r}")
         entries = [
             {k.upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
-            for entry in node.get("coco", [])
+            for entry in listed
         ]
         scored, _ = names.get("TEST", ((), ""))
         register_coco(entries, list(chain(*(found for found, _ in names.values()))), scored)
@@ -67,7 +70,7 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
         for loss in lazy_losses(cfg.model.get("distiller")):
             if target_of(loss) is ICDLoss:
                 loss.num_classes = classes
-        node.num_classes_from_data = False
+        cfg.datasets.num_classes_from_data = False
 
 
 def register_coco(

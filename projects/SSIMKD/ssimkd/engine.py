@@ -251,7 +251,8 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
-    trainer = DistillTrainer(cfg)
+    with building("the config"):
+        trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return getattr(trainer, "_last_eval_results", {})
@@ -296,7 +297,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         cfg.dataloader.train._target_ = ResumableLoader
     with building("dataloader.train"):
         loader = instantiate(cfg.dataloader.train)
-    model = create_ddp_model(model, **cfg.train.ddp)
+    with building("train.ddp"):
+        model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     run = describe_run(original, unwrap(model))
     checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
@@ -315,7 +317,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         scheduler = instantiate(cfg.lr_multiplier)
     checkpoints = writer = None  # on the main process alone
     if comm.is_main_process():
-        checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+        with building("train.checkpointer"):
+            checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
         batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
         project = cfg.train.get("wandb_project", "")
         writers = build_writers(cfg.train.output_dir, cfg.train.max_iter, batch_size, project)

@@ -35,7 +35,7 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
         args (Namespace): of :func:`ssimkd.cli.argument_parser`.
     """
     with exit_in_one_line(args.debug):
-        place = find_place(os.environ, args.num_gpus)
+        place = find_place(os.environ)
         if place and args.num_gpus > 1:
             raise ConfigError(
                 "--num-gpus: torchrun or srun has started the processes already; leave it out"
@@ -84,35 +84,50 @@ def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: 
         dist.destroy_process_group()
 
 
-def find_place(env: Mapping[str, str], num_gpus: int) -> Dict[str, str]:
+def find_place(env: Mapping[str, str]) -> Dict[str, str]:
     """Which process of how many this is.
 
     Args:
         env (mapping[str, str]): the environment.
-        num_gpus (int): of the command line; above 1, only srun's own word makes it Slurm's run.
 
     Returns:
-        dict[str, str]: torchrun's variables; none where this process was started alone.
+        dict[str, str]: torchrun's variables; none where this process was started alone, as is one
+        of a shell or batch script of Slurm without srun.
 
     Raises:
-        ConfigError: Slurm has spread the processes in a way that Detectron2 does not know.
+        ConfigError: a variable is missing or no such number, or Slurm has spread the processes in
+            a way that Detectron2 does not know.
     """
     if all(name in env for name in VARIABLES):
-        return {name: env[name] for name in VARIABLES}
-    tasks = env.get("SLURM_STEP_NUM_TASKS")
-    if tasks is None and num_gpus == 1:
-        tasks = env.get("SLURM_NTASKS")  # a batch script without srun has it, too
-    return from_slurm(env, int(tasks)) if tasks and int(tasks) > 1 else {}
+        place = {name: env[name] for name in VARIABLES}
+    elif integer(env, "SLURM_STEP_NUM_TASKS", default="1") > 1:
+        place = from_slurm(env)
+    else:
+        return {}
+    for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if integer(place, part, least=0) >= integer(place, whole):
+            raise ConfigError(f"{part} is {place[part]} and {whole} {place[whole]}: not below it")
+    if integer(place, "MASTER_PORT") > 65535:
+        raise ConfigError(f"MASTER_PORT is {place['MASTER_PORT']}: there are ports up to 65535")
+    return place
 
 
-def from_slurm(env: Mapping[str, str], tasks: int) -> Dict[str, str]:
+def integer(env: Mapping[str, str], name: str, default: str = "", least: int = 1) -> int:
+    """The number in a variable; ConfigError where it holds none, or one below the least."""
+    value = env.get(name, default)
+    if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < least:
+        raise ConfigError(
+            f"the environment variable {name} must be an integer of at least {least}, got {value!r}"
+        )
+    return int(value)
+
+
+def from_slurm(env: Mapping[str, str]) -> Dict[str, str]:
     """torchrun's variables for one of several tasks of Slurm; see :func:`find_place`."""
-    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    rank, local_rank, local_size = (
-        int(env["SLURM_PROCID"]),
-        int(env["SLURM_LOCALID"]),
-        tasks // nodes,
-    )
+    tasks = integer(env, "SLURM_STEP_NUM_TASKS")
+    nodes = integer(env, "SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
+    rank, local_rank = (integer(env, name, least=0) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+    local_size = tasks // nodes
     if tasks % nodes or local_rank != rank % local_size:
         raise ConfigError(
             f"task {rank} of {tasks} is the {local_rank}th of its node, of {nodes} nodes: srun has "
@@ -121,7 +136,8 @@ def from_slurm(env: Mapping[str, str], tasks: int) -> Dict[str, str]:
         )
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     nodelist = next((env[name] for name in names if env.get(name)), "127.0.0.1")
-    port = 20000 + int(env.get("SLURM_JOB_ID", 0)) % 10000  # jobs that share a node stay apart
+    # jobs that share a node stay apart
+    port = 20000 + integer(env, "SLURM_JOB_ID", "0", least=0) % 10000
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(tasks),

@@ -2,56 +2,107 @@
 
 import math
 import os
-from typing import Any
+import sys
+from typing import Any, Dict, Sequence
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
 
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
 from .errors import ConfigError, one_line
 
-# Key -> its least value; an integer where that is one. A config need not have all.
-YAML = {
+MOST = sys.float_info.max
+FINE = 1e-6  # what a number above 0 is at least
+# Key -> its least value, or least and greatest; integers where the least is one, or a truth value.
+# Of a list each number counts, and there has to be one. A config need not have all.
+YAML: Dict[str, Any] = {
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
     "SOLVER.BASE_LR": 0.0,
+    "SOLVER.MOMENTUM": 0.0,
+    "SOLVER.WEIGHT_DECAY": 0.0,
+    "SOLVER.GAMMA": 0.0,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.WARMUP_FACTOR": 0.0,
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.0,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (FINE, math.inf),
+    "SEED": (-(2**31), 2**31 - 1),  # NumPy's end at 2**32; each process adds its rank
     "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.MIN_SIZE_TRAIN": 1,
     "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MIN_SIZE_TEST": 0,  # 0: as they are
     "INPUT.MAX_SIZE_TEST": 1,
+    "TEST.DETECTIONS_PER_IMAGE": -1,  # -1: all
+    "TEST.EVAL_PERIOD": 0,
+    "MODEL.PIXEL_MEAN": -MOST,
+    "MODEL.PIXEL_STD": FINE,
+    "MODEL.FPN.OUT_CHANNELS": 1,
+    "MODEL.ANCHOR_GENERATOR.SIZES": FINE,
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": FINE,
+    "MODEL.RPN.NMS_THRESH": 0.0,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 1,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 1,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 1,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 1,
+    "MODEL.RPN.POSITIVE_FRACTION": (0.0, 1.0),
     "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": (0.0, 1.0),
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 1,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 1,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 1,
     "MODEL.RETINANET.NUM_CLASSES": 1,
 }
-LAZY = {
+LAZY: Dict[str, Any] = {
     "dataloader.train.total_batch_size": 1,
     "dataloader.train.num_workers": 0,
+    "dataloader.train.skip_bad_images": False,
     "dataloader.test.num_workers": 0,
+    "train.seed": YAML["SEED"],
     "train.max_iter": 1,
+    "train.eval_period": 0,
     "train.checkpointer.period": 1,
+    "train.checkpointer.max_to_keep": 1,
     "train.log_period": 1,
     "optimizer.lr": 0.0,
+    "optimizer.momentum": 0.0,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.params.weight_decay_norm": 0.0,
     "model.num_classes": 1,
     "model.roi_heads.num_classes": 1,
+    "model.distiller.check_images": 0,
+    "model.distiller.mask_padding": False,
 }
+NULL = ("train.checkpointer.max_to_keep", "optimizer.params.weight_decay_norm")  # may be null
+NODES = (
+    *("model", "optimizer", "optimizer.params", "lr_multiplier"),
+    *("dataloader.train", "dataloader.test", "train.checkpointer", "train.ddp"),
+)
+ABSENT = object()
 
 
-def value_of(cfg: Any, key: str) -> Any:
-    """The value of a dotted key in a CfgNode or DictConfig; None where there is none."""
+def value_of(cfg: Any, key: str, default: Any = None) -> Any:
+    """The value of a dotted key in a CfgNode or DictConfig; the default where there is none."""
     if not isinstance(cfg, CfgNode):
-        return OmegaConf.select(cfg, key)
+        return OmegaConf.select(cfg, key, default=default)
     for part in key.split("."):
-        cfg = cfg.get(part) if isinstance(cfg, CfgNode) else None
+        cfg = cfg.get(part, default) if isinstance(cfg, CfgNode) else default
     return cfg
 
 
 def check_limits(cfg: Any, eval_only: bool) -> None:
     """Raises ConfigError, naming the key, for settings that cannot work, whatever the machine."""
     lazy = not isinstance(cfg, CfgNode)
-    for key, least in (LAZY if lazy else YAML).items():
-        check_number(key, value_of(cfg, key), least)
+    for key, limits in (LAZY if lazy else YAML).items():
+        value = value_of(cfg, key, ABSENT)
+        if value is not ABSENT and not (value is None and key in NULL):
+            check_value(key, value, *(limits if isinstance(limits, tuple) else (limits,)))
     folder, device = (
         ("train.output_dir", "train.device") if lazy else ("OUTPUT_DIR", "MODEL.DEVICE")
     )
@@ -63,18 +114,31 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
         torch.device(str(value_of(cfg, device)))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{device}: {one_line(error)}") from error
+    if not lazy:
+        check_expected(cfg.TEST.EXPECTED_RESULTS)
     if not eval_only:
         (check_lazy if lazy else check_yaml)(cfg)
 
 
-def check_number(key: str, value: Any, least: float) -> None:
-    """Raises ConfigError unless a value, if there is one, is finite and large enough."""
-    if value is None or isinstance(value, DictConfig):
+def check_value(key: str, value: Any, least: float, most: float = MOST) -> None:
+    """Raises ConfigError unless a value, or each of a list, lies in its limits.
+
+    A node of a LazyConfig that is called is left alone.
+    """
+    if isinstance(value, (list, tuple, ListConfig)):
+        if not value:
+            raise ConfigError(f"{key} is empty, or has a part that is: name at least one number")
+        for item in value:
+            check_value(key, item, least, most)
         return
-    kinds = (int, float) if isinstance(least, float) else (int,)
-    if type(value) not in kinds or not least <= value < math.inf:
-        kind = "a finite number" if isinstance(least, float) else "an integer"
-        raise ConfigError(f"{key} must be {kind} of at least {least}, got {value!r}")
+    if isinstance(value, DictConfig):
+        return
+    kinds = (int, float) if isinstance(least, float) else (type(least),)
+    if type(value) not in kinds or not least <= value <= most:
+        number = "a finite number" if isinstance(least, float) else "an integer"
+        upper = "" if most in (MOST, math.inf) else f" and at most {most}"
+        kind = "True or False" if least is False else f"{number} of at least {least}{upper}"
+        raise ConfigError(f"{key} must be {kind}, got {value!r}")
 
 
 def check_folder(key: str, folder: Any) -> None:
@@ -82,7 +146,7 @@ def check_folder(key: str, folder: Any) -> None:
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"{key} must name the folder of the results, got {folder!r}")
     if "://" in folder:
-        return
+        raise ConfigError(f"{key}: {folder} is no folder of this machine")
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -92,20 +156,42 @@ def check_folder(key: str, folder: Any) -> None:
 
 def check_yaml(cfg: CfgNode) -> None:
     """What only a `.yaml` config holds, of the training."""
-    if not cfg.INPUT.MIN_SIZE_TRAIN:
-        raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty: name at least one size in pixels")
     formats = ("BGR", "YUV-BT.601", *Image.MODES)
-    if cfg.INPUT.FORMAT not in formats:
-        raise ConfigError(f"INPUT.FORMAT: {cfg.INPUT.FORMAT!r} is none of {', '.join(formats)}")
+    name = cfg.INPUT.FORMAT
+    if name not in formats:
+        raise ConfigError(f"INPUT.FORMAT: {name!r} is none of {', '.join(formats)}")
+    channels = Image.getmodebands(name) if name in Image.MODES else 3
+    for key, values in (("MEAN", cfg.MODEL.PIXEL_MEAN), ("STD", cfg.MODEL.PIXEL_STD)):
+        if len(values) != channels:
+            raise ConfigError(
+                f"MODEL.PIXEL_{key} must hold the {channels} numbers of INPUT.FORMAT {name}, "
+                f"got {values}"
+            )
+    if cfg.SOLVER.IMS_PER_BATCH % (cfg.SOLVER.REFERENCE_WORLD_SIZE or 1):
+        raise ConfigError(
+            "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, "
+            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: it is scaled to the number of processes"
+        )
     if cfg.MODEL.DISTILL.LOSSES:
         build_distiller(cfg)
 
 
+def check_expected(results: Sequence[Any]) -> None:
+    """Raises ConfigError unless Detectron2 can compare an evaluation with TEST.EXPECTED_RESULTS."""
+    for entry in results:
+        kinds = [type(x) for x in entry] if isinstance(entry, (list, tuple)) else []
+        if kinds[:2] != [str, str] or len(kinds) != 4 or not set(kinds[2:]) <= {int, float}:
+            raise ConfigError(
+                "TEST.EXPECTED_RESULTS: an entry is [task, metric, value, tolerance] such as "
+                f"['bbox', 'AP', 38.5, 0.2], got {entry!r}"
+            )
+
+
 def check_lazy(cfg: DictConfig) -> None:
     """What only a `.py` config holds, of the training."""
-    for key in ("model", "optimizer", "lr_multiplier", "dataloader.train", "dataloader.test"):
+    for key in NODES:
         if not isinstance(value_of(cfg, key), DictConfig):
-            raise ConfigError(f"{key} must be a node that is called, got {value_of(cfg, key)!r}")
+            raise ConfigError(f"{key} must be a node, got {value_of(cfg, key)!r}")
     distiller = cfg.model.get("distiller")
     if distiller is not None:
         try:

@@ -28,6 +28,7 @@ from .preemption import leave_to_parent
 from .random_state import preserve_random_state
 
 logger = logging.getLogger(__name__)
+MOST_IN_A_ROW = 10  # bad images, beyond which the data or the disk is wrong
 SKIPPED = "skipped"  # key of an item: the images that it stands in for
 # Attributes of Detectron2's samplers that hold random draws.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
@@ -49,12 +50,12 @@ class ResumableLoader:
         num_workers (int): processes that load images.
         skip_bad_images (bool): an image that cannot be read gives its place to the next of the
             data set that can, of the same orientation. Both are the same however the stream is
-            shared out or resumed.
+            shared out or resumed. Not for more than ten in a row, or half of the data set.
         options: further arguments of torch's DataLoader.
 
     Raises:
         ConfigError: the batch cannot be shared out, or images of unknown size cannot be grouped.
-            In the stream, BadImageError: an image cannot be read.
+            In the stream, too many images are bad; BadImageError: one cannot be read.
 
     Attributes:
         skipped (set[str]): a line for each image that was skipped so far, in this process.
@@ -132,6 +133,11 @@ class ResumableLoader:
             if line not in self.skipped:
                 logger.warning("Skipped: %s", line)
                 self.skipped.add(line)
+        if 2 * len(self.skipped) > len(self.dataset):
+            raise ConfigError(
+                f"--skip-bad-images: more than half of the {len(self.dataset)} images of the data "
+                f"set cannot be read; {min(self.skipped)}"
+            )
 
     def _seeded(self) -> "SeededDataset":
         seed = getattr(self.sampler, "_seed", 0)
@@ -187,11 +193,16 @@ class SeededDataset(Dataset):
                 if not self.skip_bad_images:
                     raise
                 bad.append(str(error))
+                if len(bad) > MOST_IN_A_ROW:
+                    break
                 continue
             if bad:
                 item[SKIPPED] = bad
             return item
-        raise ConfigError(f"--skip-bad-images: no image is left that can be read; {bad[0]}")
+        raise ConfigError(
+            f"--skip-bad-images: {len(bad)} images in a row cannot be read, and no other stands in "
+            f"for them; {bad[0]}"
+        )
 
     def _candidates(self, index: int) -> Iterator[int]:
         """An image, then those that may stand in for it."""
