@@ -12,6 +12,7 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
 
 from typing import Optional, Sequence
 
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm

@@ -20,6 +20,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Tuple
 
 import cv2
 import numpy as np
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 import torch
 from benchmark_measure import interleave
 from detectron2.config import CfgNode, instantiate
@@ -136,6 +137,8 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
     add_flags(parser)
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
     trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
     with exit_in_one_line(args.debug):

@@ -5,8 +5,10 @@ r"""Looks at a student and its teachers before a long run: a table, and status 1
 
 It builds both, makes the checks that every run makes before its first iteration, and then trains
 for --iterations in a temporary folder with a learning rate of 0, so that the losses are those of
-the start. With --num-gpus one process gets the batch of one GPU. Time is that of the iterations
-alone, without evaluations and without the exchange between GPUs.
+the start. The share of a loss's value is not its pull on the student: tools/suggest_weight.py
+measures that. With --num-gpus one process gets the batch of one GPU. Time is that of the iterations
+alone, without evaluations and without the exchange between GPUs. Only warnings and the table are
+printed.
 
 Status 0: nothing to say against it. Status 1: an error, in one line, or a warning in the table.
 """
@@ -21,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, MutableMapping, Tuple
 
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
@@ -32,6 +35,7 @@ from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.lazy import lazy_names
 from ssimkd.meta_arch import image_format_of
 from ssimkd.preflight import distillers_of
+from ssimkd.writers import LOGGERS
 
 Row = Tuple[str, str]
 LEAST = 5  # iterations: Detectron2 times from the fourth one on
@@ -55,6 +59,17 @@ class Remarks(logging.Handler):
                 yield "WARNING", record.getMessage()
             elif record.name == "ssimkd.preflight":
                 yield "check", record.getMessage()
+
+
+def listen() -> Remarks:
+    """Collects what the checks say, and leaves warnings alone on the terminal."""
+    remarks = Remarks()
+    for name in LOGGERS:
+        logger = setup_logger(name=name)
+        for handler in logger.handlers:
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ssimkd").addHandler(remarks)
+    return remarks
 
 
 def build(cfg) -> Any:
@@ -147,7 +162,8 @@ def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
     for name, value in metrics.items():
         if "loss" in name and name != "total_loss":
             share_of = value / metrics["total_loss"]
-            yield name, f"{value:.4g}, {100 * share_of:.0f} % of the total loss"
+            yield name, f"{value:.4g}, {100 * share_of:.1f} % of the total loss"
+    yield "shares", "of the values, not the pull on the student: `ssimkd weight` measures that"
     seconds = round(metrics["time"] * max_iter)
     whole = f"{datetime.timedelta(seconds=seconds)} for {max_iter} iterations"
     waiting = f"{metrics['data_time']:.3g} s of it waiting for data"
@@ -175,8 +191,9 @@ def main() -> None:
     trust_checkpoints(args.trust_checkpoint)
     if args.iterations < LEAST:
         parser.error(f"--iterations must be at least {LEAST}")
-    remarks = Remarks()
-    setup_logger(name="ssimkd").addHandler(remarks)
+    if args.num_gpus < 1:
+        parser.error("--num-gpus must be at least 1")
+    remarks = listen()
     with exit_in_one_line(args.debug), tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg, argument_parser().parse_args([]))

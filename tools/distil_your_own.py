@@ -11,11 +11,13 @@ import argparse
 import os
 
 import cv2
+import ssimkd.engine
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultPredictor
-from ssimkd import add_ssimkd_config, engine
+from detectron2.engine import DefaultPredictor, default_setup
+from ssimkd.data import use_own_data
+from ssimkd.run_record import record_run
+from ssimkd.writers import quiet_terminal
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -27,19 +29,20 @@ args = parser.parse_args()
 if not os.path.isdir(args.data):
     DatasetCatalog.get("ssimkd_shapes_train")  # draws the embedded data
 
-# 1. Your data, in COCO's format: a folder of images and a json, for training and for validation.
-classes = {"thing_classes": ["disk", "ring", "triangle", "cross"]}  # in the order of their ids
-for split in ("train", "val"):
-    json_file, images = f"{args.data}/instances_{split}.json", f"{args.data}/{split}"
-    register_coco_instances(f"own_{split}", classes, json_file, images)
-
-# 2. The student: any config of Detectron2, with the meta-architecture that distils it.
+# 1. The student: any config of Detectron2, with the meta-architecture that distils it.
 cfg = get_cfg()
-add_ssimkd_config(cfg)
+ssimkd.add_ssimkd_config(cfg)
 cfg.merge_from_file("configs/shapes/vanilla.yaml")
 cfg.MODEL.META_ARCHITECTURE = "DistillRCNN"  # of "GeneralizedRCNN"
-cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes["thing_classes"])
+
+# 2. Your data, in COCO's format: a folder of images and a json, for training and for validation.
+cfg.DATASETS.COCO = [
+    {"NAME": f"own_{x}", "JSON": f"{args.data}/instances_{x}.json", "IMAGES": f"{args.data}/{x}"}
+    for x in ("train", "val")
+]
 cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("own_train",), ("own_val",)
+cfg.DATASETS.NUM_CLASSES_FROM_DATA = True
+use_own_data(cfg, ("TRAIN", "TEST"))
 cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = args.iterations, ()
 cfg.OUTPUT_DIR = args.output
 
@@ -49,9 +52,11 @@ cfg.MODEL.DISTILL.TEACHER.WEIGHTS = "configs/shapes/teacher.pth"
 cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5"]  # the student's levels that learn
 cfg.MODEL.DISTILL.SSIM.WEIGHT = 16.0
 
-# 4. Train, which evaluates at the end.
-os.makedirs(args.output, exist_ok=True)
-results = engine.train(cfg, resume=False)
+# 4. Train, which evaluates at the end. tools/report.py makes a page of what the folder then has.
+quiet_terminal(args.output, rank=0)  # log.txt has everything
+default_setup(cfg, args)  # writes config.yaml
+with record_run(args.output):
+    results = ssimkd.engine.train(cfg, resume=False)
 print(f"Box AP of the student: {results['bbox']['AP']:.1f}")
 
 # 5. Predict, with nothing but Detectron2: what training left in student.pth and student.yaml.

@@ -16,6 +16,7 @@ out, and which detectors cannot be a graph.
 
 import argparse
 
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from detectron2.utils.logger import setup_logger
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, load_config

@@ -6,7 +6,9 @@ r"""Detects objects in images: draws them and lists them.
 
 writes the drawn images and predictions.json to output/seen. Images are prepared as in an
 evaluation of the config, `.yaml` or `.py`, and classes named as in its test data. The student.yaml
-that a YAML run exports names its weights. An entry of predictions.json is
+that a YAML run exports names its weights. Overrides of the config come last, after --opts. Images
+that cannot be read are named and left out; the exit status is then 1. An entry of predictions.json
+is
 
     {"file_name": "street.jpg", "category_name": "car", "category_id": 2, "score": 0.98,
      "bbox": [x, y, width, height]}
@@ -18,8 +20,10 @@ COCO's format, where the detector finds some.
 import argparse
 import json
 import os
-from typing import Any, Dict, List
+import sys
+from typing import Any, Dict, List, NamedTuple
 
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 import torch
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -39,7 +43,7 @@ from tqdm import tqdm
 
 
 def check_files(images: List[str], folder: str) -> None:
-    """Raises ConfigError for an image that is not there, or whose drawing would overwrite a file.
+    """Raises ConfigError for an image whose drawing would overwrite a file.
 
     Args:
         images (list[str]): paths.
@@ -47,14 +51,39 @@ def check_files(images: List[str], folder: str) -> None:
     """
     taken: Dict[str, str] = {}
     for path in images:
-        if not os.path.isfile(path):
-            raise ConfigError(f"there is no image {path}")
         drawing = os.path.join(folder, os.path.basename(path))
-        if os.path.exists(drawing) and os.path.samefile(path, drawing):
+        there = os.path.isfile(path) and os.path.exists(drawing)
+        if there and os.path.samefile(path, drawing):
             raise ConfigError(f"--output: {path} would be overwritten: name another folder")
         other = taken.setdefault(drawing, path)
         if other != path:
             raise ConfigError(f"--output: {other} and {path} have the same name: run them apart")
+
+
+def check_student(path: str) -> None:
+    """Raises ConfigError for the student.yaml of a lazy run, which is a model without its data."""
+    if path.endswith((".yaml", ".yml")) and os.path.isfile(path):
+        with open(path) as f:
+            lazy = any(line.strip().startswith("_target_:") for line in f)
+        if lazy:
+            raise ConfigError(
+                f"--config-file: {path} is of a LazyConfig and does not say how images are "
+                "prepared: name the run's own .py, with --weights"
+            )
+
+
+class Seen(NamedTuple):
+    """What came of the images.
+
+    Attributes:
+        entries (list[dict]): of predictions.json.
+        unread (list[str]): a line for each image that cannot be read.
+        best_left_out (float): the highest score below the threshold; 0 without any.
+    """
+
+    entries: List[Dict[str, Any]]
+    unread: List[str]
+    best_left_out: float
 
 
 def listed(path: str, detections: Instances, metadata: Metadata) -> List[Dict[str, Any]]:
@@ -69,20 +98,29 @@ def listed(path: str, detections: Instances, metadata: Metadata) -> List[Dict[st
 
 
 @torch.no_grad()
-def predict(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Draws the detections of all images; returns their list."""
+def predict(args: argparse.Namespace) -> Seen:
+    """Draws and lists the detections of all images that can be read."""
     check_files(args.images, args.output)
+    check_student(args.config_file)
     cfg = load_config(args.config_file, args.opts, splits=("TEST",))
     model, read, metadata = load_detector(cfg, args.weights), image_reader(cfg), metadata_of(cfg)
     os.makedirs(args.output, exist_ok=True)
-    entries = []
+    entries: List[Dict[str, Any]] = []
+    unread, best = [], 0.0
     for path in tqdm(args.images, unit="img", disable=None):
-        found = model([read(path)])[0]["instances"].to("cpu")
-        found = found[found.scores >= args.confidence_threshold]
+        try:
+            image = read(path)
+        except ConfigError as error:
+            unread.append(str(error))
+            continue
+        found = model([image])[0]["instances"].to("cpu")
+        shown = found.scores >= args.confidence_threshold
+        best = max([best, *found.scores[~shown].tolist()])
+        found = found[shown]
         drawing = draw_detections(path, found, metadata)
         write_image(os.path.join(args.output, os.path.basename(path)), drawing)
         entries += listed(path, found, metadata)
-    return entries
+    return Seen(entries, unread, best)
 
 
 def main() -> None:
@@ -97,17 +135,29 @@ def main() -> None:
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="leave out what scores less"
     )
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="and, last, overrides of the config"
+    )
     add_flags(parser)
     args = parser.parse_args()
+    if not 0 <= args.confidence_threshold <= 1:
+        parser.error("--confidence-threshold must be from 0 to 1")
     trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
     with exit_in_one_line(args.debug):
-        entries = predict(args)
+        seen = predict(args)
     path = os.path.join(args.output, "predictions.json")
     with open(path, "w") as f:
-        json.dump(entries, f, indent=1)
-    print(f"{len(entries)} objects in {len(args.images)} images: {path}")
+        json.dump(seen.entries, f, indent=1)
+    if seen.best_left_out and not seen.entries:
+        print(
+            f"The best score is {seen.best_left_out:.2g}, below --confidence-threshold "
+            f"{args.confidence_threshold:g}"
+        )
+    drawn = len(args.images) - len(seen.unread)
+    print(f"{len(seen.entries)} objects in {drawn} images: {path}")
+    if seen.unread:
+        sys.exit("\n".join(f"error: {line}" for line in seen.unread))
 
 
 if __name__ == "__main__":

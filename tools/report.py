@@ -13,6 +13,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ssimkd.checkpoint_file import trust_checkpoints
+from ssimkd.cli import add_flags
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.report.page import Report
 from ssimkd.report.run import Run
@@ -27,9 +29,11 @@ def main() -> None:
     parser.add_argument("--compare", nargs="+", default=[], help="folders of other runs")
     parser.add_argument("--out", help="the page; report.html in the run's folder if left out")
     parser.add_argument("--pictures", help="folder for two small PNGs as well")
+    add_flags(parser)
     args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
     out = Path(args.out or os.path.join(args.run, "report.html"))
-    with exit_in_one_line():
+    with exit_in_one_line(args.debug):
         if not out.parent.is_dir():
             raise ConfigError(f"--out: there is no folder {out.parent}")
         report = Report(Run(args.run), [Run(folder) for folder in args.compare])

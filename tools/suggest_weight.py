@@ -7,9 +7,12 @@ r"""Proposes the weight of the distillation losses of a config, from the start o
 
 Runs the config's training for some iterations, writes nothing beside it, and measures how long the
 gradient of the distillation losses is against that of the detector's own, at the maps that the
-backbone returns. The proposal makes it --ratio times as long: a place to start a search from, not
-its end. On the embedded data the losses did well from about 5 times on. Several losses keep their
-weights' proportions.
+backbone returns. On the embedded data most losses did well from 3 to 60 times (docs/comparison.md),
+so a weight in that range is not wrong; without one, --ratio (8) is a place to start a search from.
+Several losses keep their weights' proportions.
+
+The iterations watched are the training's first, within the learning rate's warm-up: take --iters
+beyond it (SOLVER.WARMUP_ITERS) where the ratio of a student that has settled is wanted.
 """
 
 import argparse
@@ -23,11 +26,13 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from detectron2.config import CfgNode, instantiate
 from ssimkd import ConfigError
-from ssimkd.cli import load_config
+from ssimkd.checkpoint_file import TRUST
+from ssimkd.cli import add_flags, load_config
 from ssimkd.distiller import build_loss
 from ssimkd.errors import exit_in_one_line
 from ssimkd.lazy import lazy_losses
@@ -35,6 +40,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 PERIOD = 10  # iterations between two looks at the gradients
+LEAST = 2 * PERIOD  # iterations until there is a line of the log with a gradient
+GOOD = (3.0, 60.0)  # ratios, of docs/comparison.md
 
 
 def weights_of(cfg) -> Dict[str, float]:
@@ -56,7 +63,9 @@ def weights_of(cfg) -> Dict[str, float]:
     return weights
 
 
-def probe(config: str, iters: int, num_gpus: int, opts: List[str]) -> List[Dict[str, Any]]:
+def probe(
+    config: str, iters: int, num_gpus: int, opts: List[str], flags: Sequence[str] = ()
+) -> List[Dict[str, Any]]:
     """The metrics that the first `iters` iterations of a training log.
 
     Raises:
@@ -67,7 +76,7 @@ def probe(config: str, iters: int, num_gpus: int, opts: List[str]) -> List[Dict[
         if config.endswith(".py"):
             own = [f"train.output_dir={folder}", f"model.distiller.log_gradients={PERIOD}"]
         command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config]
-        command += ["--num-gpus", str(num_gpus), *opts, *own]
+        command += ["--num-gpus", str(num_gpus), *flags, *opts, *own]
         output, metrics = Path(folder, "output.txt"), Path(folder, "metrics.json")
         rows: List[Dict[str, Any]] = []
         with open(output, "w") as stream, tqdm(total=iters, unit="iteration") as bar:
@@ -110,15 +119,22 @@ def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -
     """
     ratio = logged.get("gradient_ratio", 0.0)
     if not ratio > 0:
-        raise ConfigError(f"--iters: no gradient was logged; take at least {4 * PERIOD}")
+        raise ConfigError(f"--iters: no gradient was logged; take at least {LEAST}")
     values = {key: value for key, value in logged.items() if "_kd/" in key}
     lines = ["| loss/level | value, weight 1 | gradient over the detector's |", "|---|---|---|"]
     for key, value in values.items():
         level = logged.get(f"gradient_ratio/{key.rsplit('/', 1)[1]}")
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
-    lines += ["", f"At all levels together the ratio is {ratio:.3g}; {wanted:g} is wanted:"]
+    low, high = GOOD
+    inside = "within" if low <= ratio <= high else "outside of"
+    lines += ["", f"At all levels together the ratio is {ratio:.3g}; that is {inside} {low:g} to"]
+    lines.append(f"{high:g}, where most losses did well on the embedded data.")
     for name, weight in weights.items():
-        lines.append(f"  weight of {name}: {weight:g} -> {weight * wanted / ratio:.2g}")
+        least, start, most = (weight * r / ratio for r in (low, wanted, high))
+        lines.append(
+            f"  weight of {name}, now {weight:g}: {least:.2g} to {most:.2g}; "
+            f"ratio {wanted:g} is {start:.2g}"
+        )
     return "\n".join(lines)
 
 
@@ -127,15 +143,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help="of the run to come, .yaml or .py")
-    parser.add_argument("--iters", type=int, default=300, help="iterations to watch")
-    parser.add_argument("--ratio", type=float, default=8.0, help="wanted (8)")
+    parser.add_argument(
+        "--config-file", "--config", required=True, help="of the run to come, .yaml or .py"
+    )
+    parser.add_argument(
+        "--iters", type=int, default=300, help=f"iterations to watch, at least {LEAST}"
+    )
+    parser.add_argument("--ratio", type=float, default=8.0, help="to give the weight of (8)")
     parser.add_argument("--num-gpus", type=int, default=1)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    add_flags(parser)
     args = parser.parse_args()
-    with exit_in_one_line():
+    if args.iters < LEAST:
+        parser.error(f"--iters must be at least {LEAST}")
+    if args.num_gpus < 1:
+        parser.error("--num-gpus must be at least 1")
+    if not args.ratio > 0:
+        parser.error("--ratio must be above 0")
+    flags = [TRUST] if args.trust_checkpoint else []
+    with exit_in_one_line(args.debug):
         weights = weights_of(load_config(args.config_file, args.opts))
-        rows = probe(args.config_file, args.iters, args.num_gpus, args.opts)
+        rows = probe(args.config_file, args.iters, args.num_gpus, args.opts, flags)
         print(report(weights, medians(rows), args.ratio))
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from detectron2.modeling import build_model
 from ssimkd.cli import load_config
 
@@ -38,7 +39,7 @@ def folder(name: str, seed: int) -> Path:
 def run(name: str, seed: int, opts: List[str]) -> Dict[str, float]:
     """Trains a student, or evaluates the teacher that the repository keeps; returns its metrics."""
     out = folder(name, seed)
-    command = [sys.executable, "train_net.py", "--config-file", CONFIGS[name]]
+    command = [sys.executable, "train_net.py", "--quiet", "--config-file", CONFIGS[name]]
     if name == "teacher":
         command += ["--eval-only", "MODEL.WEIGHTS", "configs/shapes/teacher.pth"]
     command += ["OUTPUT_DIR", str(out), "SEED", str(seed), *opts]

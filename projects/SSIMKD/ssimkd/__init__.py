@@ -3,6 +3,7 @@
 Importing it registers the meta-architectures, the losses and the embedded data set.
 """
 
+from . import known_warnings  # noqa: F401 (first)
 from .config import add_ssimkd_config
 from .distiller import Distiller
 from .distillers import Distillers

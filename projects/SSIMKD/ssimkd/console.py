@@ -41,3 +41,7 @@ def main() -> None:
     sys.argv = [str(path), *first, *arguments]
     sys.path[0] = str(path.parent)  # as python does for a script: some import their neighbours
     runpy.run_path(str(path), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

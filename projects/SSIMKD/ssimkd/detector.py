@@ -8,15 +8,19 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
+from torch.nn import functional
 
 from .checkpoint import load_teacher
 from .errors import ConfigError, one_line
 from .export import build_plain, plain_config
 from .lazy import lazy_names
 from .random_state import preserve_random_state
+
+READABLE = 480  # pixels: below it, labels cover what they name
 
 
 def load_detector(cfg, weights: str = "") -> nn.Module:
@@ -83,7 +87,8 @@ def metadata_of(cfg) -> Metadata:
 def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
     """An image file with a detector's boxes, masks and keypoints.
 
-    The colours are the same each time, and the random generators stay as they are.
+    A small image is enlarged, so that its labels can be read. Each class has its colour, the same
+    each time, and the random generators stay as they are.
 
     Args:
         file_name (str): the image.
@@ -91,13 +96,38 @@ def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -
         metadata (Metadata): names the classes.
 
     Returns:
-        ndarray: (H, W, 3) uint8, RGB.
+        ndarray: (H, W, 3) uint8, RGB, its short side at least READABLE pixels.
     """
-    visualizer = Visualizer(read_image(file_name, "RGB"), metadata)
+    image, detections = read_image(file_name, "RGB"), detections.to("cpu")
+    scale = max(1.0, READABLE / min(image.shape[:2]))
+    if scale > 1:
+        height, width = (round(side * scale) for side in image.shape[:2])
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+        detections = enlarged(detections, height, width)
+    names = metadata.get("thing_classes", None)
+    labels = detections.pred_classes.tolist()
+    count = len(names) if names else max(labels, default=0) + 1
+    colors = [colormap(rgb=True)[i % len(colormap())].tolist() for i in range(count)]
+    shown = Metadata(**{**metadata.as_dict(), "thing_colors": colors})
+    visualizer = Visualizer(image, shown, instance_mode=ColorMode.SEGMENTATION)
     with preserve_random_state():
         np.random.seed(0)
-        drawn = visualizer.draw_instance_predictions(detections.to("cpu"))
+        drawn = visualizer.draw_instance_predictions(detections)
     return drawn.get_image()
+
+
+def enlarged(detections: Instances, height: int, width: int) -> Instances:
+    """Detections in the pixels of their image at another size; the given ones stay."""
+    ratio = torch.tensor([width, height, 1.0])
+    ratio[:2] /= torch.tensor(detections.image_size).flip(0)
+    larger = Instances((height, width), **detections.get_fields())
+    larger.pred_boxes = Boxes(detections.pred_boxes.tensor * ratio[:2].repeat(2))
+    if detections.has("pred_masks"):
+        masks = detections.pred_masks[:, None].float()
+        larger.pred_masks = functional.interpolate(masks, (height, width))[:, 0] > 0.5
+    if detections.has("pred_keypoints"):
+        larger.pred_keypoints = detections.pred_keypoints * ratio
+    return larger
 
 
 def write_image(path: str, image: np.ndarray) -> None:

@@ -21,6 +21,8 @@ from .random_state import preserve_random_state
 from .similarity_maps import render, similarity_maps
 from .teacher import as_seen
 
+LEAST_SCORE = 0.3  # of a detection that is drawn: early in a run the others cover the image
+
 
 def build_pictures(
     model: Any, names: Sequence[str], load: Callable[[], Any]
@@ -76,8 +78,9 @@ class Pictures(HookBase):
         pictures = {}
         found = self.model([self.item])[0]
         if "instances" in found:
-            name = self.item["file_name"]
-            pictures["detections"] = draw_detections(name, found["instances"], self.metadata)
+            name, found = self.item["file_name"], found["instances"]
+            shown = found[found.scores >= LEAST_SCORE]
+            pictures["detections"] = draw_detections(name, shown, self.metadata)
         maps = similarity_maps(self.model, self.item)
         if maps:
             rgb = as_seen([self.item["image"]], image_format_of(self.model), "RGB")[0]

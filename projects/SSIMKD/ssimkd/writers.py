@@ -10,11 +10,13 @@ import numpy as np
 from detectron2.engine import default_writers
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
+from pycocotools import coco, cocoeval
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .errors import ConfigError, one_line
 
+logger = logging.getLogger(__name__)
 LOGGERS = ("detectron2", "fvcore", "ssimkd")
 RATE = "images_per_second"
 WINDOW = 20  # iterations over which figures are smoothed, as Detectron2's writers do
@@ -59,6 +61,13 @@ def quiet_terminal(folder: str, rank: int) -> None:
         for handler in logging.getLogger(name).handlers:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name in shown)
+    for module in (coco, cocoeval):
+        module.print = print_to_log
+
+
+def print_to_log(*words: object) -> None:
+    """Stands for pycocotools' `print`."""
+    logger.info(" ".join(map(str, words)))
 
 
 class ImagesPerSecond(EventWriter):
