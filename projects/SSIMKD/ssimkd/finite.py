@@ -46,8 +46,8 @@ class FiniteSteps(HookBase):
         self.before = (inner._write_metrics, inner.optimizer.step)
         self.handle = inner.model.register_forward_hook(self._note)
         inner._write_metrics = self._write_metrics
-        # a method of the optimizer, as torch's schedulers expect when they wrap it in turn
-        # with the mark of a scheduler that has done so already
+        # a method of the optimizer, as torch's schedulers expect when they wrap it in turn,
+        # and with the mark of one that has done so already
         step = wraps(inner.optimizer.step)(lambda _, *args: self._step(*args))
         inner.optimizer.step = MethodType(step, inner.optimizer)
 
