@@ -26,12 +26,14 @@ from ssimkd.data import use_own_data
 from ssimkd.graph import OneImage
 from ssimkd.report import pictures
 from ssimkd.report.detection_errors import KINDS, detection_errors
+from ssimkd.report.differences import differences
 from ssimkd.report.page import Report
 from ssimkd.report.run import Run
-from ssimkd.run_record import read_record, record_run
+from ssimkd.run_record import in_words, read_record, record_run
 from ssimkd.shapes import FOLDER
 
 TEACHER = "configs/shapes/teacher.pth"  # a trained one
+BOOKKEEPING = ("iteration", "eta_seconds", "images_per_second")  # not of the table
 DASH = "\N{EN DASH}"  # for a number that is not known
 
 
@@ -152,9 +154,24 @@ def expected_numbers(folder, report):
             expected[f"{label}/count/{kind}"] = found.counts[kind], 0
         if name != "teacher":
             for line in (folder / name / "metrics.json").read_text().splitlines():
-                expected.update({f"{label}/{k}": (v, 4) for k, v in json.loads(line).items()})
+                values = json.loads(line)
+                left = [k for k in values if k.endswith("time") or k in BOOKKEEPING]
+                kept = {k: v for k, v in values.items() if k not in left}
+                expected.update({f"{label}/{k}": (v, 4) for k, v in kept.items()})
+    expected.update(expected_gains(folder))
     logged = {k.replace("student/", "vanilla/") for k in expected if "ssim_kd" in k}
     return {**expected, **dict.fromkeys(logged, (None, 4))}  # a row without the twin's value
+
+
+def expected_gains(folder):
+    """What the student gained on its twin, by the files, and its share of the teacher's lead."""
+    found = [read(folder / n / "results.json")["bbox"] for n in ("student", "twin", "teacher")]
+    expected = {}
+    for key in ("AP", "APs", "APm", "APl", *(k for k in found[0] if k.startswith("AP-"))):
+        s, v, t = (np.nan if f[key] is None else f[key] for f in found)
+        expected[f"gain/{key}"] = s - v, 1
+        expected[f"share/{key}"] = (100 * (s - v) / (t - v) if t > v else np.nan), 0
+    return expected
 
 
 def test_every_number_is_the_files(folder, report, page, few_shapes):
@@ -188,8 +205,8 @@ def check_levels(report, levels):
         assert float(levels[f"{level}/ssim"]) == pytest.approx(np.mean(found), abs=6e-4)
         assert float(levels[f"{level}/least"]) == pytest.approx(min(found), abs=6e-4)
         assert levels[f"{level}/channels"] == "64"
-        for whose in ("student", "teacher"):
-            assert 0 <= float(levels[f"{level}/{whose}_flat"]) <= 100
+        flat = [float(levels[f"{level}/{whose}_flat"]) for whose in ("student", "teacher", "both")]
+        assert 0 <= flat[2] <= min(flat) and max(flat) <= 100
 
 
 def test_flat_cells_are_those_below_the_noise_floor():
@@ -225,17 +242,17 @@ def test_the_ring_is_where_the_maps_differ_most():
     assert (row, column) == (30, 10)
     assert different[30, 10] == pytest.approx(1 - (maps["p3"]["SSIM"][30, 10] - 1) / 2)
     assert different[5, 5] == 1 - maps["p2"]["SSIM"][5, 5]
-    picture = pictures.draw_most_different(maps, np.zeros((40, 50, 3), np.uint8))
+    picture = pictures.draw_most_different(maps, 2.0)
     ring = np.argwhere((picture == (34, 211, 238)).all(axis=-1))
-    assert abs(ring.mean(axis=0) / 7 - (30.5, 10.5)).max() < 0.2  # 50 pixels are drawn as 350
+    assert abs(ring.mean(axis=0) / 13 - (30.5, 10.5)).max() < 0.2  # 50 pixels are drawn as 650
 
 
 def test_a_box_is_drawn_at_its_place():
-    image = np.zeros((100, 160, 3), np.uint8)  # drawn twice as large
+    image = np.zeros((100, 160, 3), np.uint8)  # drawn four times as large
     picture = pictures.draw_boxes(image, np.array([[20, 40, 60, 90]]), [2], ["disk"])
     drawn = (picture == pictures.PALETTE[2]).all(axis=-1)
-    assert picture.shape == (200, 320, 3) and drawn[100, 40] and drawn[180, 80] and drawn[150, 120]
-    assert not drawn[150, 80] and not drawn[100, 200]
+    assert picture.shape == (400, 640, 3) and drawn[200, 80] and drawn[360, 160] and drawn[300, 240]
+    assert not drawn[300, 160] and not drawn[200, 400]
 
 
 def test_a_run_without_checkpoint_keeps_its_figures(folder, tmp_path):
@@ -253,7 +270,8 @@ def test_it_says_what_was_trained_and_how_to_do_it_again(page, folder):
     entry = read(folder / "student/run.json")[0]
     for words in (
         "DistillRCNN", TEACHER, "ssim (weight 16)", "adapter: conv1x1", entry["command"],
-        f"Commit {entry['commit']}", f"torch {torch.__version__.split('+')[0]}", entry["ended"],
+        f"Commit {entry['commit']}", f"torch {torch.__version__.split('+')[0]}",
+        in_words(entry["ended"]), "4 x 2 images", "student.pth: float32", "ResNet-50",
         "MODEL.DISTILL.ADAPTER none conv1x1",
     ):  # fmt: skip
         assert words in page.text, words
@@ -275,7 +293,7 @@ def test_a_run_without_teacher_or_evaluation_says_so(folder, tmp_path):
         "Command, commit and versions are not known", "Left out: the run has no inference/",
     ):  # fmt: skip
         assert words in page.text, words
-    assert page.numbers["vanilla/AP"] == DASH and float(page.numbers["vanilla/parameters"]) > 0
+    assert page.numbers["twin/AP"] == DASH and float(page.numbers["twin/parameters"]) > 0
 
 
 def test_a_run_whose_teacher_is_gone_keeps_the_rest(folder, tmp_path):
@@ -301,6 +319,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (("--run", "{}"), "{}: there is no config.yaml: is it the folder of a run?"),
+        (("--run", "{}/no"), "{}/no: there is no config.yaml: is it the folder of a run?"),
         (("--run", "{}/twin", "--out", "{}/none/a.html"), "--out: there is no folder {}/none"),
     ],
 )
@@ -308,6 +327,61 @@ def test_what_it_refuses(folder, monkeypatch, words, message):
     monkeypatch.setattr(sys, "argv", ["report.py", *(word.format(folder) for word in words)])
     with pytest.raises(SystemExit, match=re.escape(f"error: {message.format(folder)}")):
         command()
+
+
+def test_a_later_evaluation_changes_neither_the_end_nor_the_label(folder, tmp_path):
+    for name in ("student", "teacher"):
+        shutil.copytree(folder / name, tmp_path / name)
+    entries = read(folder / "student/run.json")
+    later = {"command": "python train_net.py --eval-only", "ended": "2099-01-01T00:00:00+00:00"}
+    (tmp_path / "student/run.json").write_text(json.dumps([*entries, {**entries[0], **later}]))
+    assert Run(str(tmp_path / "student")).ended == in_words(entries[0]["ended"])
+    record = read(folder / "teacher/run.json")
+    record[0]["command"] += " --eval-only"
+    (tmp_path / "teacher/run.json").write_text(json.dumps(record))
+    page = Page(Report(Run(str(tmp_path / "teacher")), []).html())
+    assert "teacher/AP" in page.numbers and "ended only evaluated, " in page.text
+    assert "vanilla" not in page.text.partition("Run it again")[0]
+
+
+def test_ap_of_other_data_is_named_and_not_compared(folder, tmp_path, data):
+    shutil.copytree(folder / "twin", tmp_path / "twin")
+    config = tmp_path / "twin/config.yaml"
+    config.write_text(config.read_text().replace("- report_val", "- report_train"))
+    report = Report(Run(str(folder / "student")), [Run(str(tmp_path / "twin"))])
+    assert [row["dataset"] for row in report.head()][:2] == ["report_val", "report_train"]
+    gains = report.gains()
+    assert list(gains["results"]) == list(gains["errors"]) == ["student"]
+    assert gains["elsewhere"] == ["vanilla (evaluated on report_train)"]
+
+
+def test_settings_that_differ_between_runs_come_first(folder):
+    runs = [Run(str(folder / name)) for name in ("student", "twin")]
+    _, rows = differences(runs)
+    differ = [len(set(row[2:])) > 1 for row in rows]
+    assert differ == sorted(differ, reverse=True)
+    keys = [row[0] for row in rows]
+    assert "MODEL.DISTILL.ADAPTER" in keys[: sum(differ)]
+    assert not any(key.startswith("MODEL.DISTILL.ICD.") for key in keys)
+    assert "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS" not in keys  # its tuples became lists
+
+
+@pytest.mark.parametrize("name", ["results.json", "run.json"])
+def test_a_file_that_was_cut_off(folder, tmp_path, name):
+    shutil.copy(folder / "twin/config.yaml", tmp_path)
+    (tmp_path / name).write_text('{"bbox": {"AP"')
+    with pytest.raises(ConfigError, match=f"{name} is no whole JSON"):
+        _ = Run(str(tmp_path)).results
+
+
+def test_a_model_that_cannot_be_built_or_read_is_noted(folder, tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {_target_: builtins.Student}\n")
+    with pytest.raises(ConfigError, match="its model cannot be built"):
+        Run(str(tmp_path)).build()
+    shutil.copytree(folder / "twin", tmp_path / "twin")
+    torch.save({"model": {"x": Page}}, tmp_path / "twin/model_final.pth")
+    with pytest.raises(ConfigError, match="is not read: it names .*Page"):
+        Run(str(tmp_path / "twin")).build()
 
 
 def test_scalars_of_a_resumed_and_of_a_killed_run(folder, tmp_path):

@@ -11,8 +11,8 @@ from ssimkd.similarity_maps import (
     SIMILARITIES,
     TILE,
     cell_maps,
+    in_colour,
     normalized_pairs,
-    overlay,
     render,
     scales,
     similarity_maps,
@@ -104,14 +104,11 @@ def test_a_detector_without_teacher_has_no_maps(student):
 
 
 def test_colours_go_from_alike_to_different():
-    image = np.full((2, 3, 3), 100, np.uint8)
     values = np.array([[0.0, 0.5, 1.0], [np.nan, 2.0, -1.0]])
-    shown = overlay(values, image, (1.0, 0.0)).astype(int).sum(axis=-1)
-    assert shown[0, 0] > shown[0, 1] > shown[0, 2] and shown[1, 0] == 300
+    shown = in_colour(values, (1.0, 0.0)).astype(int).sum(axis=-1)
+    assert shown[0, 0] > shown[0, 1] > shown[0, 2] and shown[1, 0] == 3 * 128
     assert shown[1, 1] == shown[0, 2] and shown[1, 2] == shown[0, 0]
-    assert (
-        overlay(values, image, (0.0, 1.0))[0] == overlay(1 - values, image, (1.0, 0.0))[0]
-    ).all()
+    assert (in_colour(values, (0.0, 1.0))[0] == in_colour(1 - values, (1.0, 0.0))[0]).all()
 
 
 def test_a_picture_holds_every_map_at_its_place(student):
@@ -120,9 +117,10 @@ def test_a_picture_holds_every_map_at_its_place(student):
     maps = similarity_maps(student(), x)
     picture, scale = render(maps, image), scales(maps)
     assert picture.dtype == np.uint8 and picture.shape[1] == TILE * (len(NAMES) + 1)
-    height = picture.shape[0] // len(maps)
+    height = (picture.shape[0] - 32) // len(maps)  # below them the bars, 18 + 10 + 4 pixels
+    assert (picture[height : len(maps) * height, :TILE] == 255).all()  # the image is there once
     for row, level in enumerate(maps):
         for column, name in enumerate(NAMES, start=1):
             place = picture[row * height : (row + 1) * height][:, column * TILE :][:, :TILE]
-            assert (place[18:-4, 2:-2] == overlay(maps[level][name], image, scale[name])).all()
+            assert (place[18:-4, 2:-2] == in_colour(maps[level][name], scale[name])).all()
     assert all(scale[name][1] == max(m[name].max() for m in maps.values()) for name in DISTANCES)

@@ -34,9 +34,10 @@ def main() -> None:
     trust_checkpoints(args.trust_checkpoint)
     out = Path(args.out or os.path.join(args.run, "report.html"))
     with exit_in_one_line(args.debug):
+        runs = [Run(folder) for folder in (args.run, *args.compare)]
         if not out.parent.is_dir():
             raise ConfigError(f"--out: there is no folder {out.parent}")
-        report = Report(Run(args.run), [Run(folder) for folder in args.compare])
+        report = Report(runs[0], runs[1:])
         out.write_text(report.html(), encoding="utf-8")
         print(f"Report: {out}")
         if args.pictures:

@@ -16,6 +16,8 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from detectron2.utils import comm
 
+from .errors import ConfigError
+
 FILE = "run.json"
 PACKAGES = ("ssimkd", "detectron2", "torch", "torchvision", "numpy")
 
@@ -50,10 +52,27 @@ def record_run(folder: str) -> Iterator[None]:
 def read_record(folder: str) -> List[Dict[str, Any]]:
     """The entries of a folder's `run.json`, oldest first; none where there is no such file."""
     path = os.path.join(folder, FILE)
-    if not os.path.isfile(path):
-        return []
+    return read_json(path) if os.path.isfile(path) else []
+
+
+def read_json(path: str) -> Any:
+    """What a file of a run holds.
+
+    Raises:
+        ConfigError: it is no JSON, as where its writing was interrupted.
+    """
     with open(path) as f:
-        return json.load(f)
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise ConfigError(f"{path} is no whole JSON: {error}") from error
+
+
+def in_words(time: Optional[str]) -> str:
+    """An entry's "started" or "ended" for people; None: it has no end."""
+    if time is None:
+        return "not ended, or failed"
+    return f"{datetime.fromisoformat(time):%d %b %Y, %H:%M} UTC"
 
 
 def write(folder: str, entries: List[Dict[str, Any]]) -> None:

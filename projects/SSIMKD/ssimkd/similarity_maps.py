@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from torch import Tensor
 
 from .losses import Context, SSIMLoss
@@ -26,6 +27,7 @@ from .ssim import ssim_map
 SIMILARITIES = {"l": (1.0, 0.0, 0.0), "c": (0.0, 1.0, 0.0), "s": (0.0, 0.0, 1.0)}  # exponents
 DISTANCES = ("|S-T|", "(S-T)^2")
 NAMES = (*SIMILARITIES, "SSIM", *DISTANCES)
+COLOURS = "inferno"
 TILE = 192  # pixels, width of one map in a picture
 HEAD = 18  # pixels, height of the line of text above it
 
@@ -130,12 +132,11 @@ def scales(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Dict[str, Tuple[floa
     }
 
 
-def overlay(values: np.ndarray, image: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
-    """A map in colour over an image in grey: dark is alike, bright differs.
+def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
+    """A map in colour: dark is alike, bright differs.
 
     Args:
-        values (np.ndarray): (H, W); NaN shows the image alone.
-        image (np.ndarray): (H, W, 3) uint8.
+        values (np.ndarray): (H, W); NaN is grey.
         scale (float, float): values of the first and the last colour.
 
     Returns:
@@ -143,14 +144,19 @@ def overlay(values: np.ndarray, image: np.ndarray, scale: Tuple[float, float]) -
     """
     first, last = scale
     share = np.clip(np.nan_to_num((values - first) / (last - first)), 0, 1)
-    colour = 255 * colormaps["inferno"](share)[..., :3]
-    grey = image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
-    mixed = np.where(np.isnan(values)[..., None], grey, 0.75 * colour + 0.25 * grey)
-    return mixed.round().astype(np.uint8)
+    colour = 255 * colormaps[COLOURS](share)[..., :3]
+    return np.where(np.isnan(values)[..., None], 128, colour).round().astype(np.uint8)
+
+
+def gradient() -> str:
+    """The colours from alike to different as the colours of a CSS gradient."""
+    return ", ".join(to_hex(colormaps[COLOURS](share)) for share in np.linspace(0, 1, 9))
 
 
 def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> np.ndarray:
-    """One picture of all maps: a row per level, a column per name, the image on the left.
+    """One picture of all maps: a row per level, a column per name, the image once on the left.
+
+    Below each column are its colours with the values of the first and the last.
 
     Args:
         maps (mapping): what :func:`similarity_maps` returned.
@@ -161,15 +167,22 @@ def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> n
     """
     scale = scales(maps)
     rows = []
+    left = tile(image, "image")
     for level, by_name in maps.items():
-        overlays = [tile(overlay(m, image, scale[n]), f"{level} {n}") for n, m in by_name.items()]
-        rows.append(np.hstack([tile(image, "image"), *overlays]))
+        shown = [tile(in_colour(m, scale[n]), f"{level} {n}") for n, m in by_name.items()]
+        rows.append(np.hstack([left, *shown]))
+        left = np.full_like(left, 255)
+    share = np.linspace(0, 1, TILE - 4)[None].repeat(10, 0)
+    bars = [
+        tile(in_colour(share, (0, 1)), f"{n}: {a:.3g} to {b:.3g}") for n, (a, b) in scale.items()
+    ]
+    rows.append(np.hstack([np.full_like(bars[0], 255), *bars]))
     return np.vstack(rows)
 
 
-def tile(image: np.ndarray, text: str) -> np.ndarray:
-    """An image (H, W, 3) at a width of TILE pixels, less a white margin, under a line of text."""
-    width = TILE - 4
+def tile(image: np.ndarray, text: str, width: int = TILE) -> np.ndarray:
+    """An image (H, W, 3) at a width in pixels, less a white margin, under a line of text."""
+    width = width - 4
     size = width, max(1, round(image.shape[0] * width / image.shape[1]))
     kind = cv2.INTER_AREA if image.shape[1] > width else cv2.INTER_NEAREST
     small = cv2.resize(image, size, interpolation=kind)

@@ -7,9 +7,11 @@ from typing import Any, Dict, Mapping, Sequence, Tuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Readable on white and on black.
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#84cc16")
+ROLES = dict(zip(("student", "vanilla", "teacher"), COLOURS))  # the same in every report
 INK = "#010203"  # stands for the page's text colour
 STYLE: Dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -56,8 +58,9 @@ class Chart:
 
 
 def colours(labels: Sequence[str], taken: int = 0) -> Mapping[str, str]:
-    """A colour for each label, in order, from that after the first `taken` ones."""
-    return dict(zip(labels, islice(cycle(COLOURS), taken, None)))
+    """A colour for each label: a role's own; others in order, after the first `taken` ones."""
+    free = islice(cycle(COLOURS), max(taken, len(ROLES)), None)
+    return {label: ROLES.get(label) or next(free) for label in labels}
 
 
 def lines(
@@ -81,6 +84,7 @@ def lines(
     for label, value in levels.items():
         chart.axes.axhline(value, color=colour[label], linewidth=1.2, linestyle="--")
     chart.axes.set_xlim(left=0)
+    chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return chart.svg()
 
 

@@ -1,15 +1,17 @@
 """A detector of the report, and what is measured of it here."""
 
 import os
+import statistics
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
+from ..checkpoint_file import read_checkpoint
 from ..errors import ConfigError
 from ..export import PREFIX
 from ..graph import OneImage
@@ -17,7 +19,7 @@ from ..preflight import distillers_of
 from ..teacher import as_seen, trained_format
 from .run import Run
 
-TIMED = 10  # images
+WARM, TIMED = 2, 10  # images that do not count, and that do, twice each
 
 
 @dataclass
@@ -45,33 +47,54 @@ class Detector:
         with torch.no_grad():
             return self.model([{**x, "image": image}])[0]["instances"].to("cpu")
 
-    def measure(self, inputs: List[Dict[str, Any]], shown: str) -> Dict[str, Optional[float]]:
-        """Parameters (millions), FLOPs (billions), images per second, size of the checkpoint (MB).
+    def measure(self, inputs: List[Dict[str, Any]]) -> Dict[str, Optional[float]]:
+        """Parameters (millions), FLOPs (billions), size of the checkpoint (MB).
 
         None is what cannot be measured: without weights or images.
 
         Args:
             inputs (list[dict]): images; FLOPs are counted on the first one.
-            shown (str): their channel order.
         """
         size = os.path.getsize(self.weights) / 1e6 if os.path.isfile(self.weights) else None
-        parameters = flops = speed = None
+        parameters = flops = None
         if self.model is not None:
             named = self.model.named_parameters()
             parameters = sum(p.numel() for n, p in named if not n.startswith(PREFIX)) / 1e6
         if self.model is not None and inputs:
             flops = count_flops(self.model, inputs[0]["image"])
-            speed = 1 / self.seconds(inputs[:TIMED], shown)
-        return {"parameters": parameters, "flops": flops, "speed": speed, "checkpoint": size}
+        return {"parameters": parameters, "flops": flops, "checkpoint": size}
 
-    def seconds(self, inputs: List[Dict[str, Any]], shown: str) -> float:
-        """Median time of an image alone, less the first one."""
-        taken = []
-        for x in [inputs[0], *inputs]:
+    def file(self) -> str:
+        """The checkpoint's name and the precision of its weights, in words."""
+        if not os.path.isfile(self.weights):
+            return ""
+        try:
+            content = read_checkpoint(self.weights)
+        except ConfigError:
+            return os.path.basename(self.weights)
+        weights = content.get("model", content)
+        kinds = {
+            str(v.dtype).replace("torch.", "") for v in weights.values() if hasattr(v, "dtype")
+        }
+        floats = ", ".join(sorted(kind for kind in kinds if "float" in kind))
+        also = " and the optimizer's state" if "optimizer" in content else ""
+        return f"{os.path.basename(self.weights)}: {floats}{also}"
+
+
+def speeds(
+    detectors: List[Detector], inputs: List[Dict[str, Any]], shown: str
+) -> Mapping[str, float]:
+    """Images per second by label: one at a time, the detectors in turn, medians after a warm-up."""
+    taken: Dict[str, List[float]] = {d.label: [] for d in detectors if d.model is not None}
+    for number, x in enumerate([*inputs[:WARM], *inputs[:TIMED], *inputs[:TIMED]]):
+        for d in detectors:
+            if d.model is None:
+                continue
             start = time.perf_counter()
-            self.detect(x, shown)  # its result is on the CPU: the device has finished
-            taken.append(time.perf_counter() - start)
-        return sorted(taken[1:])[len(inputs) // 2]
+            d.detect(x, shown)  # its result is on the CPU: the device has finished
+            if number >= WARM:
+                taken[d.label].append(time.perf_counter() - start)
+    return {label: 1 / statistics.median(found) for label, found in taken.items() if found}
 
 
 def count_flops(model: nn.Module, image: Tensor) -> Optional[float]:
@@ -116,20 +139,31 @@ def detectors_of(run: Run, others: List[Run], notes: List[str]) -> List[Detector
     """
     model = build(run, notes)
     teachers = teachers_of(model, notes) if model is not None else []
-    label = "student" if distils(model) else "vanilla"
-    found = [of_run(run.name if model is None else label, run, model)]
+    models = {id(other): build(other, notes) for other in others if not evaluates(other, teachers)}
+    twins = any(distils(m) for m in [model, *models.values()])
+    label = "student" if distils(model) else twin_label(run, model, twins)
+    found = [of_run(label, run, model)]
     for other in others:
-        taught = [
-            t for t in teachers if os.path.realpath(other.weights) == os.path.realpath(t.weights)
-        ]
+        taught = evaluates(other, teachers)
         if taught:
             taught[0].run = other
             continue
-        model = build(other, notes)
-        label = other.name if distils(model) or model is None else "vanilla"
+        model = models[id(other)]
+        label = other.name if distils(model) else twin_label(other, model, twins)
         taken = {d.label for d in found}
         found.append(of_run(other.folder if label in taken else label, other, model))
     return [*found, *teachers]
+
+
+def evaluates(run: Run, teachers: List[Detector]) -> List[Detector]:
+    """Those of the teachers whose weights the run is of."""
+    weights = os.path.realpath(run.weights)
+    return [t for t in teachers if os.path.realpath(t.weights) == weights]
+
+
+def twin_label(run: Run, model: Optional[nn.Module], twins: bool) -> str:
+    """The label of a run without teacher: "vanilla" if it trained beside one that has one."""
+    return "vanilla" if twins and model is not None and not run.only_evaluated else run.name
 
 
 def of_run(label: str, run: Run, model: Optional[nn.Module]) -> Detector:

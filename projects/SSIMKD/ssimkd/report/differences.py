@@ -1,15 +1,18 @@
 """What sets runs apart from a base, setting by setting."""
 
 import os
+import re
 import shlex
 import tempfile
-from typing import Any, Dict, List, Mapping
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Tuple
 
 from detectron2.config import LazyConfig, get_cfg
-from detectron2.engine import default_argument_parser
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import add_ssimkd_config
+from ..errors import ConfigError
+from ..yaml_file import merge_yaml
 from .run import Run
 
 ABSENT = "-"
@@ -22,28 +25,60 @@ def flat(node: Any, prefix: str = "") -> Dict[str, str]:
     if isinstance(node, (list, tuple)) and any(isinstance(item, Mapping) for item in node):
         node = dict(enumerate(node))
     if not isinstance(node, Mapping) or not node:
-        return {prefix: str(list(node) if isinstance(node, tuple) else node)}
+        return {prefix: str(as_list(node))}
     settings: Dict[str, str] = {}
     for key, value in node.items():
         settings.update(flat(value, f"{prefix}.{key}".lstrip(".")))
     return settings
 
 
-def base_of(run: Run) -> Dict[str, str]:
-    """What a run's settings are compared with.
+def as_list(value: Any) -> Any:
+    """Tuples as lists, at any depth: a config that was saved has either."""
+    return [as_list(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    Returns:
-        dict[str, str]: of a YAML run Detectron2's and this project's defaults; of a lazy run the
-        file that its command names, without overrides; empty where that is not known.
-    """
-    if not run.lazy:
-        cfg = get_cfg()
-        add_ssimkd_config(cfg)
-        return flat(cfg)
+
+def config_file(run: Run) -> str:
+    """The config that the run's first command names; "" where that is not known."""
     if not run.record:
-        return {}
-    words = shlex.split(run.record[0]["command"])[2:]
-    path = default_argument_parser().parse_args(words).config_file
+        return ""
+    words = shlex.split(run.record[0]["command"])
+    named = [b for a, b in zip(words, words[1:]) if a == "--config-file"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--config-file=")]
+    return named[0] if named else ""
+
+
+def yaml_base(run: Run) -> str:
+    """The `_BASE_` of a YAML run's config file; "" where it has none or is not there."""
+    path = config_file(run)
+    if not os.path.isfile(path):
+        return ""
+    found = re.search(r"^_BASE_:\s*[\"']?([^\"'\s#]+)", Path(path).read_text(), re.MULTILINE)
+    return os.path.join(os.path.dirname(path), found[1]) if found else ""
+
+
+def base_of(run: Run) -> Tuple[str, Dict[str, str]]:
+    """What a run's settings are compared with: its name, and its settings.
+
+    Of a YAML run the `_BASE_` of its config file, or Detectron2's and this project's defaults; of
+    a lazy run the file that its command names, without overrides; empty where that is not known.
+    """
+    if run.lazy:
+        return "the file that the command names", lazy_base(config_file(run))
+    cfg = get_cfg()
+    add_ssimkd_config(cfg)
+    path = yaml_base(run)
+    if path:
+        try:
+            merge_yaml(cfg, path)
+            return path, flat(cfg)
+        except (ConfigError, OSError):  # it has changed since
+            cfg = get_cfg()
+            add_ssimkd_config(cfg)
+    return "the defaults of Detectron2 and SSIMKD", flat(cfg)
+
+
+def lazy_base(path: str) -> Dict[str, str]:
+    """The settings of a LazyConfig file without overrides."""
     try:
         cfg = LazyConfig.load(path)
         with tempfile.TemporaryDirectory() as folder:  # as the run wrote its own
@@ -54,16 +89,30 @@ def base_of(run: Run) -> Dict[str, str]:
         return {}
 
 
-def differences(runs: List[Run]) -> List[List[str]]:
-    """Rows of a table: key, the first run's base, then every run's value; only where one differs.
+def unused_losses(runs: List[Run]) -> Tuple[str, ...]:
+    """Starts of the keys of losses that none of some YAML runs has."""
+    used = {str(name).upper() for run in runs for name in run.cfg.MODEL.DISTILL.LOSSES}
+    for run in runs:
+        for entry in run.cfg.MODEL.DISTILL.TEACHERS:
+            used |= {str(name).upper() for name in entry.get("LOSSES", ())}
+    nodes = {key for key, node in runs[0].cfg.MODEL.DISTILL.items() if isinstance(node, Mapping)}
+    return tuple(f"MODEL.DISTILL.{name}." for name in nodes - used - {"TEACHER"})
+
+
+def differences(runs: List[Run]) -> Tuple[str, List[List[str]]]:
+    """Name of the first run's base, and rows of a table: key, the base's value, then every run's.
+
+    A row is there where a value differs; those where runs differ from each other come first.
 
     Args:
         runs (list[Run]): of one kind, YAML or lazy.
     """
-    columns = [base_of(runs[0]), *(flat(run.cfg) for run in runs)]
+    name, base = base_of(runs[0])
+    columns = [base, *(flat(run.cfg) for run in runs)]
+    hidden = () if runs[0].lazy else unused_losses(runs)
     rows = []
     for key in sorted({key for column in columns for key in column}):
         values = [column.get(key, ABSENT) for column in columns]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and not key.startswith(hidden):
             rows.append([key, *values])
-    return rows
+    return name, sorted(rows, key=lambda row: len(set(row[2:])) == 1)

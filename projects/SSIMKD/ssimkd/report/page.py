@@ -3,26 +3,29 @@
 import math
 import os
 import re
+from functools import cached_property
 from typing import Any, Dict, List, Mapping, Optional
 
 import jinja2
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
 from ..meta_arch import image_format_of
 from ..preflight import distillers_of
-from ..run_record import machine, now
-from ..similarity_maps import NAMES, render, similarity_maps
+from ..run_record import in_words, machine, now
+from ..similarity_maps import NAMES, gradient, render, similarity_maps
 from . import charts, pictures
 from .detection_errors import KINDS, DetectionErrors, detection_errors
-from .detector import detectors_of
-from .differences import differences
+from .detector import TIMED, detectors_of, speeds
+from .differences import config_file, differences
 from .run import Run, Series
 from .similarity import measure_levels
 
 SAMPLE = 24  # validation images that are looked at
 SHOWN = 3  # of them, at equal distances, and as many that are the least similar
+BOOKKEEPING = re.compile(r"^(iteration|eta_seconds|(rank_)?(data_)?time|images_per_second)$")
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 
@@ -50,6 +53,10 @@ class Report:
             self.notes.append("This run has no teacher: what compares it with one is left out.")
         if not run.results:
             self.notes.append("This run was not evaluated: there is no results.json.")
+        if run.training and run.training[-1] is not run.record[-1]:
+            self.notes.append(
+                "config.yaml is of the last command, an evaluation: so are the settings below."
+            )
 
     @property
     def runs(self) -> Dict[str, Run]:
@@ -69,8 +76,16 @@ class Report:
             words[f"levels {name}".rstrip()] = (
                 f"{', '.join(distiller.in_features)}; adapter: {distiller.adapter}"
             )
-        iterations = self.run.scalars.get("iteration", ([], []))[0]
-        words["iterations"] = str(iterations[-1]) if iterations else "not known"
+        backbone = getattr(self.model, "backbone", None)
+        if backbone is not None:
+            parts = [backbone, getattr(backbone, "bottom_up", None)]
+            words["backbone"] = " on ".join(type(part).__name__ for part in parts if part)
+            if not self.run.lazy and "resnet" in self.run.cfg.MODEL.BACKBONE.NAME:
+                words["backbone"] += f"-{self.run.cfg.MODEL.RESNETS.DEPTH}"
+        words["config file"] = config_file(self.run) or "not known"
+        if not self.run.only_evaluated:
+            words["trained on"] = f"{self.run.trained_on}, {self.run.seen}"
+            words["training time"] = self.run.training_time
         words["evaluated on"] = self.run.dataset or "nothing"
         words["ended"] = self.run.ended
         return words
@@ -78,14 +93,33 @@ class Report:
     def head(self) -> List[Dict[str, Any]]:
         """A row per detector: AP and costs."""
         rows = []
+        speed = speeds(self.detectors, self.inputs, self.shown)
         for d in self.detectors:
             results = d.run.results.get("bbox", {}) if d.run else {}
-            row = {key: results.get(key) for key in ("AP", "AP50", "AP75")}
-            folder = d.run.folder if d.run else ""
             rows.append(
-                {"label": d.label, "folder": folder, **row, **d.measure(self.inputs, self.shown)}
+                {
+                    "label": d.label,
+                    "folder": d.run.folder if d.run else "",
+                    "dataset": d.run.dataset if d.run and results else "",
+                    "file": d.file(),
+                    "speed": speed.get(d.label),
+                    **{key: results.get(key) for key in ("AP", "AP50", "AP75")},
+                    **d.measure(self.inputs),
+                }
             )
         return rows
+
+    def comparable(self, run: Run) -> bool:
+        """Whether a run was evaluated on the data of this page's run."""
+        return run.dataset == self.run.dataset
+
+    def elsewhere(self) -> List[str]:
+        """What a section on the data of this page's run leaves out, in words."""
+        return [
+            f"{label} (evaluated on {run.dataset or 'nothing'})"
+            for label, run in self.runs.items()
+            if not self.comparable(run)
+        ]
 
     def curves(self) -> Dict[str, List[str]]:
         """Charts over iterations: a heading -> its charts, all runs in each."""
@@ -105,7 +139,13 @@ class Report:
             label: run.scalars[name] for label, run in self.runs.items() if name in run.scalars
         }
         task, _, metric = name.partition("/")
-        found = {label: run.results.get(task, {}).get(metric) for label, run in self.runs.items()}
+        if metric:
+            series = {label: s for label, s in series.items() if self.comparable(self.runs[label])}
+        found = {
+            label: run.results.get(task, {}).get(metric)
+            for label, run in self.runs.items()
+            if self.comparable(run)
+        }
         levels = {
             label: ap for label, ap in found.items() if ap is not None and label not in series
         }
@@ -161,10 +201,18 @@ class Report:
                     record, x, d, self.run.dataset, self.shown
                 )
         if self.levels:
-            image = pictures.as_rgb(x, self.shown)
-            maps = similarity_maps(self.model, x)
-            shown["where maps differ"] = pictures.draw_most_different(maps, image)
+            shown["where maps differ"] = pictures.draw_most_different(
+                similarity_maps(self.model, x), self.most_different
+            )
         return shown
+
+    @cached_property
+    def most_different(self) -> float:
+        """The largest value of 1 - SSIM, mean of the levels, in the images that are shown."""
+        return max(
+            float(np.nanmax(pictures.most_different(similarity_maps(self.model, x))[0]))
+            for x in (self.inputs[c["index"]] for c in self.chosen())
+        )
 
     def images(self) -> List[Dict[str, Any]]:
         """Section 3, first part."""
@@ -190,7 +238,7 @@ class Report:
         for index in dict.fromkeys([chosen[0], least]):
             record, x = self.samples[index]
             image = pictures.as_rgb(x, self.shown)
-            drawn, scale = pictures.draw_maps(similarity_maps(self.model, x), image)
+            drawn, scale = pictures.draw_maps(similarity_maps(self.model, x))
             ret.append(
                 {
                     "name": os.path.basename(record["file_name"]),
@@ -207,13 +255,17 @@ class Report:
     def gains(self) -> Dict[str, Any]:
         """Section 5: AP by size and class, and error types."""
         results = {
-            label: run.results["bbox"] for label, run in self.runs.items() if "bbox" in run.results
+            label: run.results["bbox"]
+            for label, run in self.runs.items()
+            if "bbox" in run.results and self.comparable(run)
         }
         own = results.get(self.detectors[0].label, {})
         classes = [key for key in own if key.startswith("AP-")]
         errors = self.errors()
         return {
             "results": results,
+            "gaps": {key: gap(results, key) for key in ("AP", *SIZES, *classes)},
+            "elsewhere": self.elsewhere(),
             "sizes": SIZES,
             "classes": classes,
             "errors": errors,
@@ -234,7 +286,9 @@ class Report:
         values: Mapping[str, Mapping[str, Optional[float]]],
     ) -> List[str]:
         """A chart of bars, or none where there is nothing to show."""
-        if not (groups and values):
+        kept = [g for g in groups if any(found.get(g) is not None for found in values.values())]
+        groups = {g: groups[g] for g in kept}
+        if not groups:
             return []
         heights = {label: [found.get(g) or 0.0 for g in groups] for label, found in values.items()}
         return [charts.bars(title, list(groups.values()), heights, self.colour)]
@@ -247,7 +301,7 @@ class Report:
         return {
             label: detection_errors(objects, run.detections)
             for label, run in self.runs.items()
-            if run.detections is not None and run.dataset == self.run.dataset
+            if run.detections is not None and self.comparable(run)
         }
 
     def settings(self) -> Dict[str, Any]:
@@ -259,13 +313,14 @@ class Report:
             and d.run.lazy == self.run.lazy
             and not d.label.startswith("teacher")
         }
+        base, rows = differences(list(kept.values()))
+        between = [row for row in rows if len(set(row[2:])) > 1]
         return {
             "records": {label: run.record for label, run in self.runs.items()},
             "labels": list(kept),
-            "differences": differences(list(kept.values())),
-            "base": "the file that the command names"
-            if self.run.lazy
-            else "the defaults of Detectron2 and SSIMKD",
+            "between": between,
+            "shared": rows[len(between) :],
+            "base": base,
         }
 
     def html(self) -> str:
@@ -278,13 +333,18 @@ class Report:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters["number"] = number
+        environment.filters["in_words"] = in_words
         return environment.get_template("page.html").render(
             run=self.run,
             what=self.what(),
             rows=self.head(),
             colour=self.colour,
             curves=self.curves(),
-            scalars={label: run.scalars for label, run in self.runs.items() if run.scalars},
+            scalars={
+                label: {k: v for k, v in run.scalars.items() if not BOOKKEEPING.match(k)}
+                for label, run in self.runs.items()
+                if run.scalars
+            },
             images=self.images(),
             maps=self.maps(),
             names=NAMES,
@@ -294,8 +354,12 @@ class Report:
             notes=self.notes,
             sample=len(self.samples),
             shown_score=pictures.SHOWN_SCORE,
+            most_different=self.most_different if self.levels else None,
+            gradient=gradient(),
             machine=machine(),
-            made=now(),
+            threads=torch.get_num_threads(),
+            timed=2 * min(TIMED, len(self.inputs)),
+            made=in_words(now()),
         )
 
     def save_pictures(self, folder: str) -> List[str]:
@@ -318,6 +382,21 @@ class Report:
             small = Image.fromarray(picture).quantize(256, Image.Quantize.FASTOCTREE)
             small.save(path, optimize=True)
         return paths
+
+
+def gap(results: Mapping[str, Mapping[str, Any]], key: str) -> Dict[str, Optional[float]]:
+    """What a student gained on its twin, and the share in percent of its teacher's lead over that.
+
+    None is what cannot be told: a run is missing, or the teacher does not lead.
+    """
+    student, vanilla, teacher = (
+        results.get(label, {}).get(key) for label in ("student", "vanilla", "teacher")
+    )
+    if student is None or vanilla is None:
+        return {"gain": None, "share": None}
+    leads = teacher is not None and teacher > vanilla
+    share = 100 * (student - vanilla) / (teacher - vanilla) if leads else None
+    return {"gain": student - vanilla, "share": share}
 
 
 def number(value: Optional[float], digits: int = 1) -> str:

@@ -9,11 +9,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 
-from ..similarity_maps import NAMES, overlay, scales, tile
+from ..similarity_maps import NAMES, in_colour, scales, tile
 from .detector import Detector
 
 SHOWN_SCORE = 0.3  # detections below it are not drawn
-LEAST_WIDTH = 320  # pixels: smaller images are enlarged before anything is drawn on them
+LEAST_WIDTH = 640  # pixels: smaller images are enlarged before anything is drawn on them
+TEXT = 0.7  # of OpenCV's font: 15 pixels high, some 8 where the page shows 640 pixels as 350
+README_WIDTH = 300  # pixels, of a picture beside others
 MOST_WIDTH = 640  # pixels, of a picture in the page
 PALETTE = ((59, 130, 246), (245, 158, 11), (16, 185, 129), (236, 72, 153), (139, 92, 246))
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
@@ -36,13 +38,13 @@ def draw_boxes(
         x0, y0, x1, y1 = (int(v * zoom) for v in box)
         colour = PALETTE[category % len(PALETTE)]
         cv2.rectangle(canvas, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
-        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)
+        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, TEXT, 1)
         x = min(max(x0, 0), canvas.shape[1] - width - 4)
         y = max(y0, height + 6)
         cv2.rectangle(canvas, (x, y - height - 6), (x + width + 4, y), colour, -1)
         place = (x + 2, y - 4)
         cv2.putText(
-            canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA
+            canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, TEXT, (255, 255, 255), 1, cv2.LINE_AA
         )
     return canvas
 
@@ -82,12 +84,12 @@ def as_rgb(x: Mapping[str, Any], shown: str) -> Picture:
 
 
 def draw_maps(
-    maps: Mapping[str, Mapping[str, np.ndarray]], image: Picture
+    maps: Mapping[str, Mapping[str, np.ndarray]],
 ) -> Tuple[Dict[str, Dict[str, Picture]], Dict[str, Tuple[float, float]]]:
-    """Every map over its image: level -> name -> picture; and the scales of their colours."""
+    """Every map in colour: level -> name -> picture; and the scales of their colours."""
     scale = scales(maps)
     drawn = {
-        level: {name: overlay(by_name[name], image, scale[name]) for name in NAMES}
+        level: {name: in_colour(by_name[name], scale[name]) for name in NAMES}
         for level, by_name in maps.items()
     }
     return drawn, scale
@@ -100,11 +102,11 @@ def most_different(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Tuple[np.nda
     return different, int(row), int(column)
 
 
-def draw_most_different(maps: Mapping[str, Mapping[str, np.ndarray]], image: Picture) -> Picture:
-    """The map of :func:`most_different` over the image, its largest value in a ring."""
+def draw_most_different(maps: Mapping[str, Mapping[str, np.ndarray]], most: float) -> Picture:
+    """The map of :func:`most_different`, up to the value `most`, its largest value in a ring."""
     different, row, column = most_different(maps)
-    canvas = overlay(different, image, (0.0, float(different[row, column]) or 1.0))
-    zoom = max(1, -(-LEAST_WIDTH // image.shape[1]))
+    canvas = in_colour(different, (0.0, most or 1.0))
+    zoom = max(1, -(-LEAST_WIDTH // canvas.shape[1]))
     canvas = cv2.resize(canvas, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
     place = (int((column + 0.5) * zoom), int((row + 0.5) * zoom))
     cv2.circle(canvas, place, canvas.shape[1] // 12, (34, 211, 238), 2, cv2.LINE_AA)
@@ -113,7 +115,7 @@ def draw_most_different(maps: Mapping[str, Mapping[str, np.ndarray]], image: Pic
 
 def side_by_side(pictures: Mapping[str, Picture]) -> Picture:
     """Pictures in a row, each under its name."""
-    tiles = [tile(picture, name) for name, picture in pictures.items()]
+    tiles = [tile(picture, name, README_WIDTH) for name, picture in pictures.items()]
     height = max(t.shape[0] for t in tiles)
     return np.hstack(
         [np.pad(t, ((0, height - t.shape[0]), (0, 0), (0, 0)), constant_values=255) for t in tiles]

@@ -3,23 +3,25 @@
 import json
 import os
 import re
+import shlex
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..checkpoint_file import CheckpointReader
 from ..cli import load_config
 from ..data import lazy_use_own_data
 from ..errors import ConfigError, one_line
 from ..lazy import lazy_names
-from ..run_record import read_record
+from ..run_record import in_words, read_json, read_record
 
 Series = Tuple[List[int], List[float]]  # iterations and values
 
@@ -128,11 +130,52 @@ class Run:
         return self.path("student.pth")
 
     @property
+    def training(self) -> List[Dict[str, Any]]:
+        """The entries of run.json that trained, oldest first."""
+        return [e for e in self.record if "--eval-only" not in shlex.split(e["command"])]
+
+    @property
+    def only_evaluated(self) -> bool:
+        """Whether nothing was trained in the folder, as far as run.json tells."""
+        return bool(self.record) and not self.training
+
+    @property
     def ended(self) -> str:
-        """When the last command of the run ended, in words."""
-        if self.record:
-            return self.record[-1]["ended"] or "not ended, or failed"
-        return "not known: there is no run.json"
+        """When the last training of the run ended, in words."""
+        if not self.record:
+            return "not known: there is no run.json"
+        if not self.training:
+            return f"only evaluated, {in_words(self.record[-1]['ended'])}"
+        return in_words(self.training[-1]["ended"])
+
+    @property
+    def seen(self) -> str:
+        """Iterations times images of each, in words; the former as far as it was logged."""
+        batch = (
+            self.cfg.dataloader.train.total_batch_size
+            if self.lazy
+            else self.cfg.SOLVER.IMS_PER_BATCH
+        )
+        iterations = self.scalars.get("total_loss", ([], []))[0]
+        return f"{iterations[-1] + 1} x {batch} images" if iterations else "not known"
+
+    @property
+    def trained_on(self) -> str:
+        """Names of the data sets of the training; "nothing" where it has none."""
+        names = lazy_names(self.cfg, "TRAIN")[0] if self.lazy else self.cfg.DATASETS.TRAIN
+        return ", ".join(names) or "nothing"
+
+    @property
+    def training_time(self) -> str:
+        """Minutes of all commands that trained, with their evaluations, in words."""
+        if not self.training or not all(e["ended"] for e in self.training):
+            return "not known"
+        spans = [
+            [datetime.fromisoformat(e[k]) for k in ("started", "ended")] for e in self.training
+        ]
+        return (
+            f"{sum((b - a).total_seconds() for a, b in spans) / 60:.1f} min, evaluations included"
+        )
 
     @property
     def device(self) -> str:
@@ -144,21 +187,26 @@ class Run:
         """The detector with its weights, in evaluation mode, its distiller without teacher.
 
         Raises:
-            ConfigError: there is no checkpoint, or it is not one of this config.
+            ConfigError: there is no checkpoint, it is not one of this config, or a class that the
+                config names is not to be found, as one that its own file defines.
         """
-        if self.lazy:
-            model = instantiate(self.cfg.model).to(self.device)
-        else:
-            cfg = self.cfg.clone()
-            cfg.defrost()
-            cfg.MODEL.DEVICE = self.device
-            model = build_model(cfg)
+        try:
+            if self.lazy:
+                model = instantiate(self.cfg.model).to(self.device)
+            else:
+                cfg = self.cfg.clone()
+                cfg.defrost()
+                cfg.MODEL.DEVICE = self.device
+                model = build_model(cfg)
+        except Exception as error:  # whatever a class of the user's may raise
+            raise ConfigError(f"its model cannot be built: {one_line(error)}") from error
+        if not self.weights:
+            raise ConfigError("there is no checkpoint")
         try:
             path = PathManager.get_local_path(self.weights)
-            DetectionCheckpointer(model).load(path)
         except Exception as error:
-            reason = f"cannot load {self.weights or 'a checkpoint'}: {one_line(error)}"
-            raise ConfigError(f"{self.folder}: {reason}") from error
+            raise ConfigError(f"cannot fetch {self.weights}: {one_line(error)}") from error
+        CheckpointReader(model).load(path)
         return model.eval()
 
     def samples(self, count: int) -> List[Tuple[Dict[str, Any], Dict[str, Any]]]:
@@ -170,15 +218,17 @@ class Run:
         records = DatasetCatalog.get(self.dataset) if self.dataset else []
         chosen = records[:: max(1, len(records) // count)][:count]
         mapper: Any
-        if self.lazy:
-            mapper = instantiate(self.cfg.dataloader.test.mapper)
-        else:
-            mapper = DatasetMapper(self.cfg, is_train=False)
+        try:
+            if self.lazy:
+                mapper = instantiate(self.cfg.dataloader.test.mapper)
+            else:
+                mapper = DatasetMapper(self.cfg, is_train=False)
+        except Exception as error:  # whatever a class of the user's may raise
+            raise ConfigError(
+                f"{self.folder}: its mapper cannot be built: {one_line(error)}"
+            ) from error
         return [(record, mapper(record)) for record in chosen]
 
     def _json(self, *parts: str) -> Any:
         path = self.path(*parts)
-        if not os.path.isfile(path):
-            return None
-        with open(path) as f:
-            return json.load(f)
+        return read_json(path) if os.path.isfile(path) else None

@@ -18,14 +18,15 @@ class LevelSimilarity:
     Attributes:
         images (list[float]): SSIM of each image, the mean over channels and cells.
         channels (np.ndarray): (C,) SSIM of each channel, the mean over cells and images.
-        student_flat, teacher_flat (float): share of the cells of all channels whose local variance
-            is below SSIM's C2: there the constant decides, and weak structure counts as alike.
+        student_flat, teacher_flat, both_flat (float): share of the cells of all channels whose
+            local variance is below SSIM's C2; where both are, the constant decides.
     """
 
     images: List[float] = field(default_factory=list)
     channels: np.ndarray = field(default_factory=lambda: np.zeros(0))
     student_flat: float = 0.0
     teacher_flat: float = 0.0
+    both_flat: float = 0.0
 
 
 def flat_cells(x: Tensor, options: Dict[str, Any]) -> Tensor:
@@ -47,17 +48,19 @@ def measure_levels(model: Any, inputs: List[Dict[str, Any]]) -> Dict[str, LevelS
     levels: Dict[str, LevelSimilarity] = {}
     for x in inputs:
         for level, pair in normalized_pairs(model, x):
-            channels, student_flat, teacher_flat = measure(pair)
+            channels, student_flat, teacher_flat, both_flat = measure(pair)
             found = levels.setdefault(level, LevelSimilarity(channels=np.zeros(len(channels))))
             found.images.append(float(channels.mean()))
             found.channels += channels / len(inputs)
             found.student_flat += student_flat / len(inputs)
             found.teacher_flat += teacher_flat / len(inputs)
+            found.both_flat += both_flat / len(inputs)
     return levels
 
 
-def measure(pair: Pair) -> Tuple[np.ndarray, float, float]:
-    """Of one image and level: SSIM by channel, and the shares of flat cells."""
+def measure(pair: Pair) -> Tuple[np.ndarray, float, float, float]:
+    """SSIM by channel, and the shares of flat cells: of the student, the teacher, and both."""
     channels = cell_maps(pair)["SSIM"].nanmean(dim=(1, 2)).cpu().numpy()
-    flat = [float(flat_cells(x, pair.options).nanmean()) for x in (pair.student, pair.teacher)]
-    return channels, flat[0], flat[1]
+    student, teacher = (flat_cells(x, pair.options) for x in (pair.student, pair.teacher))
+    shares = [float(x.nanmean()) for x in (student, teacher, student * teacher)]
+    return channels, shares[0], shares[1], shares[2]
