@@ -39,6 +39,13 @@ def test_yaml_and_lazy_have_the_same_table(monkeypatch, capsys, image):
     assert "On an image of 96 x 128 pixels" in said
 
 
+def test_no_repeats_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "--config-file", YAML, "--repeats", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        analyze.main()
+    assert "error: --repeats must be at least 1" in capsys.readouterr().err
+
+
 def test_flops_are_those_of_another_counter():
     """torch's own counts convolutions and products alone, each multiplication and addition."""
     _, spec = next(analyze.teachers_of(load_config(YAML, [], ())))

@@ -51,7 +51,7 @@ def test_a_good_pair(check):
     assert found[0].startswith("Teacher and student agree cell by cell: p2 (64, ")
     assert found[1].startswith("The teacher finds ") and found[1].endswith("8 training images")
     assert shares(rows)["ssim_kd_loss"] > 50  # not of the first iterations of a ramp
-    assert abs(sum(shares(rows).values()) - 100) <= 3  # rounded to whole percents
+    assert abs(sum(shares(rows).values()) - 100) <= 3  # rounded
     assert " for 1000 iterations" in table["time"] and table["memory"].split()[1] == "GiB"
 
 
@@ -86,11 +86,19 @@ def test_a_pair_that_cannot_run_is_an_error_in_one_line(check, opts, message):
     assert said.startswith(f"error: {message}") and "\n" not in said
 
 
+def test_no_gpus_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_pair.py", "--config-file", YAML, "--num-gpus", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        check_pair.main()
+    assert "error: --num-gpus must be at least 1" in capsys.readouterr().err
+
+
 def test_what_the_whole_run_costs():
     metrics = {"time": 0.5, "data_time": 0.01, "total_loss": 4.0, "loss_cls": 1.0, "lr": 0.0}
     rows = dict(check_pair.cost_rows({**metrics, "ssim_kd_loss": 3.0}, max_iter=90000))
-    assert rows["ssim_kd_loss"] == "3, 75 % of the total loss"
-    assert rows["loss_cls"] == "1, 25 % of the total loss"
+    assert rows["ssim_kd_loss"] == "3, 75.0 % of the total loss"
+    assert "ssimkd weight" in rows["shares"]
+    assert rows["loss_cls"] == "1, 25.0 % of the total loss"
     assert rows["time"].endswith("0.01 s of it waiting for data: 12:30:00 for 90000 iterations")
 
 

@@ -1,5 +1,6 @@
 """The command `ssimkd`: each of its commands is a script of the checkout, run as by python."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def test_a_script_with_neighbours_runs_from_any_folder(tmp_path):
     """compare.py imports compare_runs.py, which only python's own start puts on the path."""
     done = ssimkd("compare", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: compare.py"), done.stderr
+
+
+def test_the_module_runs_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ssimkd", "--help"])
+    monkeypatch.delitem(sys.modules, "ssimkd.console")
+    runpy.run_module("ssimkd.console", run_name="__main__")
+    assert capsys.readouterr().out == console.HELP + "\n"
 
 
 def test_an_error_keeps_its_one_line_and_status():

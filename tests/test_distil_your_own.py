@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from ssimkd.report.run import Run
+from ssimkd.run_record import read_record
 
 
 def test_it_distils_evaluates_and_predicts(few_shapes, tmp_path):
@@ -16,6 +18,10 @@ def test_it_distils_evaluates_and_predicts(few_shapes, tmp_path):
     assert f"\nBox AP of the student: {ap:.1f}\n" in done.stdout
     logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert logged[0]["ssim_kd_loss"] > 0
+    assert "Environment info" not in done.stdout and "maxDets" not in done.stdout
+    assert "FutureWarning" not in done.stderr
+    # what a report needs
+    assert str(tmp_path) in Run(str(tmp_path)).cfg.OUTPUT_DIR and read_record(str(tmp_path))
     # what it predicts is said by the class's name
     last = done.stdout.splitlines()[-1].split()
     assert last[0] in ("disk", "ring", "triangle", "cross") and 0 <= float(last[1]) <= 1

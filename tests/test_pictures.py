@@ -42,7 +42,8 @@ def test_a_student_shows_detections_and_loss_maps(student, item):
     for _, image, _ in pictures:
         assert image.dtype == np.uint8 and image.shape[0] == 3
     height, width = item["height"], item["width"]
-    assert pictures[0][1].shape == (3, height, width)
+    scale = 480 / min(height, width)
+    assert pictures[0][1].shape == (3, round(height * scale), round(width * scale))
     assert pictures[1][1].shape[1] > 4 * pictures[1][1].shape[2] * height / width / 7  # 4 levels
     # the same weights give the same pictures
     assert np.array_equal(pictures[0][1], pictures[2][1])
@@ -55,10 +56,11 @@ def test_what_a_detector_finds_is_on_the_picture(item):
     ((name, image, _),) = taken(model, item, steps=0)
     assert name == "detections"  # it has no teacher
     found = model([item])[0]["instances"]
-    left, top, _, bottom = found.pred_boxes.tensor[0].round().int().tolist()
+    left, top, _, bottom = (5 * found.pred_boxes.tensor[0]).round().int().tolist()
     plain = item["image"].flip(0).numpy().astype(int)  # BGR as the network takes it
+    plain = plain.repeat(5, 1).repeat(5, 2)  # as the picture: 480 of 96 pixels
     changed = np.abs(image - plain).sum(0) > 60
-    assert changed[top : bottom + 1, max(left, 1) - 1 : left + 2].any(1).mean() > 0.5
+    assert changed[top : bottom + 1, max(left, 3) - 3 : left + 4].any(1).mean() > 0.5
 
 
 def test_the_training_does_not_notice(student, item):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, save_teacher, shapes_cfg
 from detectron2.engine import DefaultPredictor
-from ssimkd.detector import draw_detections, image_reader, load_detector, metadata_of
+from detectron2.structures import Boxes, Instances
+from ssimkd.detector import draw_detections, enlarged, image_reader, load_detector, metadata_of
 from ssimkd.errors import ConfigError
 from ssimkd.export import export_student, read_weights
 from ssimkd.random_state import get_random_state
@@ -59,9 +60,12 @@ def test_it_lists_and_draws_what_detectron2_finds(images, tmp_path):
             entry["category_id"] for entry in own
         ] == expected.pred_classes.tolist()  # fmt: skip
         drawn = cv2.imread(str(tmp_path / path.split("/")[-1]))
-        changed = np.abs(drawn.astype(int) - image).sum(2) > 60
-        left, top, _, bottom = map(int, xyxy(own[0]))
-        assert changed[top : bottom + 1, max(left, 1) - 1 : left + 2].any(1).mean() > 0.5
+        assert min(drawn.shape[:2]) == 480
+        large = cv2.resize(image, drawn.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+        changed = np.abs(drawn.astype(int) - large).sum(2) > 60
+        scale = 480 / min(image.shape[:2])
+        left, top, _, bottom = (int(side * scale) for side in xyxy(own[0]))
+        assert changed[top : bottom + 1, max(left, 3) - 3 : left + 4].any(1).mean() > 0.5
 
 
 def test_a_lazy_student(images, tmp_path, monkeypatch):
@@ -92,8 +96,7 @@ def test_an_exported_student_needs_no_weights_named(images, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"images": ["nowhere.jpg"]}, "there is no image nowhere.jpg"),
-        ({"images": ["{out}/bad.jpg"], "output": "{out}/seen"}, "bad.jpg cannot be read as an ima"),
+        ({"config_file": "{out}/student.yaml"}, "name the run's own .py, with --weights"),
         ({"images": ["{out}/a.jpg"]}, "a.jpg would be overwritten"),
         ({"images": ["{out}/a.jpg", "{out}/b/a.jpg"], "output": "{out}/c"}, "have the same name"),
         ({"weights": "nowhere.pth"}, "--weights: nowhere.pth cannot be loaded"),
@@ -110,11 +113,51 @@ def test_what_it_refuses(images, tmp_path, change, message):
     args = {"images": images, "output": "{out}", "config_file": TEACHER[0], "weights": TEACHER[1]}
     args = {"opts": [], "confidence_threshold": 0.5, **args, **change}
     args["images"] = [path.format(out=tmp_path) for path in args["images"]]
-    args["output"] = args["output"].format(out=tmp_path)
+    for key in ("output", "config_file"):
+        args[key] = args[key].format(out=tmp_path)
+    (tmp_path / "student.yaml").write_text("model:\n  _target_: a.b\ntrain: {}\n")
     before = (tmp_path / "a.jpg").read_bytes()
     with pytest.raises(ConfigError, match=message):
         predict.predict(Namespace(**args))
     assert (tmp_path / "a.jpg").read_bytes() == before
+
+
+def test_an_image_that_cannot_be_read_costs_no_other(images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.jpg").write_text("no image")
+    words = ["--config", TEACHER[0], "--weights", TEACHER[1], "nowhere.jpg", images[0]]
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *words, tmp_path / "bad.jpg", images[1], "--output", tmp_path / "seen")
+    first, second = stopped.value.code.splitlines()  # a text: status 1
+    assert first.startswith("error: nowhere.jpg cannot be read as an image")
+    assert second.startswith(f"error: {tmp_path}/bad.jpg cannot be read as an image")
+    found = json.loads((tmp_path / "seen/predictions.json").read_text())
+    assert {entry["file_name"] for entry in found} == set(images)
+    assert "objects in 2 images" in capsys.readouterr().out
+
+
+def test_nothing_above_the_threshold_says_how_close_it_was(images, tmp_path, monkeypatch, capsys):
+    words = ["--config", TEACHER[0], "--weights", TEACHER[1], images[0], "--output", tmp_path]
+    run(monkeypatch, *words, "--confidence-threshold", 1)
+    said = capsys.readouterr().out.splitlines()
+    assert 0.5 < float(said[-2].split("The best score is ")[1].split(",")[0]) <= 1
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *words, "--confidence-threshold", 1.5)
+    assert "--confidence-threshold must be from 0 to 1" in capsys.readouterr().err
+
+
+def test_small_images_are_enlarged_with_their_detections(images):
+    found = Instances((2, 4))
+    found.pred_boxes = Boxes(torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
+    found.pred_masks = torch.tensor([[[0, 1, 1, 0], [0, 0, 1, 0]]], dtype=torch.bool)
+    found.pred_keypoints = torch.tensor([[[3.0, 1.0, 0.5]]])
+    larger = enlarged(found, 4, 12)
+    assert larger.image_size == (4, 12)
+    assert larger.pred_boxes.tensor.tolist() == [[3.0, 0.0, 9.0, 4.0]]
+    assert larger.pred_keypoints.tolist() == [[[9.0, 2.0, 0.5]]]
+    expected = found.pred_masks.repeat_interleave(2, 1).repeat_interleave(3, 2)
+    assert torch.equal(larger.pred_masks, expected)
+    assert found.pred_boxes.tensor.tolist() == [[1.0, 0.0, 3.0, 2.0]]  # its own stay
+    assert enlarged(found[:0], 4, 12).pred_masks.shape == (0, 4, 12)
 
 
 def test_drawings_are_the_same_each_time_and_leave_the_generators_alone(images):

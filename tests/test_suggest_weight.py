@@ -29,7 +29,7 @@ def suggest(few_shapes, monkeypatch, *args):
     command = [sys.executable, "tools/suggest_weight.py", "--iters", "20", *map(str, args)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"ratio is (\S+);(?:.|\n)*of ssim: (\S+) -> (\S+)", done.stdout)
+    found = re.search(r"ratio is (\S+);(?:.|\n)*of ssim, now (\S+): .* is (\S+)\n", done.stdout)
     return [float(group) for group in found.groups()]
 
 
@@ -52,9 +52,31 @@ def test_text_by_hand():
     text = suggest_weight.report({"ssim": 6.0, "l2": 3.0}, suggest_weight.medians(rows), 1.0)
     assert "| ssim_kd/p3 | 0.25 | 8 |\n| ssim_kd/p4 | 0.5 | - |" in text
     assert "ratio is 3;" in text  # the median of 2 and 4, the later half
-    assert "ssim: 6 -> 2\n" in text and "l2: 3 -> 1" in text
+    assert "within 3 to\n60" in text  # the given weights are not wrong
+    assert "ssim, now 6: 6 to 1.2e+02; ratio 1 is 2\n" in text
+    assert "l2, now 3: 3 to 60; ratio 1 is 1" in text
+    outside = suggest_weight.report({"ssim": 6.0}, {"gradient_ratio": 0.5}, 8.0)
+    assert "outside of 3 to" in outside
     with pytest.raises(ConfigError, match="--iters"):
         suggest_weight.report({"ssim": 6.0}, {}, 1.0)
+
+
+@pytest.mark.parametrize("flag", [("--iters", "19"), ("--num-gpus", "0"), ("--ratio", "0")])
+def test_what_cannot_be_measured_is_said_before_the_run(flag, monkeypatch, capsys):
+    monkeypatch.setattr(suggest_weight, "probe", None)
+    monkeypatch.setattr(sys, "argv", ["suggest_weight.py", *YAML[:2], *flag])
+    with pytest.raises(SystemExit, match="2"):
+        suggest_weight.main()
+    assert f"error: {flag[0]} must be " in capsys.readouterr().err
+
+
+def test_its_flags_reach_the_training(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(suggest_weight, "probe", lambda *args: seen.append(args) or [])
+    monkeypatch.setattr(sys, "argv", ["suggest_weight.py", *YAML[:2], "--trust-checkpoint"])
+    with pytest.raises(SystemExit, match="no gradient"):
+        suggest_weight.main()
+    assert seen[0][-1] == ["--trust-checkpoint"]
 
 
 @pytest.mark.parametrize("change", [("LOSSES", "()"), ("SSIM.WEIGHT", "0.0")])

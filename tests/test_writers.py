@@ -97,11 +97,13 @@ from detectron2.engine import default_setup, defaults
 from detectron2.utils.logger import setup_logger
 from ssimkd.writers import quiet_terminal
 from omegaconf import OmegaConf
+from pycocotools.coco import COCO
 defaults.collect_env_info = lambda: ""  # it takes seconds
 sys.stderr.isatty = lambda: sys.argv[2] == "tty"
 quiet_terminal(sys.argv[1], 0)
 default_setup(OmegaConf.create({"train": {"output_dir": sys.argv[1]}}), None)
 setup_logger(sys.argv[1], distributed_rank=0, name="ssimkd")
+COCO().createIndex()  # it prints
 for name in ("ssimkd.preflight", "detectron2.evaluation.testing", "detectron2.utils.events"):
     logging.getLogger(name).info("info of %s", name)
     logging.getLogger(name).warning("warning of %s", name)
@@ -121,6 +123,7 @@ def test_quiet_leaves_warnings_results_and_progress(tmp_path, where):
     assert said == [line for line in expected if line in shown]
     assert len(done.stdout.splitlines()) == len(said)  # no environment, no config
     log = (tmp_path / "log.txt").read_text()
+    assert "index created!" in log
     assert re.findall(r"(?:warning|info) of [\w.]+", log) == expected
     assert log.count("Environment info") == 1 and "Running with full config" not in done.stdout
 

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="its checkpoint, path or URL")
     parser.add_argument("--image", default="", help="file to measure on")
     parser.add_argument("--repeats", type=int, default=5, help="timed inferences of each")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
     add_flags(parser)
     args = parser.parse_args()
     if args.repeats < 1:

@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--iterations", type=int, default=20, help=f"of the short run, at least {LEAST}"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
     add_flags(parser)
     args = parser.parse_args()
     trust_checkpoints(args.trust_checkpoint)

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--half", action="store_true", help="store kernels and matrices in float16: half the size"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
     add_flags(parser)
     args = parser.parse_args()
     trust_checkpoints(args.trust_checkpoint)

@@ -151,7 +151,7 @@ def main() -> None:
     )
     parser.add_argument("--ratio", type=float, default=8.0, help="to give the weight of (8)")
     parser.add_argument("--num-gpus", type=int, default=1)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
     add_flags(parser)
     args = parser.parse_args()
     if args.iters < LEAST:

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from functools import partial
 from typing import Optional, Type
 
 from detectron2.config import instantiate
@@ -20,6 +21,7 @@ from detectron2.evaluation import (
     coco_evaluation,
 )
 from omegaconf import ListConfig
+from pycocotools import cocoeval
 
 from .compat import has_compiled_ops
 from .errors import ConfigError
@@ -107,7 +109,9 @@ class FastCOCOEvaluator(COCOEvaluator):
 
         slow, upstream = self._coco_api, coco_evaluation.COCOeval
         self._coco_api = fast.COCO(slow.dataset, verbose=False)
-        coco_evaluation.COCOeval = fast.COCOeval
+        # a quiet terminal has a `print` of its own there
+        say = getattr(cocoeval, "print", print)
+        coco_evaluation.COCOeval = partial(fast.COCOeval, print_function=say)
         try:
             return super().evaluate(*args, **kwargs)
         finally:
