@@ -14,9 +14,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from ssimkd import ConfigError
-from ssimkd.checkpointer import WholeCheckpointer, whole_file
+from ssimkd.checkpointer import WholeCheckpointer, check_state, fault_of, whole_file
 from ssimkd.hooks import AfterTraining, EvalHook
 from ssimkd.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
+from ssimkd.random_state import get_random_state
 from ssimkd.same_run import check_same_run, flatten
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -105,6 +106,8 @@ def test_without_last_checkpoint_the_newest_one_counts(tmp_path):
     assert resume(tmp_path) == 3
     (tmp_path / "last_checkpoint").write_text("")  # stock Detectron2, killed
     assert resume(tmp_path) == 3
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe")  # a damaged disk
+    assert resume(tmp_path) == 3
     (tmp_path / "last_checkpoint").write_text("model_0000002.pth")  # 3 may be an older run's
     os.truncate(tmp_path / "model_0000002.pth", 100)
     assert resume(tmp_path) == 1
@@ -128,6 +131,43 @@ def test_with_no_whole_one_it_does_not_start_anew_in_silence(tmp_path):
     os.truncate(tmp_path / "model_0000001.pth", 100)
     with pytest.raises(ConfigError, match="none of the checkpoints.*model_0000001.pth"):
         resume(tmp_path)
+
+
+def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path):
+    """The whole directory of the file and, here and there, all else."""
+    save(tmp_path, 4.0, 4)
+    path = tmp_path / "model_0000004.pth"
+    content = path.read_bytes()
+    directory = content.index(b"PK\x01\x02")
+    faults = 0
+    for place in [*range(0, directory, 97), *range(directory, len(content), 5)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 255
+        path.write_bytes(damaged)
+        faults += bool(fault_of(str(path)))
+        if not fault_of(str(path)):
+            assert resume(tmp_path) == 4
+    assert faults > 20
+
+
+def test_random_values_are_not_evaluated(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("")
+    with pytest.raises(ConfigError, match="has no checkpoint to go on from"):
+        WholeCheckpointer(model_of(0.0), str(tmp_path), whole=True).resume_or_load("")
+
+
+def test_a_run_that_starts_anew_is_not_resumed_as_the_earlier_one(tmp_path):
+    for iteration in (1, 2):
+        save(tmp_path, float(iteration), iteration)
+    (tmp_path / "model_final.pth").write_text("final")
+    checkpointer = WholeCheckpointer(model_of(0.0), str(tmp_path))
+    checkpointer.set_aside()
+    assert not checkpointer.has_checkpoint()  # killed before its own first one
+    folder, final = sorted(os.listdir(tmp_path))
+    assert final == "model_final.pth" and resume(tmp_path / folder) == 2
+    assert len(os.listdir(tmp_path / folder)) == 3
+    checkpointer.set_aside()
+    assert sorted(os.listdir(tmp_path)) == [folder, final]
 
 
 def test_processes_that_see_different_checkpoints_stop(tmp_path, monkeypatch):
@@ -166,6 +206,34 @@ def test_what_makes_a_resume_impossible_is_an_error(tmp_path, model, parameters,
     state = State(*list(model.parameters())[:parameters])
     with pytest.raises(ConfigError, match=rf"model_0000001.pth .*{message}"):
         WholeCheckpointer(model, str(tmp_path), trainer=state).resume_or_load("")
+
+
+def test_weights_alone_are_not_resumed(tmp_path):
+    save(tmp_path, 1.0, 1)
+    model = model_of(0.0)
+    checkpointer = WholeCheckpointer(model, str(tmp_path), trainer=State(*model.parameters()))
+    with pytest.raises(ConfigError, match=r"without the state of their training \(trainer\)"):
+        checkpointer.resume_or_load("")
+
+
+@pytest.mark.parametrize(
+    "changes, exact, message",
+    [
+        ({"iteration": "x"}, {}, "its iteration is 'x'"),
+        ({"iteration": 10**9}, {}, "its iteration is 1000000000"),
+        ({}, {"data": {"batches": "x"}}, "its place in the training data"),
+        ({}, {"random": [{"python": 1}]}, "its random state"),
+        ({}, {}, ""),
+    ],
+)
+def test_a_damaged_state_is_found_before_the_training(changes, exact, message):
+    exact = {"random": [get_random_state()], "data": {"batches": 3}, **exact}
+    trainer = {"iteration": 2, "hooks": {"ExactResume": exact}, **changes}
+    checkpoint = {"iteration": 2, "trainer": trainer}
+    if not message:
+        return check_state(checkpoint)
+    with pytest.raises(ConfigError, match=f"is damaged: {message}"):
+        check_state(checkpoint)
 
 
 def run_of(**settings):

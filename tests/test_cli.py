@@ -6,6 +6,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from ssimkd import ConfigError
+from ssimkd.cli import argument_parser
+
+import train_net
 
 
 def run(tmp_path, config, *args):
@@ -64,3 +68,16 @@ def test_missing_coco(tmp_path, config, args, key):
 )
 def test_wrong_input(tmp_path, config, args, expected):
     assert expected in run(tmp_path, config, *args)
+
+
+def test_a_resume_finds_what_the_run_finds(tmp_path, few_shapes, monkeypatch):
+    """The check before a run and the run itself go by one rule."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
+    words = ["--config-file", SHAPES, "--eval-only", "--resume", "OUTPUT_DIR", str(tmp_path)]
+    args = argument_parser().parse_args(words)
+    (tmp_path / "last_checkpoint").write_text("")
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
+        train_net.check(args)
+    os.remove(tmp_path / "last_checkpoint")
+    (tmp_path / "model_0000001.pth").write_text("")
+    assert train_net.check(args) == "cpu"

@@ -138,7 +138,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
             after the file's name.
     """
     try:
-        content = _read(path)
+        content = read_raw(path)
     except Exception as error:  # a pickle that is none can raise anything
         name = NAMED.search(str(error)) or _named_by_plain(path)
         if name:
@@ -154,13 +154,14 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     return content
 
 
-def _read(path: str) -> Any:
+def read_raw(path: str, **options: Any) -> Any:
+    """What a file holds, or any exception; the options are torch.load's."""
     if path.endswith(".pkl"):
         with open(path, "rb") as f:
             # latin1: Caffe2's were written by Python 2
             return (pickle.Unpickler if _trusted else _Unpickler)(f, encoding="latin1").load()
     with torch.serialization.safe_globals(NUMPY):
-        return torch.load(path, map_location="cpu", weights_only=not _trusted)
+        return torch.load(path, map_location="cpu", weights_only=not _trusted, **options)
 
 
 def _named_by_plain(path: str) -> Optional[re.Match]:

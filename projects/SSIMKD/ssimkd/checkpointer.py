@@ -6,6 +6,7 @@ import re
 import shutil
 import zipfile
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import IO, Any, Dict, Iterator, List, Optional
 
 from detectron2.utils import comm
@@ -13,11 +14,14 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .checkpoint import RunCheckpointer
+from .checkpoint_file import NAMED, read_raw
 from .errors import ConfigError, one_line
+from .random_state import preserve_random_state, set_random_state
 from .same_run import check_same_run
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
+LAST = "last_checkpoint"
 NUMBERED = re.compile(r"model_\d{7,}\.pth")  # names sort as their iterations do
 
 
@@ -69,7 +73,7 @@ class WholeCheckpointer(RunCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to go on from, whole or not."""
-        return bool(self._newest_first())
+        return bool(checkpoints_in(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """As Detectron2's; goes on from the last whole checkpoint.
@@ -87,6 +91,8 @@ class WholeCheckpointer(RunCheckpointer):
             )
         self.resuming, self.source = bool(found), found
         if not found:
+            if self.whole and not path:
+                raise ConfigError(f"empty, and {self.save_dir} has no checkpoint to go on from")
             return super().resume_or_load(path, resume=False)
         self.whole = True
         return self.load(found)
@@ -99,18 +105,8 @@ class WholeCheckpointer(RunCheckpointer):
                 shutil.copyfileobj(source, file)
             self.tag_last_checkpoint(FINAL)
 
-    def _newest_first(self) -> List[str]:
-        """Names of the checkpoint that `last_checkpoint` gives and of those before it."""
-        if not os.path.isdir(self.save_dir):
-            return []
-        last = os.path.basename(self.get_checkpoint_file())
-        numbered = sorted(filter(NUMBERED.fullmatch, os.listdir(self.save_dir)), reverse=True)
-        if NUMBERED.fullmatch(last):
-            numbered = [name for name in numbered if name < last]
-        return [last, *numbered] if last else numbered
-
     def _last_whole(self) -> str:
-        names = self._newest_first()
+        names = checkpoints_in(self.save_dir)
         for name in names:
             path = os.path.join(self.save_dir, name)
             fault = fault_of(path)
@@ -122,10 +118,88 @@ class WholeCheckpointer(RunCheckpointer):
             "start anew without --resume"
         )
 
+    def set_aside(self) -> None:
+        """Moves an earlier run's checkpoints to a folder of their own: no resume is to find them.
+
+        For a run that starts anew; `model_final.pth` stays where it is until it is written over.
+
+        Raises:
+            ConfigError: they cannot be moved.
+        """
+        names = {LAST, *checkpoints_in(self.save_dir), *numbered_in(self.save_dir)} - {FINAL}
+        names = {name for name in names if os.path.isfile(os.path.join(self.save_dir, name))}
+        if not names or not self.save_to_disk:
+            return
+        folder = os.path.join(self.save_dir, f"before-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        try:
+            os.mkdir(folder)
+            for name in sorted(names):  # `last_checkpoint` first
+                os.rename(os.path.join(self.save_dir, name), os.path.join(folder, name))
+        except OSError as error:
+            raise ConfigError(
+                f"OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot move the checkpoints of an "
+                f"earlier run to {folder}: {one_line(error)}"
+            ) from error
+        logger.warning("Without --resume: the earlier run's checkpoints are now in %s", folder)
+
     def _load_model(self, checkpoint):
-        if self.resuming and self.run and "run" in checkpoint:
-            check_same_run(checkpoint["run"], self.run)
+        if self.resuming:
+            absent = [key for key in self.checkpointables if key not in checkpoint]
+            if absent:
+                raise ConfigError(
+                    f"holds weights without the state of their training ({', '.join(absent)}): "
+                    "start a new run from them (MODEL.WEIGHTS or train.init_checkpoint)"
+                )
+            check_state(checkpoint)
+            if self.run and "run" in checkpoint:
+                check_same_run(checkpoint["run"], self.run)
         return super()._load_model(checkpoint)
+
+
+def checkpoints_in(folder: str) -> List[str]:
+    """Names of the checkpoint that a folder's `last_checkpoint` gives and of those before it.
+
+    Where it gives none, the newest comes first; the files need not be whole, nor be there.
+    """
+    if not os.path.isdir(folder):
+        return []
+    try:
+        with open(os.path.join(folder, LAST), encoding="utf-8") as f:
+            last = os.path.basename(f.read().strip())
+    except (OSError, UnicodeDecodeError):
+        last = ""
+    numbered = numbered_in(folder)
+    if NUMBERED.fullmatch(last):
+        numbered = [name for name in numbered if name < last]
+    return [last, *numbered] if last else numbered
+
+
+def numbered_in(folder: str) -> List[str]:
+    """Names of a folder's checkpoints but for the final one, the newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(filter(NUMBERED.fullmatch, names), reverse=True)
+
+
+def check_state(checkpoint: Dict[str, Any]) -> None:
+    """Raises ConfigError for a state of the training that would fail, or end it, later on."""
+    trainer = checkpoint.get("trainer")
+    if not isinstance(trainer, dict) or "iteration" not in trainer:
+        return  # not this project's
+    iteration = trainer["iteration"]
+    if type(iteration) is not int or iteration != checkpoint.get("iteration", iteration):
+        raise ConfigError(f"is damaged: its iteration is {iteration!r}")
+    exact = trainer.get("hooks", {}).get("ExactResume")
+    if exact is None:
+        return
+    if type(exact.get("data", {"batches": 0})["batches"]) is not int:
+        raise ConfigError("is damaged: its place in the training data is no number")
+    with preserve_random_state():
+        for state in exact["random"]:
+            try:
+                set_random_state(state)
+            except Exception as error:
+                reason = f"its random state cannot be restored, {one_line(error)}"
+                raise ConfigError(f"is damaged: {reason}") from error
 
 
 class WholeFiles:
@@ -166,6 +240,9 @@ def fault_of(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes the sums, but does not read them
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        return one_line(error)
+        if not damaged:
+            read_raw(path, mmap=True)  # what Python's reader passes over, torch's may refuse
+    except Exception as error:  # a damaged header can raise anything
+        # a whole file that is not trusted is an error of its own
+        return "" if NAMED.search(str(error)) else one_line(error)
     return f"{damaged} is damaged" if damaged else ""

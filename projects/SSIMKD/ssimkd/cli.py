@@ -12,6 +12,7 @@ from detectron2.engine import default_argument_parser
 from omegaconf import OmegaConf
 
 from .checkpoint_file import TRUST
+from .checkpointer import checkpoints_in
 from .config import add_ssimkd_config
 from .data import check_datasets, lazy_use_own_data, use_own_data
 from .errors import ConfigError, one_line
@@ -190,7 +191,7 @@ def check_config(cfg, args: argparse.Namespace) -> str:
         raise ConfigError(f"{needed} is empty: name at least one data set")
     for key, names in list(used.items())[: 1 if args.eval_only else 2]:
         check_datasets(names or (), key)
-    resumes = args.resume and os.path.isfile(os.path.join(folder, "last_checkpoint"))
+    resumes = args.resume and bool(checkpoints_in(folder))
     check_weights(weights_key, weights, resumes, args.eval_only)
     check_processes(args, device, use_cpu)
     if amp and not torch.cuda.is_available() and not args.eval_only:

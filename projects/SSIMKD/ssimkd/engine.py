@@ -254,6 +254,8 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
     with building("the config"):
         trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)
+    if not resume:
+        trainer.checkpointer.set_aside()
     trainer.train()
     return getattr(trainer, "_last_eval_results", {})
 
@@ -348,6 +350,8 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
     check_classes(unwrap(model), data)
     prepare(unwrap(model), loader, resumed=resumed)
+    if not resume:
+        checkpointer.set_aside()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     return results
 
