@@ -18,6 +18,7 @@ from ssimkd.checkpointer import WholeCheckpointer, check_state, fault_of, whole_
 from ssimkd.hooks import AfterTraining, EvalHook
 from ssimkd.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
 from ssimkd.random_state import get_random_state
+from ssimkd.run_record import read_record, record_run
 from ssimkd.same_run import check_same_run, flatten
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -256,6 +257,46 @@ def test_another_kind_of_optimizer_is_refused():
     old, new = run_of(optimizer___target_="SGD"), run_of(optimizer___target_="AdamW")
     with pytest.raises(ConfigError, match="optimizer._target_ was SGD and is now AdamW"):
         check_same_run(old, new)
+
+
+def taught_by(**teachers):
+    """Keys -> (first digits of the sha256, a setting of the teacher's config)."""
+    found = {
+        key: {"file": f"{digest}.pth", "sha256": digest, "config": {"MEAN": mean}}
+        for key, (digest, mean) in teachers.items()
+    }
+    return {"settings": {}, "teachers": found}
+
+
+def test_teachers_are_told_by_their_files_whatever_the_key(caplog):
+    old = taught_by(TEACHER=("a", "1"))
+    check_same_run(old, taught_by(TEACHERS=("a", "1")))
+    check_same_run(taught_by(), old)
+    assert not caplog.records
+    check_same_run(old, taught_by(TEACHER=("a", "2")))
+    assert caplog.messages == ["--resume: the teacher's MEAN was 1 and is now 2"]
+    with pytest.raises(ConfigError, match=r"is another run's: TEACHERS: b.pth .* taught so far"):
+        check_same_run(old, taught_by(TEACHERS=("b", "1")))
+    with pytest.raises(ConfigError, match=r"TEACHER: a.pth has taught so far and is gone"):
+        check_same_run(taught_by(B=("b", "1"), TEACHER=("a", "1")), taught_by(B=("b", "1")))
+
+
+@pytest.mark.parametrize("content", ["", '[{"comm', "3"])
+def test_an_unreadable_record_is_set_aside(tmp_path, caplog, content):
+    (tmp_path / "run.json").write_text(content)
+    with record_run(str(tmp_path)):
+        assert len(read_record(str(tmp_path))) == 1
+    assert (tmp_path / "run.json.unreadable").read_text() == content
+    assert "run.json cannot be read and is left out" in caplog.text
+
+
+def test_a_record_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "run.json.tmp").mkdir()
+    with (
+        pytest.raises(ConfigError, match="OUTPUT_DIR .* cannot write run.json"),
+        record_run(str(tmp_path)),
+    ):
+        pass
 
 
 def test_settings_are_words_that_stay_the_same_from_run_to_run():

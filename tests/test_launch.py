@@ -150,6 +150,8 @@ def fail(how):
         if how == "hangs":
             time.sleep(600)
         raise ConfigError("SOME.KEY: wrong")
+    if how in ("killed", "raises"):  # torchrun names who failed first: not the one that is left
+        time.sleep(600)
     comm.synchronize()
 
 

@@ -1,6 +1,7 @@
 """What a run leaves about itself: `run.json` in its folder."""
 
 import json
+import logging
 import os
 import platform
 import re
@@ -16,8 +17,10 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from detectron2.utils import comm
 
-from .errors import ConfigError
+from .checkpointer import whole_file
+from .errors import ConfigError, one_line
 
+logger = logging.getLogger(__name__)
 FILE = "run.json"
 PACKAGES = ("ssimkd", "detectron2", "torch", "torchvision", "numpy")
 
@@ -42,7 +45,11 @@ def record_run(folder: str) -> Iterator[None]:
         "versions": {"python": platform.python_version(), **versions()},
         "machine": machine(),
     }
-    entries = [*read_record(folder), entry]
+    old, path = read_record(folder), os.path.join(folder, FILE)
+    entries = [*old, entry]
+    with writing(folder):
+        if not old and os.path.exists(path):  # unreadable
+            os.replace(path, f"{path}.unreadable")
     write(folder, entries)
     yield
     entry["ended"] = now()
@@ -50,9 +57,20 @@ def record_run(folder: str) -> Iterator[None]:
 
 
 def read_record(folder: str) -> List[Dict[str, Any]]:
-    """The entries of a folder's `run.json`, oldest first; none where there is no such file."""
+    """The entries of a folder's `run.json`, oldest first; none where it cannot be read."""
     path = os.path.join(folder, FILE)
-    return read_json(path) if os.path.isfile(path) else []
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path) as f:
+            entries = json.load(f)
+        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+            return entries
+        reason = "it is no list of entries"
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+    logger.warning("%s cannot be read and is left out: %s", path, reason)
+    return []
 
 
 def read_json(path: str) -> Any:
@@ -77,10 +95,20 @@ def in_words(time: Optional[str]) -> str:
 
 def write(folder: str, entries: List[Dict[str, Any]]) -> None:
     """Replaces `run.json` at once: an interruption leaves the former one."""
-    path = os.path.join(folder, FILE)
-    with open(path + ".tmp", "w") as f:
+    with writing(folder), whole_file(os.path.join(folder, FILE), "w") as f:
         json.dump(entries, f, indent=2)
-    os.replace(path + ".tmp", path)
+
+
+@contextmanager
+def writing(folder: str) -> Iterator[None]:
+    """Around a change of `run.json`: that it cannot be made is a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot write {FILE} to {folder}: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def now() -> str:

@@ -25,7 +25,8 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
         model (nn.Module): a student, or a plain detector, which has no teachers.
 
     Returns:
-        dict: "settings", key -> value in words; "teachers", key -> "file" and its "sha256".
+        dict: "settings", key -> value in words; "teachers", key -> "file", its "sha256" and
+            "config" as settings.
     """
     if not isinstance(cfg, CfgNode):
         cfg = OmegaConf.to_container(cfg)
@@ -34,35 +35,60 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
         if distiller.enabled:
             key = f"MODEL.DISTILL.TEACHERS, {name}" if name else "MODEL.DISTILL.TEACHER.WEIGHTS"
             path = distiller.spec.find_weights()
-            teachers[key] = {"file": path, "sha256": sha256(path)}
+            config = distiller.spec.load_config()
+            if not isinstance(config, CfgNode):
+                config = OmegaConf.to_container(config)
+            teachers[key] = {"file": path, "sha256": sha256(path), "config": dict(flatten(config))}
     return {"settings": dict(flatten(cfg)), "teachers": teachers}
 
 
 def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Compares what a checkpoint keeps with the run that goes on from it.
 
-    Every setting that differs is a warning. Another optimizer cannot go on from the state of the
-    first, and a student that was taught by two teachers in turn is no result of either.
+    Every setting that differs, of the run or of a teacher, is a warning. Another optimizer cannot
+    go on from the state of the first, and a student that was taught by two teachers in turn is no
+    result of either.
 
     Raises:
-        ConfigError: a teacher's file or the kind of optimizer has changed.
+        ConfigError: a teacher's file or the kind of optimizer has changed; to be put after the
+            checkpoint's name.
     """
-    for key in sorted({**old["settings"], **new["settings"]}):
-        before, now = (run["settings"].get(key, "not set") for run in (old, new))
-        if before == now or FREE.fullmatch(key):
-            continue
+    for key, before, now in differences(old["settings"], new["settings"]):
         if key == "optimizer._target_":
-            raise ConfigError(f"{key} was {before} and is now {now}: their states differ")
-        logger.warning("--resume: %s was %s and is now %s", key, before, now)
-    for key, now in new["teachers"].items():
-        before = old["teachers"].get(key, now)
-        if before["sha256"] != now["sha256"]:
             raise ConfigError(
-                f"{key}: {now['file']} is not the file that has taught so far ({before['file']}; "
-                f"SHA-256 {before['sha256'][:12]}..., now {now['sha256'][:12]}...): put that back, "
-                "or start a new run from this checkpoint's weights (MODEL.WEIGHTS or "
-                "train.init_checkpoint)"
+                f"is another run's: {key} was {before} and is now {now}: their states differ"
             )
+        logger.warning("--resume: %s was %s and is now %s", key, before, now)
+    # whatever the keys are: one teacher may be named in two ways
+    taught = {teacher["sha256"]: teacher for teacher in old["teachers"].values()}
+    for name, teacher in new["teachers"].items() if taught else ():
+        if teacher["sha256"] not in taught:
+            files = ", ".join(
+                f"{x['file']}, SHA-256 {x['sha256'][:12]}..." for x in taught.values()
+            )
+            raise ConfigError(
+                f"is another run's: {name}: {teacher['file']} (SHA-256 "
+                f"{teacher['sha256'][:12]}...) is not the file that has taught so far ({files}): "
+                "put that back, or start a new run from this checkpoint's weights (MODEL.WEIGHTS "
+                "or train.init_checkpoint)"
+            )
+        config = taught[teacher["sha256"]].get("config", teacher["config"])
+        for key, before, now in differences(config, teacher["config"]):
+            logger.warning("--resume: the teacher's %s was %s and is now %s", key, before, now)
+    kept = {teacher["sha256"] for teacher in new["teachers"].values()}
+    for name, teacher in old["teachers"].items() if kept else ():
+        if teacher["sha256"] not in kept:
+            raise ConfigError(
+                f"is another run's: {name}: {teacher['file']} has taught so far and is gone"
+            )
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[Tuple[str, str, str]]:
+    """Settings that differ, but for those that may: key, value before, value now."""
+    for key in sorted({**old, **new}):
+        before, now = old.get(key, "not set"), new.get(key, "not set")
+        if before != now and not FREE.fullmatch(key):
+            yield key, before, now
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
