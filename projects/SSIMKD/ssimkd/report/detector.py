@@ -32,6 +32,7 @@ class Detector:
         model (nn.Module or None): it, with its weights; None where they are not there.
         weights (str): path of the file whose size counts.
         format (str): channel order of the images that it takes, "BGR" or "RGB".
+        teaches (bool): whether it is a teacher of the run that is reported.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Detector:
     model: Optional[nn.Module]
     weights: str
     format: str = "BGR"
+    teaches: bool = False
 
     def detect(self, x: Dict[str, Any], shown: str) -> Any:
         """Its Instances in one image, whose channel order is `shown`."""
@@ -125,7 +127,7 @@ def teachers_of(model: nn.Module, notes: List[str]) -> List[Detector]:
             continue
         if absent:
             notes.append(f"The {label}'s detections are left out: its checkpoint lacks {absent[0]}")
-        found.append(Detector(label, None, None if absent else detector, weights, order))
+        found.append(Detector(label, None, None if absent else detector, weights, order, True))
     return found
 
 

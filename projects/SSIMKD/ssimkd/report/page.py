@@ -46,7 +46,7 @@ class Report:
         self.samples = run.samples(SAMPLE) if self.model is not None else []
         self.inputs = [x for _, x in self.samples]
         pairs = sum(distiller.enabled for _, distiller in distillers_of(self.model))
-        loaded = sum(d.label.startswith("teacher") for d in self.detectors)
+        loaded = sum(d.teaches for d in self.detectors)
         self.levels = measure_levels(self.model, self.inputs) if loaded == pairs else {}
         self.colour = charts.colours([d.label for d in self.detectors])
         if self.model is not None and not pairs:
@@ -309,9 +309,7 @@ class Report:
         kept = {
             d.label: d.run
             for d in self.detectors
-            if d.run is not None
-            and d.run.lazy == self.run.lazy
-            and not d.label.startswith("teacher")
+            if d.run is not None and d.run.lazy == self.run.lazy and not d.teaches
         }
         base, rows = differences(list(kept.values()))
         between = [row for row in rows if len(set(row[2:])) > 1]
