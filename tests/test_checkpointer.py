@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from ssimkd import ConfigError
-from ssimkd.checkpointer import WholeCheckpointer, check_state, fault_of, whole_file
+from ssimkd.checkpointer import WholeCheckpointer, check_state, whole_file
 from ssimkd.hooks import AfterTraining, EvalHook
 from ssimkd.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
 from ssimkd.random_state import get_random_state
@@ -145,9 +145,10 @@ def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= 255
         path.write_bytes(damaged)
-        faults += bool(fault_of(str(path)))
-        if not fault_of(str(path)):
+        try:
             assert resume(tmp_path) == 4
+        except ConfigError:  # none is whole
+            faults += 1
     assert faults > 20
 
 

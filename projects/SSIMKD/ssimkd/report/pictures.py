@@ -15,7 +15,7 @@ from .detector import Detector
 SHOWN_SCORE = 0.3  # detections below it are not drawn
 LEAST_WIDTH = 640  # pixels: smaller images are enlarged before anything is drawn on them
 TEXT = 0.7  # of OpenCV's font: 15 pixels high, some 8 where the page shows 640 pixels as 350
-README_WIDTH = 300  # pixels, of a picture beside others
+README_WIDTH = 280  # pixels, of a picture beside others
 MOST_WIDTH = 640  # pixels, of a picture in the page
 PALETTE = ((59, 130, 246), (245, 158, 11), (16, 185, 129), (236, 72, 153), (139, 92, 246))
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
