@@ -304,6 +304,12 @@ def check(words, expected, files, tmp_path, monkeypatch, capsys):
     assert {path.name for path in contents(tmp_path)} <= {"log.txt", "config.yaml", "run.json"}
 
 
+@pytest.mark.parametrize("key", ["IN_FEATURES", "LOG_GRADIENTS", "SSIM.WEIGHT", "TEACHER.OPTS"])
+def test_none_is_no_value(key, monkeypatch, capsys):
+    words = ["--config-file", "configs/shapes/ssimkd.yaml", f"MODEL.DISTILL.{key}", "None"]
+    assert f"MODEL.DISTILL.{key} is None" in said_by(words, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("words, expected", CASES)
 def test_a_yaml_run(words, expected, files, few_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)

@@ -172,8 +172,23 @@ def check_yaml(cfg: CfgNode) -> None:
             "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, "
             f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: it is scaled to the number of processes"
         )
-    if cfg.MODEL.DISTILL.LOSSES:
-        build_distiller(cfg)
+    refuse_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
+    try:
+        if cfg.MODEL.DISTILL.LOSSES:
+            build_distiller(cfg)
+    except ConfigError:
+        raise
+    except Exception as error:  # a value of a kind that nothing expects
+        raise ConfigError(f"MODEL.DISTILL: {one_line(error)}") from error
+
+
+def refuse_none(node: CfgNode, name: str) -> None:
+    """Raises ConfigError for a key set to None, which yacs takes in place of any value."""
+    for key, value in node.items():
+        if value is None:
+            raise ConfigError(f"{name}.{key} is None: give it a value, or leave it out")
+        if isinstance(value, CfgNode):
+            refuse_none(value, f"{name}.{key}")
 
 
 def check_expected(results: Sequence[Any]) -> None:
