@@ -35,6 +35,8 @@ def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     """
     names = {split: cfg.DATASETS[split] or () for split in splits or ("TRAIN",)}
     count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
+    if not isinstance(cfg.DATASETS.COCO, (list, tuple)):  # yacs takes None for anything
+        raise ConfigError(f"DATASETS.COCO must be a list of mappings, got {cfg.DATASETS.COCO}")
     if splits or count:
         register_coco(cfg.DATASETS.COCO, list(chain(*names.values())), names.get("TEST", ()))
     if count:
