@@ -8,8 +8,6 @@ warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
 # Detectron2's own use of torch and numpy
 for known in ("Creating a tensor from a list of numpy", "torch.meshgrid: in an upcoming release"):
     warnings.filterwarnings("ignore", known, UserWarning)
-# FiniteSteps takes the step of the optimizer over, in its right order
-warnings.filterwarnings("ignore", r"Seems like `optimizer\.step", UserWarning)
 # Detectron2's list of the environment asks for a compiler, on machines without a GPU as well.
 logging.getLogger("torch.utils.cpp_extension").addFilter(
     lambda record: "No CUDA runtime" not in record.getMessage()
