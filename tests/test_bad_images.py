@@ -342,7 +342,7 @@ def test_an_evaluation_names_it(own, tmp_path):
 
 def test_a_lazy_evaluation_names_it(own, tmp_path):
     from ssimkd.cli import load_config
-    from ssimkd.engine import lazy_test
+    from ssimkd.lazy_engine import lazy_test
 
     cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"], splits=())
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})

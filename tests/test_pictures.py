@@ -6,7 +6,7 @@ import torch
 from conftest import shapes_cfg
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from ssimkd import engine
+from ssimkd import engine, lazy_engine
 from ssimkd.cli import load_config
 from ssimkd.detector import image_reader, load_detector
 from ssimkd.pictures import build_pictures
@@ -101,7 +101,7 @@ def lazy_run(out, period, train, val):
     cfg = load_config("tests/lazy_shapes.py", [*opts, f"+model.vis_period={period}"])
     cfg.model.distiller.check_images = 0
     cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names = train, val
-    engine.lazy_train(cfg, resume=False)
+    lazy_engine.lazy_train(cfg, resume=False)
 
 
 @pytest.mark.parametrize("run", [yaml_run, lazy_run])
@@ -109,7 +109,7 @@ def test_both_drivers_show_them_on_tensorboard_and_train_the_same(
     run, tmp_path, few_names, monkeypatch
 ):
     monkeypatch.setattr(engine.DistillTrainer, "test", classmethod(lambda *args: {}))
-    monkeypatch.setattr(engine, "lazy_test", lambda *args: {})
+    monkeypatch.setattr(lazy_engine, "lazy_test", lambda *args: {})
     trained = []
     for period in (0, 2):
         out = tmp_path / str(period)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
-from .errors import ConfigError, one_line
+from .errors import ConfigError, building, one_line
 
 MOST = sys.float_info.max
 FINE = 1e-6  # what a number above 0 is at least
@@ -173,13 +173,9 @@ def check_yaml(cfg: CfgNode) -> None:
             f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: it is scaled to the number of processes"
         )
     refuse_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
-    try:
-        if cfg.MODEL.DISTILL.LOSSES:
+    if cfg.MODEL.DISTILL.LOSSES:
+        with building("MODEL.DISTILL"):  # a value may be of a kind that nothing expects
             build_distiller(cfg)
-    except ConfigError:
-        raise
-    except Exception as error:  # a value of a kind that nothing expects
-        raise ConfigError(f"MODEL.DISTILL: {one_line(error)}") from error
 
 
 def refuse_none(node: CfgNode, name: str) -> None:
@@ -209,11 +205,7 @@ def check_lazy(cfg: DictConfig) -> None:
             raise ConfigError(f"{key} must be a node, got {value_of(cfg, key)!r}")
     distiller = cfg.model.get("distiller")
     if distiller is not None:
-        try:
+        with building("model.distiller"):
             built = instantiate(distiller)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"model.distiller: {one_line(error)}") from error
         if not isinstance(built, (Distiller, Distillers)):
             raise ConfigError(f"model.distiller must be a Distiller or Distillers, got {built!r}")
