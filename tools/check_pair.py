@@ -78,7 +78,7 @@ def build(cfg) -> Any:
     lazy = not isinstance(cfg, CfgNode)
     model: Any = lazy_engine.lazy_model(cfg) if lazy else engine.DistillTrainer.build_model(cfg)
     if lazy:
-        lazy_engine.check_image_format(cfg, model)
+        lazy_engine.check_image_format(cfg, model, "train", "test")
         build_teacher(model)
         names = {key: found for found, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
     else:

@@ -52,7 +52,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     model = lazy_model(cfg)
     logger.info("Model:\n%s", model)
-    check_image_format(cfg, model)
+    check_image_format(cfg, model, "train", "test")
     build_teacher(model)
     cfg.optimizer.params.model = model
     with building("optimizer"):
@@ -128,18 +128,23 @@ def lazy_model(cfg) -> nn.Module:
         return instantiate(cfg.model).to(cfg.train.device)
 
 
-def check_image_format(cfg, model: nn.Module) -> None:
-    """Raises ConfigError unless mapper and student agree on the images' channel order.
+def check_image_format(cfg, model: Any, *splits: str) -> None:
+    """Raises ConfigError unless mappers and student agree on the images' format.
 
-    A student that does not say which order it takes (FCOS) takes the mapper's.
+    A student that does not say which one it takes (FCOS) takes the first mapper's.
+
+    Args:
+        cfg (DictConfig): has a mapper for each split; one that does not say is left alone.
+        model (nn.Module): a student; another model is left alone.
+        splits (str): "train", "test".
     """
-    key = "dataloader.train.mapper.image_format"
-    found, expected = OmegaConf.select(cfg, key), getattr(model, "input_format", None)
-    if not (isinstance(model, DistillMixin) and found):
-        return
-    if expected and found != expected:
-        raise ConfigError(f"{key} is {found}, model.input_format {expected}: make them equal")
-    model.input_format = found
+    for split in splits if isinstance(model, DistillMixin) else ():
+        key = f"dataloader.{split}.mapper.image_format"
+        expected = getattr(model, "input_format", None)
+        found = OmegaConf.select(cfg, key) or expected
+        if expected and found != expected:
+            raise ConfigError(f"{key} is {found}, model.input_format {expected}: make them equal")
+        model.input_format = found
 
 
 def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
@@ -147,7 +152,9 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg = copy.deepcopy(cfg)
     if "distiller" in cfg.model:
         cfg.model.distiller = None
-    model = create_ddp_model(lazy_model(cfg))
+    model = lazy_model(cfg)
+    check_image_format(cfg, model, "test")
+    model = create_ddp_model(model)
     names, key = lazy_names(cfg, "TEST")
     check_classes(unwrap(model), {key: names})
     checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
