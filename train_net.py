@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from ssimkd import engine, launch
+from ssimkd import engine, launch, lazy_engine
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import argument_parser, check_config, load_arguments, writing_to
 from ssimkd.errors import traceback_in_log_only
@@ -39,7 +39,7 @@ def main(args) -> None:
     if not lazy:
         run = engine.evaluate if args.eval_only else engine.train
     else:
-        run = engine.lazy_evaluate if args.eval_only else engine.lazy_train
+        run = lazy_engine.lazy_evaluate if args.eval_only else lazy_engine.lazy_train
     with record_run(folder), traceback_in_log_only(args.debug):
         run(cfg, args.resume)
 

@@ -11,7 +11,9 @@ import torch
 from conftest import ROOT
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["ssimkd.cli", "ssimkd.engine", "torch.utils.tensorboard"])
+SPAWN.set_forkserver_preload(
+    ["ssimkd.cli", "ssimkd.engine", "ssimkd.lazy_engine", "torch.utils.tensorboard"]
+)
 SIZES = {"max_iter": 6, "checkpoint_period": 2, "eval_period": 3, "workers": 0}
 
 

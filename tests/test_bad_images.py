@@ -247,7 +247,7 @@ def test_more_than_half_of_the_data(monkeypatch):
         take(of_names(names, sampler=range(8)), 8)
 
 
-@pytest.mark.parametrize("error", [MemoryError, TypeError, RuntimeError])
+@pytest.mark.parametrize("error", [MemoryError, TypeError, RuntimeError, ValueError, SyntaxError])
 def test_what_no_image_is_to_blame_for_is_not_skipped(error):
     def fails(item):
         raise error("no fault of the image")
@@ -255,6 +255,44 @@ def test_what_no_image_is_to_blame_for_is_not_skipped(error):
     with pytest.raises(ConfigError, match=f"^3.jpg: {error.__name__}: no fault") as failed:
         take(of_names(["3.jpg"], fails), 1)
     assert not isinstance(failed.value, BadImageError)
+
+
+@pytest.mark.parametrize("error", [OSError, EOFError, BadImageError])
+def test_an_own_mapper_may_say_that_an_image_is_bad(error):
+    def fails(item):
+        if item["file_name"] == "3.jpg":
+            raise error("no second exposure")
+        return dict(item)
+
+    (batch,) = take(of_names(["3.jpg", "4.jpg", "5.jpg"], fails, sampler=range(3)), 1)
+    assert [item["file_name"] for item in batch] == ["4.jpg"]
+
+
+class Careless(DatasetMapper):
+    """A mapper with a bug behind its reading."""
+
+    def __call__(self, item):
+        return np.zeros(3) + super().__call__(item)["image"].numpy()[0, 0, :2]
+
+
+def test_a_bug_after_the_reading_is_no_bad_image(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "good.png")
+    own = NamingMapper(Careless(shapes_cfg("vanilla"), True))
+    with pytest.raises(ConfigError, match=r"good.png: ValueError: operands could not") as failed:
+        own(record(tmp_path / "good.png"))
+    assert not isinstance(failed.value, BadImageError)
+    with pytest.raises(BadImageError, match="text.png: UnidentifiedImageError"):
+        own(record(broken(tmp_path, "text")))
+
+
+def test_annotations_that_cannot_be_read_are_the_images_fault(tmp_path):
+    """Detectron2's utilities raise a ValueError of a mask that is none."""
+    Image.fromarray(PIXELS).save(tmp_path / "good.png")
+    entry = record(tmp_path / "good.png")
+    entry["annotations"][0]["segmentation"] = "a circle"
+    masks = NamingMapper(DatasetMapper(shapes_cfg("vanilla", "MODEL.MASK_ON", True), True))
+    with pytest.raises(BadImageError, match="good.png: ValueError: Cannot transform segmentation"):
+        masks(entry)
 
 
 class Trainer:
@@ -342,7 +380,7 @@ def test_an_evaluation_names_it(own, tmp_path):
 
 def test_a_lazy_evaluation_names_it(own, tmp_path):
     from ssimkd.cli import load_config
-    from ssimkd.engine import lazy_test
+    from ssimkd.lazy_engine import lazy_test
 
     cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"], splits=())
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})

@@ -7,7 +7,7 @@ import torch
 from conftest import image_batch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
-from ssimkd import ConfigError
+from ssimkd import ConfigError, Distiller
 from ssimkd.distiller import check_cells, crop_to_common, match_levels
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.teacher import rules_of
@@ -68,7 +68,7 @@ def test_channels_that_differ_need_an_adapter(student):
         ((f"{KEY}.SSIM.NORMALIZE_SCOPE", "row"), f"{KEY}.SSIM: normalize_scope must be one of"),
         ((f"{KEY}.SSIM.WINDOW_SIZE", 4), f"{KEY}.SSIM: window_size must be an odd"),
         ((f"{KEY}.SSIM.WEIGHT", -1.0), f"{KEY}.SSIM: weight must be a finite number >= 0"),
-        ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be a finite number >= 0"),
+        ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be an integer >= 0"),
         ((f"{KEY}.IN_FEATURES", []), f"{KEY}.IN_FEATURES is empty"),
         ((f"{KEY}.LEVEL_WEIGHTS", [1.0]), f"{KEY}.LEVEL_WEIGHTS has 1 numbers for the 4 levels"),
         ((f"{KEY}.LEVEL_WEIGHTS", [1.0, 1.0, 1.0, -1.0]), f"{KEY}.LEVEL_WEIGHTS must be a finite"),
@@ -192,9 +192,24 @@ def test_padded_cells_are_left_out_unless_asked_for(student):
     assert kd_loss(masked, even) == kd_loss(whole, even)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(mask_padding="no"), f"{KEY}.MASK_PADDING must be True or False, got 'no'"),
+        (dict(check_images="8"), f"{KEY}.CHECK_IMAGES must be an integer >= 0, got '8'"),
+        (dict(skip_nonfinite_steps=0.5), f"{KEY}.SKIP_NONFINITE_STEPS must be an integer >= 0"),
+        (dict(loss_weight="1"), f"{KEY}.TEACHER.LOSS_WEIGHT must be a finite number >= 0, got '1'"),
+        (dict(teacher=dict(config="x", compile="no")), f"{KEY}.TEACHER.COMPILE must be True or"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(options, message):
+    """A LazyConfig takes any: of one teacher or of several."""
+    with pytest.raises(ConfigError, match=message):
+        Distiller(**{"teacher": dict(config="x"), "losses": [], **options})
+
+
 def test_config_without_distill_says_what_to_call():
     from detectron2.config import get_cfg
-    from ssimkd import Distiller
 
     with pytest.raises(ConfigError, match="add_ssimkd_config"):
         Distiller(get_cfg())

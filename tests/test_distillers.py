@@ -1,5 +1,8 @@
 """Several teachers at once: a loss term each, weights and trainable parts per teacher."""
 
+import logging
+import math
+
 import pytest
 import torch
 from conftest import image_batch, shapes_cfg
@@ -7,6 +10,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller, Distillers
 from ssimkd.losses import SSIMLoss
+from ssimkd.preflight import prepare
+from ssimkd.student import steps_to_skip
 
 KEY = "MODEL.DISTILL"
 CONFIG = "configs/shapes/teacher.yaml"
@@ -91,20 +96,98 @@ def test_one_key_switches_all_of_them_off(files):
     assert not any(name.startswith("distiller.") for name in model.state_dict())
 
 
-def test_from_python_teachers_are_named_by_keyword(files):
-    def distiller(weights):
+def taught(files, a=None, b=None):
+    """A student of the same teacher twice, with options of each of the two Distillers."""
+
+    def distiller(options):
         return Distiller(
-            teacher=dict(config=CONFIG, weights=weights),
+            teacher=dict(config=CONFIG, weights=files[0]),
             losses=[SSIMLoss(weight=16.0)],
             in_features=["p2", "p3", "p4", "p5"],
+            **(options or {}),
         )
 
-    both = Distillers(a=distiller(files[0]), b=distiller(files[0]))
+    both = Distillers(a=distiller(a), b=distiller(b))
     model = build([], f"{KEY}.LOSSES", ())
     both.attach(model.backbone.output_shape())
     model.distiller = both
-    losses, _ = run(model)
+    return model
+
+
+def test_from_python_teachers_are_named_by_keyword(files):
+    losses, _ = run(taught(files))
     assert torch.equal(losses["ssim_kd_loss_a"], losses["ssim_kd_loss_b"])
+
+
+@pytest.mark.parametrize(
+    "key, value, option",
+    [
+        ("MASK_PADDING", False, "mask_padding"),
+        ("WARMUP_ITERS", 4, "warmup_iters"),
+        ("LEVEL_WEIGHTS", [0.0, 1.0, 2.0, 3.0], "level_weights"),
+    ],
+)
+def test_an_option_is_the_teachers_own(files, student, key, value, option):
+    losses, _ = run(taught(files, b={option: value}))
+    for name, opts in (("a", ()), ("b", (f"{KEY}.{key}", value))):
+        alone, _ = run(student(f"{KEY}.TEACHER.WEIGHTS", files[0], *opts))
+        assert torch.equal(losses[f"ssim_kd_loss_{name}"], alone["ssim_kd_loss"])
+    assert losses["ssim_kd_loss_a"] != losses["ssim_kd_loss_b"]
+
+
+class Loader:
+    """Counts how many images it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def peek(self, images):
+        self.asked.append(images)
+        return [BATCH]
+
+
+def test_each_pair_is_checked_on_as_many_images_as_it_asks_for(files, caplog):
+    caplog.set_level(logging.INFO)
+    loader = Loader()
+    prepare(taught(files, a={"check_images": 0}, b={"check_images": 2}), loader, resumed=False)
+    assert loader.asked == [2]
+    assert "Teacher b and student agree cell by cell" in caplog.text
+    assert "eacher a " not in caplog.text
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_steps_are_left_out_for_all_teachers_and_the_one_to_blame_is_named(files, allowed, caplog):
+    model = taught(files, b={"skip_nonfinite_steps": allowed})
+    assert steps_to_skip(model) == allowed
+    run(model)
+
+    def spoil(module, args, output):
+        return torch.full_like(output, math.nan)
+
+    model.distiller["a"].teacher.model.backbone.fpn_output3.register_forward_hook(spoil)
+    said = "a/ssim_kd/p3 is nan, from the teacher's map p3"
+    if allowed:
+        assert run(model)[0]["ssim_kd_loss_a"].isnan()
+        assert said in caplog.text
+    else:
+        with pytest.raises(FloatingPointError, match=f"^{said}"):
+            run(model)
+
+
+def test_the_teacher_to_blame_is_named(files):
+    model = build(entries(files, NAME="narrow", ADAPTER="none"))
+    message = f"^{KEY}.TEACHERS: narrow: {KEY}.ADAPTER: p2 has 64 channels in the student and 32"
+    with pytest.raises(ConfigError, match=message):
+        run(model)
+
+
+def test_an_entry_without_weights_or_overrides_does_not_take_another_teachers(files):
+    entry = {"CONFIG": "COCO-Detection/retinanet_R_50_FPN_1x", "IN_FEATURES": ["p3"]}
+    common = (f"{KEY}.TEACHER.OPTS", ["SEED", 1], f"{KEY}.TEACHER.PRECISION", "bfloat16")
+    cfg = shapes_cfg("ssimkd", f"{KEY}.TEACHER.CONFIG", "", f"{KEY}.TEACHERS", [entry], *common)
+    assert cfg.MODEL.DISTILL.TEACHER.WEIGHTS  # of the single teacher that this config names
+    spec = build_model(cfg).distiller["teacher1"].spec
+    assert (spec.weights, list(spec.opts), spec.precision) == ("", [], "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +201,8 @@ def test_from_python_teachers_are_named_by_keyword(files):
         ([{"CONFIG": "a", "NAME": "keys"}], "a NAME cannot be used"),
         ([{"LOSSES": ["sim"]}], "there is no loss 'sim'"),
         ([{"LOSS_WEIGHT": -1.0}], "TEACHER.LOSS_WEIGHT must be a finite number >= 0"),
+        ([{"CONFIG": "a", "LOSSES": None}], f"{KEY}.TEACHERS: LOSSES is None: give it a value"),
+        ([{"NAME": "x", "ADAPTER": "y"}], f"{KEY}.TEACHERS: x: {KEY}.ADAPTER: 'y' is none of"),
     ],
 )
 def test_wrong_entries_are_named(change, message):

@@ -296,22 +296,6 @@ def test_a_resume_that_is_not_exact_says_so(caplog):
     assert len(messages) == 3 and all("not exact" in message for message in messages)
 
 
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("model.distiller.losses.0.border=wrap", "border must be one of"),
-        ("+model.distiller.teacher.weight=x", "MODEL.DISTILL.TEACHER: "),
-        ("model.distiller.in_features=p2", "MODEL.DISTILL.IN_FEATURES must be a list"),
-    ],
-)
-def test_a_wrong_setting_of_a_lazy_config_is_named(override, message):
-    from ssimkd.cli import load_config
-    from ssimkd.engine import lazy_model
-
-    with pytest.raises(ConfigError, match=message):
-        lazy_model(load_config("configs/ssimkd_R50.py", [override, "train.device=cpu"]))
-
-
 def test_a_plain_detector_with_a_teacher_is_refused():
     cfg = shapes_cfg("ssimkd", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
     with pytest.raises(ConfigError, match="GeneralizedRCNN does not distil; set DistillRCNN"):
@@ -324,28 +308,6 @@ def test_the_student_is_exported_before_the_last_evaluation(tmp_path):
     trainer = DistillTrainer(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)))
     kinds = [type(hook) for hook in trainer._hooks]
     assert kinds.index(AfterTraining) < kinds.index(EvalHook)
-
-
-def test_mapper_and_student_must_agree_on_the_channel_order():
-    from ssimkd.cli import load_config
-    from ssimkd.engine import check_image_format, lazy_model
-
-    key = "dataloader.train.mapper.image_format"
-    cfg = load_config("configs/ssimkd_R50.py", [f"{key}=RGB", "train.device=cpu"])
-    with pytest.raises(ConfigError, match=f"{key} is RGB"):
-        check_image_format(cfg, lazy_model(cfg))
-
-
-def test_a_config_that_yaml_cannot_express_is_no_exported_student(tmp_path):
-    from ssimkd.cli import load_config
-    from ssimkd.engine import lazy_model
-    from ssimkd.export import export_student
-
-    cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"])
-    cfg.model.backbone.norm = lambda channels: torch.nn.Identity()
-    with pytest.raises(ConfigError, match="YAML cannot express"):
-        export_student(cfg, lazy_model(cfg).state_dict(), str(tmp_path))
-    assert not (tmp_path / "student.yaml").exists()
 
 
 def test_the_teachers_failure_comes_before_the_first_iteration(teacher_file, tmp_path):

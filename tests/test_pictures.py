@@ -6,7 +6,7 @@ import torch
 from conftest import shapes_cfg
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from ssimkd import engine
+from ssimkd import engine, lazy_engine
 from ssimkd.cli import load_config
 from ssimkd.detector import image_reader, load_detector
 from ssimkd.pictures import build_pictures
@@ -48,6 +48,19 @@ def test_a_student_shows_detections_and_loss_maps(student, item):
     # the same weights give the same pictures
     assert np.array_equal(pictures[0][1], pictures[2][1])
     assert np.array_equal(pictures[1][1], pictures[5][1])
+
+
+@pytest.mark.parametrize("name", ["RGB", "HSV", "L"])
+def test_the_image_beside_the_loss_maps_is_in_its_own_colours(student, item, name, monkeypatch):
+    shown = []
+    monkeypatch.setattr("ssimkd.pictures.render", lambda maps, rgb: shown.append(rgb) or rgb)
+    opts = ["INPUT.FORMAT", name]
+    model = student(*TEACHER, "VIS_PERIOD", 1, *opts, "MODEL.DISTILL.TEACHER.OPTS", opts)
+    taken(model, image_reader(shapes_cfg("vanilla", *opts))(item["file_name"]), steps=0)
+    expected = item["image"].flip(0).permute(1, 2, 0).numpy().astype(int)  # of BGR
+    if name == "L":
+        expected = (expected @ [0.299, 0.587, 0.114])[..., None].repeat(3, 2)
+    assert np.abs(shown[0] - expected).mean() < 3  # HSV has 8 bits of each
 
 
 def test_what_a_detector_finds_is_on_the_picture(item):
@@ -101,7 +114,7 @@ def lazy_run(out, period, train, val):
     cfg = load_config("tests/lazy_shapes.py", [*opts, f"+model.vis_period={period}"])
     cfg.model.distiller.check_images = 0
     cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names = train, val
-    engine.lazy_train(cfg, resume=False)
+    lazy_engine.lazy_train(cfg, resume=False)
 
 
 @pytest.mark.parametrize("run", [yaml_run, lazy_run])
@@ -109,7 +122,7 @@ def test_both_drivers_show_them_on_tensorboard_and_train_the_same(
     run, tmp_path, few_names, monkeypatch
 ):
     monkeypatch.setattr(engine.DistillTrainer, "test", classmethod(lambda *args: {}))
-    monkeypatch.setattr(engine, "lazy_test", lambda *args: {})
+    monkeypatch.setattr(lazy_engine, "lazy_test", lambda *args: {})
     trained = []
     for period in (0, 2):
         out = tmp_path / str(period)

@@ -20,7 +20,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from report import main as command
-from ssimkd import ConfigError, engine
+from ssimkd import ConfigError, engine, lazy_engine
 from ssimkd.cli import load_config
 from ssimkd.data import use_own_data
 from ssimkd.graph import OneImage
@@ -436,7 +436,7 @@ def test_a_lazy_run(data, few_shapes, tmp_path, monkeypatch):
     LazyConfig.save(cfg, str(out / "config.yaml"))
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", config, *overrides])
     with record_run(str(out)):
-        engine.lazy_train(cfg, False)
+        lazy_engine.lazy_train(cfg, False)
     text = Report(Run(str(out)), []).html()
     page = Page(text)
     assert "DistillRCNN" in page.text and "adapter: conv1x1" in page.text

@@ -208,10 +208,21 @@ def test_its_own_mean_deviation_and_channel_order(tmp_path, state, teacher_file)
         torch.testing.assert_close(value, expected[level], rtol=1e-3, atol=1e-3)
 
 
-def test_a_student_of_another_image_format_is_refused(teacher_file):
-    teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
-    with pytest.raises(ConfigError, match="INPUT.FORMAT .* 'YUV-BT.601'"):
-        maps_of(teacher, input_format="YUV-BT.601")
+@pytest.mark.parametrize("shown, wanted", [("HSV", "BGR"), ("RGB", "HSV"), ("L", "LAB")])
+def test_formats_that_cannot_be_turned_into_each_other_are_refused(teacher_file, shown, wanted):
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file, ["INPUT.FORMAT", wanted]), CPU)
+    message = f"^INPUT.FORMAT .* is '{shown}' and the teacher's, by {KEY}.OPTS, '{wanted}'"
+    with pytest.raises(ConfigError, match=message):
+        maps_of(teacher, input_format=shown)
+
+
+@pytest.mark.parametrize("name", ["HSV", "LAB", "YCbCr", "L"])
+def test_a_student_of_the_teachers_own_format_needs_no_turning(teacher_file, name):
+    opts = ["MODEL.PIXEL_MEAN", [51.0, 102.0, 25.5]]  # one for each channel: the order matters
+    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU))
+    opts += ["INPUT.FORMAT", name]
+    found = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU), input_format=name)
+    assert all(torch.equal(found[level], expected[level]) for level in expected)
 
 
 def test_a_teacher_that_cannot_be_built_is_named(teacher_file):
@@ -226,9 +237,9 @@ def test_lists_in_the_overrides_of_a_lazy_config(teacher_file):
     assert teacher.model.pixel_mean.flatten().tolist() == [1, 2, 3]
 
 
-def test_other_image_formats_are_refused(teacher_file):
-    spec = TeacherSpec(CONFIG, teacher_file, ["INPUT.FORMAT", "YUV-BT.601"])
-    with pytest.raises(ConfigError, match="image format is 'YUV-BT.601'"):
+def test_a_teacher_that_names_no_format_is_refused(teacher_file):
+    spec = TeacherSpec(CONFIG, teacher_file, ["INPUT.FORMAT", ""])
+    with pytest.raises(ConfigError, match=f"^{KEY}.OPTS: the teacher's image format is ''"):
         Teacher(spec, CPU)
 
 

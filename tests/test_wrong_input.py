@@ -247,7 +247,16 @@ CASES = [
     ),
     ([YAML, "INPUT.FORMAT", "CMYK"], "MODEL.PIXEL_MEAN must hold the 4 numbers of INPUT.FORMAT"),
     ([YAML, "INPUT.MAX_SIZE_TRAIN", "-1"], "INPUT.MAX_SIZE_TRAIN must be"),
-    ([YAML, "INPUT.FORMAT", "XYZ"], "INPUT.FORMAT: 'XYZ' is none of"),
+    *(
+        ([YAML, "INPUT.FORMAT", x], f"INPUT.FORMAT: '{x}' is none of BGR, ")
+        for x in ("XYZ", "YUV-BT.601", "P")
+    ),
+    (
+        [YAML, "INPUT.FORMAT", "L", "MODEL.PIXEL_STD", "[1.0]"],
+        "MODEL.PIXEL_STD must hold the 3 numbers of INPUT.FORMAT L, got [1.0]",
+    ),
+    ([YAML, "INPUT.FORMAT", "HSV"], "INPUT.FORMAT (.yaml) or model.input_format (.py) is 'HSV'"),
+    ([*evaluate("student.pth"), "INPUT.FORMAT", "F"], "INPUT.FORMAT: 'F' is none of"),
     (own("nowhere.json"), "own: {files}/nowhere.json cannot be read: FileNotFoundError"),
     (own("garbage.json"), "own: {files}/garbage.json cannot be read: JSONDecodeError"),
     (own("list.json"), "own: {files}/list.json has no list 'images'"),
@@ -323,6 +332,7 @@ def test_these_are_enough():
     assert len(CASES) + len(LAZY_CASES) >= 60
 
 
+MAPPER = "dataloader.train.mapper"
 LAZY_CASES = [
     ("nothing=1", "nothing: there are the keys"),
     ("model.nothing.x=1", "model.nothing"),
@@ -341,8 +351,9 @@ LAZY_CASES = [
     ("+datasets=3", "datasets: there are the keys coco, num_classes_from_data, got 3"),
     ("+datasets.coco=3", "datasets.coco must be a list, got 3"),
     ("+dataloader.train.skip_bad_images=x", "skip_bad_images must be True or False, got 'x'"),
-    ("+model.distiller.check_images=1.5", "model.distiller.check_images must be an integer"),
-    ("+model.distiller.mask_padding=3", "model.distiller.mask_padding must be True or False"),
+    ("+model.distiller.check_images=1.5", f"{KD}.CHECK_IMAGES must be an integer >= 0, got 1.5"),
+    ("+model.distiller.mask_padding=3", f"{KD}.MASK_PADDING must be True or False, got 3"),
+    ("+model.distiller.teacher.compile=on", f"{TEACHER}.COMPILE must be True or False, got 'on'"),
     ("train.log_period=0", "train.log_period must be"),
     ("train.checkpointer.period=0", "train.checkpointer.period must be"),
     ("train.device=cpuu", "train.device: "),
@@ -368,6 +379,14 @@ LAZY_CASES = [
     ("model.distiller.adapter=x", f"{KD}.ADAPTER: 'x' is none of"),
     ("+model.distiller.teacher.weight=x", f"{TEACHER}: "),
     ("train.amp.enabled=True", "train.amp.enabled"),
+    *(
+        (f"{MAPPER}.image_format={x}", f"{MAPPER}.image_format: {y} is none of BGR, ")
+        for x, y in (("XYZ", "'XYZ'"), ("YUV-BT.601", "'YUV-BT.601'"), ("null", "None"))
+    ),
+    (
+        f"{MAPPER}.image_format=CMYK",
+        f"model.pixel_mean must hold the 4 numbers of {MAPPER}.image_format CMYK, got [103.53, ",
+    ),
 ]
 
 

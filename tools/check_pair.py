@@ -27,7 +27,7 @@ import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from ssimkd import engine
+from ssimkd import engine, lazy_engine
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, argument_parser, check_config, load_config
 from ssimkd.data import check_classes
@@ -35,6 +35,7 @@ from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.lazy import lazy_names
 from ssimkd.meta_arch import image_format_of
 from ssimkd.preflight import distillers_of
+from ssimkd.student import build_teacher
 from ssimkd.writers import LOGGERS
 
 Row = Tuple[str, str]
@@ -75,10 +76,10 @@ def listen() -> Remarks:
 def build(cfg) -> Any:
     """The student of a config with its teachers."""
     lazy = not isinstance(cfg, CfgNode)
-    model: Any = engine.lazy_model(cfg) if lazy else engine.DistillTrainer.build_model(cfg)
+    model: Any = lazy_engine.lazy_model(cfg) if lazy else engine.DistillTrainer.build_model(cfg)
     if lazy:
-        engine.check_image_format(cfg, model)
-        engine.build_teacher(model)
+        lazy_engine.check_image_format(cfg, model, "train", "test")
+        build_teacher(model)
         names = {key: found for found, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
     else:
         names = {f"DATASETS.{split}": cfg.DATASETS[split] for split in ("TRAIN", "TEST")}
@@ -149,7 +150,7 @@ def share(batch: int, num_gpus: int) -> int:
 
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
     """Trains shortly; returns Detectron2's figures of it."""
-    run = engine.train if isinstance(cfg, CfgNode) else engine.lazy_train
+    run = engine.train if isinstance(cfg, CfgNode) else lazy_engine.lazy_train
     try:
         run(short(cfg, folder, iterations, num_gpus), resume=False)
     except FloatingPointError as error:

@@ -3,6 +3,7 @@
 import logging
 import struct
 import zlib
+from traceback import walk_tb
 from typing import Any, Callable, Dict, Set
 
 import cv2
@@ -13,15 +14,32 @@ from PIL.Image import DecompressionBombError
 from .errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
-# What decoders raise, and Detectron2 for a size that is not the annotated one (a ValueError).
-UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, DecompressionBombError),
-    *(cv2.error, struct.error, zlib.error),
-)
+READERS = ("PIL", "detectron2.data.detection_utils")  # modules that read images and annotations
 
 
 class BadImageError(ConfigError):
     """An image, or what the data set says of it, cannot be used; the line begins with its file."""
+
+
+# What decoders raise, or a user's own mapper to say so.
+UNREADABLE = (
+    *(OSError, EOFError, DecompressionBombError, BadImageError),
+    *(cv2.error, struct.error, zlib.error),
+)
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Whether an error says that data cannot be read; a mapper's bug is none of them.
+
+    A ValueError (such as Detectron2's of a size that is not the annotated one) or a SyntaxError
+    (Pillow's) may be either: it counts where it comes out of one of READERS.
+    """
+    if isinstance(error, UNREADABLE):
+        return True
+    if not isinstance(error, (ValueError, SyntaxError)):
+        return False
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return any(f"{module}.".startswith(f"{reader}.") for module in modules for reader in READERS)
 
 
 class NamingMapper:
@@ -44,7 +62,7 @@ class NamingMapper:
         try:
             return self.mapper(record)
         except Exception as error:
-            kind = BadImageError if isinstance(error, UNREADABLE) else ConfigError
+            kind = BadImageError if is_unreadable(error) else ConfigError
             raise kind(f"{name}: {one_line(error)}") from error
 
 

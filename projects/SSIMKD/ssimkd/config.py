@@ -50,7 +50,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.LOSS_WEIGHT = 1.0
     # Several teachers at once, instead of TEACHER: a list of mappings with TEACHER's keys, NAME
     # ("teacher1", ... unless given) and, where they differ, IN_FEATURES, LEVEL_WEIGHTS, ADAPTER,
-    # LOSSES, INHERIT
+    # LOSSES, INHERIT. TEACHER's WEIGHTS and OPTS are not theirs, its other keys are their defaults
     cfg.MODEL.DISTILL.TEACHERS = []
 
     # Levels of the student; the teacher's level of equal stride answers

@@ -3,6 +3,7 @@
 import logging
 import math
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import (
     Any,
     Dict,
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .losses import KD_LOSS_REGISTRY, Context, KDLoss
 from .teacher import Rules, Teacher
-from .teacher_spec import TeacherSpec
+from .teacher_spec import TeacherSpec, check_switch
 
 logger = logging.getLogger(__name__)
 ADAPTERS = ("none", "conv1x1")
@@ -86,6 +87,7 @@ class Distiller(nn.Module):
             log_gradients=log_gradients,
             skip_nonfinite_steps=skip_nonfinite_steps,
         )
+        check_switch("MASK_PADDING", mask_padding)
         check_names(adapter, losses, in_features, inherit)
         try:
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -102,6 +104,7 @@ class Distiller(nn.Module):
         self.check_images = check_images
         self.log_gradients = log_gradients
         self.skip_nonfinite_steps = skip_nonfinite_steps
+        self.name = ""  # of the teacher, where there are several
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}
@@ -287,17 +290,20 @@ class Distiller(nn.Module):
         return weighted
 
     def _refuse(self, text: str) -> None:
+        text = f"{self.name}/{text}" if self.name else text  # as the event storage calls it
         if not self.skip_nonfinite_steps:
             raise FloatingPointError(text)
         logger.warning(text)  # the gradient tells the other processes, see `finite.py`
 
 
 def check_numbers(**options: float) -> None:
-    """Raises ConfigError unless every option is a finite number >= 0."""
+    """Raises ConfigError unless every option is a finite number >= 0, whole unless a weight."""
     for name, value in options.items():
-        if not 0 <= value < math.inf:
+        weight = name.endswith(("weight", "weights"))
+        kind, number = (Real, "a finite number") if weight else (Integral, "an integer")
+        if not (isinstance(value, kind) and 0 <= value < math.inf):
             key = "TEACHER.LOSS_WEIGHT" if name == "loss_weight" else name.upper()
-            raise ConfigError(f"MODEL.DISTILL.{key} must be a finite number >= 0, got {value}")
+            raise ConfigError(f"MODEL.DISTILL.{key} must be {number} >= 0, got {value!r}")
 
 
 def check_names(

@@ -1,5 +1,6 @@
 """Several teachers at once: a Distiller for each."""
 
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union, cast
 
 import torch
@@ -23,7 +24,8 @@ class Distillers(nn.ModuleDict):
     """Teaches one student by several teachers; each has its own entries in the training losses.
 
     A teacher called x gives "<loss>_kd_loss_x", logs `x/<loss>_kd/<level>`, and keeps its trainable
-    parts under `distiller.x.`.
+    parts under `distiller.x.`. Options are each teacher's own; but steps are left out for all, as
+    many as one allows, and gradients are logged of all together.
 
     Args:
         distillers (Distiller): by the name of the teacher.
@@ -41,6 +43,9 @@ class Distillers(nn.ModuleDict):
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHERS: a NAME cannot be used, or is no Distiller's: {error}"
             ) from error
+        allowed = max(distiller.skip_nonfinite_steps for _, distiller in self.named())
+        for name, distiller in self.named():
+            distiller.name, distiller.skip_nonfinite_steps = name, allowed
 
     def named(self) -> Iterator[Tuple[str, Distiller]]:
         """The teachers' names with their distillers."""
@@ -58,13 +63,15 @@ class Distillers(nn.ModuleDict):
 
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
         """See :meth:`Distiller.attach`."""
-        for _, distiller in self.named():
-            distiller.attach(student_shapes)
+        for name, distiller in self.named():
+            with naming_teacher(name):
+                distiller.attach(student_shapes)
 
     def build_teacher(self, device: torch.device) -> None:
         """See :meth:`Distiller.build_teacher`."""
-        for _, distiller in self.named():
-            distiller.build_teacher(device)
+        for name, distiller in self.named():
+            with naming_teacher(name):
+                distiller.build_teacher(device)
 
     def forward(
         self,
@@ -77,10 +84,21 @@ class Distillers(nn.ModuleDict):
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
-                with get_event_storage().name_scope(name):
+                with naming_teacher(name), get_event_storage().name_scope(name):
                     own = distiller(batched_inputs, student_maps, images, rules)
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
+
+
+@contextmanager
+def naming_teacher(name: str) -> Iterator[None]:
+    """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(f"MODEL.DISTILL.TEACHERS: {name}: {error}") from error
 
 
 def build_distiller(cfg) -> Union[Distiller, Distillers]:
@@ -103,12 +121,15 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
         name, one = of_entry(cfg, entry, number)
         if name in distillers:
             raise ConfigError(f"MODEL.DISTILL.TEACHERS: the NAME {name} is there twice")
-        distillers[name] = Distiller(one)
+        with naming_teacher(name):
+            distillers[name] = Distiller(one)
     return Distillers(**distillers)
 
 
 def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
     """An entry of TEACHERS: its name, and `cfg` with this teacher alone.
+
+    What it does not say is as in `cfg`; but not the WEIGHTS and OPTS, which belong to a CONFIG.
 
     Raises:
         ConfigError: the entry is no mapping, or a key is unknown or of the wrong type.
@@ -117,8 +138,12 @@ def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
         raise ConfigError(
             f"MODEL.DISTILL.TEACHERS: an entry is a mapping such as {{CONFIG: ...}}, got {entry!r}"
         )
-    settings: List[Any] = []
+    settings: List[Any] = ["MODEL.DISTILL.TEACHER.WEIGHTS", "", "MODEL.DISTILL.TEACHER.OPTS", []]
     for key, value in entry.items():
+        if value is None:  # yacs takes it in place of any value
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
+            )
         if key in TEACHER_KEYS:
             if key in NUMBERS and isinstance(value, int):
                 value = float(value)  # 1 is as good as 1.0

@@ -40,6 +40,29 @@ def in_user_terms(error: BaseException) -> str:
 
 
 @contextmanager
+def loading(key: str) -> Iterator[None]:
+    """Around the loading of a model: the ConfigError names the key that named the file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Around a part of a run that settings describe: its failure is a ConfigError that names them.
+
+    Detectron2 raises anything there: KeyError for an unknown name, AssertionError for a number.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
 def exit_in_one_line(debug: bool = False) -> Iterator[None]:
     """Around a command: what a user can mend ends it with one line and exit status 1.
 

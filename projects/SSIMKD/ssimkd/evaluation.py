@@ -1,10 +1,12 @@
-"""The metrics of each kind of data set that Detectron2 knows."""
+"""The metrics of each kind of data set that Detectron2 knows, and `results.json`."""
 
 import importlib.util
+import json
 import logging
+import math
 import os
 from functools import partial
-from typing import Optional, Type
+from typing import Any, Dict, Optional, Type
 
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -20,9 +22,11 @@ from detectron2.evaluation import (
     SemSegEvaluator,
     coco_evaluation,
 )
+from detectron2.utils import comm
 from omegaconf import ListConfig
 from pycocotools import cocoeval
 
+from .checkpointer import whole_file
 from .compat import has_compiled_ops
 from .errors import ConfigError
 from .lazy import target_of
@@ -134,3 +138,17 @@ def has_panopticapi() -> bool:
     if not found:
         logger.warning("The panoptic quality is not measured: panopticapi is not installed")
     return found
+
+
+def save_results(results: Dict[str, Any], folder: str) -> None:
+    """Writes an evaluation's metrics to `results.json`, on the main process."""
+    if comm.is_main_process() and results:
+        with whole_file(os.path.join(folder, "results.json"), "w") as f:
+            json.dump(without_nan(results), f, indent=2)
+
+
+def without_nan(value: Any) -> Any:
+    """Nested metrics with None for NaN, which JSON does not know (no object of a size, say)."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -7,12 +7,13 @@ from typing import Any, Dict, Sequence
 
 import torch
 from detectron2.config import CfgNode, instantiate
+from detectron2.data import DatasetMapper
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from PIL import Image
 
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
-from .errors import ConfigError, one_line
+from .errors import ConfigError, building, one_line
+from .image_format import check_format
 
 MOST = sys.float_info.max
 FINE = 1e-6  # what a number above 0 is at least
@@ -76,14 +77,14 @@ LAZY: Dict[str, Any] = {
     "optimizer.params.weight_decay_norm": 0.0,
     "model.num_classes": 1,
     "model.roi_heads.num_classes": 1,
-    "model.distiller.check_images": 0,
-    "model.distiller.mask_padding": False,
 }
 NULL = ("train.checkpointer.max_to_keep", "optimizer.params.weight_decay_norm")  # may be null
 NODES = (
     *("model", "optimizer", "optimizer.params", "lr_multiplier"),
     *("dataloader.train", "dataloader.test", "train.checkpointer", "train.ddp"),
 )
+LISTS = (list, tuple, ListConfig)
+MAPPERS = (DatasetMapper, "detectron2.data.dataset_mapper.DatasetMapper")  # a saved config has text
 ABSENT = object()
 
 
@@ -114,6 +115,7 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
         torch.device(str(value_of(cfg, device)))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{device}: {one_line(error)}") from error
+    check_formats(cfg, ("test",) if eval_only else ("train", "test"))
     if not lazy:
         check_expected(cfg.TEST.EXPECTED_RESULTS)
     if not eval_only:
@@ -125,7 +127,7 @@ def check_value(key: str, value: Any, least: float, most: float = MOST) -> None:
 
     A node of a LazyConfig that is called is left alone.
     """
-    if isinstance(value, (list, tuple, ListConfig)):
+    if isinstance(value, LISTS):
         if not value:
             raise ConfigError(f"{key} is empty, or has a part that is: name at least one number")
         for item in value:
@@ -154,32 +156,41 @@ def check_folder(key: str, folder: Any) -> None:
         raise ConfigError(f"{key}: {folder} cannot be written: {there} is no folder, or read-only")
 
 
+def check_formats(cfg: Any, splits: Sequence[str]) -> None:
+    """Raises ConfigError unless a detector can take images in the format that they are read in.
+
+    Args:
+        cfg (CfgNode or DictConfig): of its mappers only Detectron2's are looked at.
+        splits (sequence[str]): "train", "test".
+    """
+    if isinstance(cfg, CfgNode):
+        keys, names = ["INPUT.FORMAT"], ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+    else:
+        mappers = [f"dataloader.{split}.mapper" for split in splits]
+        keys = [f"{key}.image_format" for key in mappers if is_detectron2s(value_of(cfg, key))]
+        names = ("model.pixel_mean", "model.pixel_std")
+    pixels = {key: value_of(cfg, key) for key in names}
+    pixels = {key: values for key, values in pixels.items() if isinstance(values, LISTS)}
+    for key in keys:
+        check_format(key, value_of(cfg, key), pixels)
+
+
+def is_detectron2s(mapper: Any) -> bool:
+    """Whether a node of a LazyConfig is Detectron2's mapper: others may read what they like."""
+    return isinstance(mapper, DictConfig) and mapper.get("_target_") in MAPPERS
+
+
 def check_yaml(cfg: CfgNode) -> None:
     """What only a `.yaml` config holds, of the training."""
-    formats = ("BGR", "YUV-BT.601", *Image.MODES)
-    name = cfg.INPUT.FORMAT
-    if name not in formats:
-        raise ConfigError(f"INPUT.FORMAT: {name!r} is none of {', '.join(formats)}")
-    channels = Image.getmodebands(name) if name in Image.MODES else 3
-    for key, values in (("MEAN", cfg.MODEL.PIXEL_MEAN), ("STD", cfg.MODEL.PIXEL_STD)):
-        if len(values) != channels:
-            raise ConfigError(
-                f"MODEL.PIXEL_{key} must hold the {channels} numbers of INPUT.FORMAT {name}, "
-                f"got {values}"
-            )
     if cfg.SOLVER.IMS_PER_BATCH % (cfg.SOLVER.REFERENCE_WORLD_SIZE or 1):
         raise ConfigError(
             "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, "
             f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: it is scaled to the number of processes"
         )
     refuse_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
-    try:
-        if cfg.MODEL.DISTILL.LOSSES:
+    if cfg.MODEL.DISTILL.LOSSES:
+        with building("MODEL.DISTILL"):  # a value may be of a kind that nothing expects
             build_distiller(cfg)
-    except ConfigError:
-        raise
-    except Exception as error:  # a value of a kind that nothing expects
-        raise ConfigError(f"MODEL.DISTILL: {one_line(error)}") from error
 
 
 def refuse_none(node: CfgNode, name: str) -> None:
@@ -209,11 +220,7 @@ def check_lazy(cfg: DictConfig) -> None:
             raise ConfigError(f"{key} must be a node, got {value_of(cfg, key)!r}")
     distiller = cfg.model.get("distiller")
     if distiller is not None:
-        try:
+        with building("model.distiller"):
             built = instantiate(distiller)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"model.distiller: {one_line(error)}") from error
         if not isinstance(built, (Distiller, Distillers)):
             raise ConfigError(f"model.distiller must be a Distiller or Distillers, got {built!r}")

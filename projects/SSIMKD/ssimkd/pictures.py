@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 import numpy as np
 import torch
 from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -19,7 +20,6 @@ from .detector import draw_detections
 from .meta_arch import image_format_of
 from .random_state import preserve_random_state
 from .similarity_maps import render, similarity_maps
-from .teacher import as_seen
 
 LEAST_SCORE = 0.3  # of a detection that is drawn: early in a run the others cover the image
 
@@ -83,8 +83,9 @@ class Pictures(HookBase):
             pictures["detections"] = draw_detections(name, shown, self.metadata)
         maps = similarity_maps(self.model, self.item)
         if maps:
-            rgb = as_seen([self.item["image"]], image_format_of(self.model), "RGB")[0]
-            pictures["loss_maps"] = render(maps, rgb.permute(1, 2, 0).numpy())
+            image = self.item["image"].permute(1, 2, 0)
+            rgb = convert_image_to_rgb(image, image_format_of(self.model))
+            pictures["loss_maps"] = render(maps, rgb)
         return pictures
 
 

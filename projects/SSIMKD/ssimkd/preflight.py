@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .distiller import Distiller
-from .distillers import Distillers
+from .distillers import Distillers, naming_teacher
 from .errors import ConfigError, one_line
 from .inherit import inherit
 from .meta_arch import DistillMixin, image_format_of
@@ -46,12 +46,13 @@ def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
             check = distiller.check_images > 0 and comm.is_main_process()
             if not (distiller.enabled and (modules or check)):
                 continue
-            detector, cfg, absent = distiller.spec.load(model.device)
-            copied = set(inherit(model, detector, modules, absent)) if modules else set()
-            if inherited & copied:
-                twice = sorted(inherited & copied)[0]
-                raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice}")
-            inherited |= copied
+            with naming_teacher(name):
+                detector, cfg, absent = distiller.spec.load(model.device)
+                copied = set(inherit(model, detector, modules, absent)) if modules else set()
+                if inherited & copied:
+                    twice = sorted(inherited & copied)[0]
+                    raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice}")
+                inherited |= copied
             if check:
                 check_pair(model, name, distiller, loader, (detector, cfg, absent))
 
@@ -79,7 +80,9 @@ def check_pair(
         logger.warning("Teacher and student are not checked: a %s shows no images", kind)
         return
     batches = loader.peek(distiller.check_images)
-    check_maps(model, distiller, batches[0])
+    with naming_teacher(name):
+        shapes = check_maps(model, distiller, batches[0])
+    logger.info("%s and student agree cell by cell: %s", f"Teacher {name}".rstrip(), shapes)
     if absent:
         logger.warning(
             "%s's detections cannot be checked: its checkpoint does not hold %s in the shape that "
@@ -102,8 +105,8 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
         yield "", distiller
 
 
-def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> None:
-    """Raises ConfigError unless teacher and student give the same cells for a batch."""
+def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
+    """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
     try:
         student, _ = paired_maps(model, distiller, batch)
     except (ImportError, NotImplementedError) as error:  # operators that Detectron2 compiles
@@ -111,8 +114,7 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> None:
             f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} cannot run here: "
             f"{one_line(error)}"
         ) from error
-    shapes = ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
-    logger.info("Teacher and student agree cell by cell: %s", shapes)
+    return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ class Rules(NamedTuple):
     """How a detector turns images into what its backbone is given.
 
     Attributes:
-        input_format (str): channel order, "BGR" or "RGB".
+        input_format (str): channel order, "BGR" or "RGB", or another format of Detectron2's images.
         code (Any): its preprocess_image, as a function.
         mean, std (tuple[float]): by channel.
         padding (tuple): what the sides of a batch are rounded up to.
@@ -89,8 +89,8 @@ class Teacher:
         """Runs backbone and neck on a batch of the student's.
 
         Args:
-            batched_inputs (list[dict]): "image" is (3, H, W) in [0, 255].
-            images (Tensor): (N, 3, H, W), what the student made of them; it is used where its rules
+            batched_inputs (list[dict]): "image" is (C, H, W) in [0, 255].
+            images (Tensor): (N, C, H, W), what the student made of them; it is used where its rules
                 are the teacher's, too. The maps are wanted where it is.
             rules (Rules): the student's.
 
@@ -107,40 +107,42 @@ class Teacher:
         return maps, (height, width)
 
     def preprocess(self, batched_inputs: List[Dict], input_format: str) -> Tensor:
-        """(N, 3, H, W): images in `input_format`, normalised and padded by the teacher's rules."""
+        """(N, C, H, W): images in `input_format`, normalised and padded by the teacher's rules."""
         images = [x["image"] for x in batched_inputs]
         images = as_seen(images, input_format, self.rules.input_format)
         return self.model.preprocess_image([{"image": image} for image in images]).tensor
 
 
 def as_seen(images: List[Tensor], shown: str, wanted: str) -> List[Tensor]:
-    """Images (3, H, W) in the channel order `shown` ("BGR" or "RGB"), turned to that of `wanted`.
+    """Images (C, H, W) in the format `shown`, turned to the format `wanted`.
 
     Raises:
-        ConfigError: `shown` is another format.
+        ConfigError: they differ, and are not "BGR" and "RGB".
     """
-    if shown not in ("BGR", "RGB"):
+    if shown == wanted:
+        return images
+    if {shown, wanted} != {"BGR", "RGB"}:
         raise ConfigError(
-            f"INPUT.FORMAT (.yaml) or model.input_format (.py): images in {shown!r} cannot be "
-            f"shown to a teacher for {wanted}; use BGR or RGB"
+            f"INPUT.FORMAT (.yaml) or model.input_format (.py) is {shown!r} and the teacher's, by "
+            f"MODEL.DISTILL.TEACHER.OPTS, {wanted!r}: BGR and RGB alone can differ"
         )
-    return images if shown == wanted else [image.flip(0) for image in images]
+    return [image.flip(0) for image in images]
 
 
 def trained_format(cfg, model: nn.Module) -> str:
-    """Channel order of the images that a detector was trained on.
+    """Format of the images that a detector was trained on.
 
     Raises:
-        ConfigError: its config does not say, or names another format than BGR and RGB.
+        ConfigError: its config does not say.
     """
     if isinstance(cfg, CfgNode):
         found: Optional[str] = cfg.INPUT.FORMAT
     else:
         found = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
         found = found or getattr(model, "input_format", None)
-    if found not in ("BGR", "RGB"):
+    if not found:
         raise ConfigError(
             f"MODEL.DISTILL.TEACHER.OPTS: the teacher's image format is {found!r}; set "
-            "INPUT.FORMAT (.yaml) or dataloader.train.mapper.image_format (.py) to BGR or RGB"
+            "INPUT.FORMAT (.yaml) or dataloader.train.mapper.image_format (.py)"
         )
     return found

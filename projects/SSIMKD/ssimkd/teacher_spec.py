@@ -22,6 +22,12 @@ from .teacher_network import PRECISIONS
 from .yaml_file import merge_yaml
 
 
+def check_switch(key: str, value: Any) -> None:
+    """Raises ConfigError unless a key of MODEL.DISTILL is True or False."""
+    if not isinstance(value, bool):  # "no" would be true
+        raise ConfigError(f"MODEL.DISTILL.{key} must be True or False, got {value!r}")
+
+
 @dataclass
 class TeacherSpec:
     """What names a teacher; nothing is built or read before it is asked for.
@@ -36,7 +42,7 @@ class TeacherSpec:
         cache_gib (float): size of that folder from which nothing is added.
 
     Raises:
-        ConfigError: `precision` is unknown, or `cache_gib` not positive.
+        ConfigError: `precision` is unknown, `compile` no truth value, or `cache_gib` not positive.
     """
 
     config: str
@@ -55,6 +61,7 @@ class TeacherSpec:
                 f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
                 f"{', '.join(PRECISIONS)}"
             )
+        check_switch("TEACHER.COMPILE", self.compile)
         if not self.cache_gib > 0:
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"

@@ -1,0 +1,184 @@
+"""Training and evaluation of a LazyConfig, as `engine.py` does it for YAML.
+
+Detectron2's trainers and hooks are put together as in its `tools/lazyconfig_train_net.py`.
+"""
+
+import copy
+import logging
+import os
+from typing import Any, Dict
+
+from detectron2.config import instantiate
+from detectron2.data.build import build_detection_train_loader
+from detectron2.engine import AMPTrainer, SimpleTrainer, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+from torch import nn
+
+from .bad_images import CountSkipped, NamingMapper
+from .checkpointer import WholeCheckpointer
+from .compat import create_ddp_model
+from .data import check_classes
+from .errors import ConfigError, building, loading
+from .evaluation import build_lazy_evaluator, save_results
+from .export import export_student
+from .finite import FiniteSteps
+from .hooks import AfterTraining, EvalHook, ExactResume
+from .lazy import lazy_names, target_of
+from .loader import ResumableLoader
+from .meta_arch import DistillMixin
+from .pictures import build_pictures
+from .preemption import StopOnSignal, leave_to_parent
+from .preflight import prepare
+from .random_state import preserve_random_state
+from .same_run import describe_run
+from .student import build_teacher, steps_to_skip, unwrap
+from .writers import build_writers
+
+logger = logging.getLogger(__name__)
+
+
+def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
+    """Trains a LazyConfig that has the fields of Detectron2's `tools/lazyconfig_train_net.py`.
+
+    Args:
+        cfg (DictConfig): model, optimizer, lr_multiplier, dataloader, train.
+        resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
+
+    Returns:
+        dict: metrics of the last evaluation, on the main process.
+    """
+    original, cfg = cfg, copy.deepcopy(cfg)
+    model = lazy_model(cfg)
+    logger.info("Model:\n%s", model)
+    check_image_format(cfg, model, "train", "test")
+    build_teacher(model)
+    cfg.optimizer.params.model = model
+    with building("optimizer"):
+        optimizer = instantiate(cfg.optimizer)
+    if target_of(cfg.dataloader.train) is build_detection_train_loader:
+        cfg.dataloader.train._target_ = ResumableLoader
+    with building("dataloader.train"):
+        loader = instantiate(cfg.dataloader.train)
+    with building("train.ddp"):
+        model = create_ddp_model(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    run = describe_run(original, unwrap(model))
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
+    exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
+    results: Dict[str, Any] = {}
+
+    def test() -> Dict[str, Any]:
+        results.update(lazy_test(cfg, model))
+        return results
+
+    def export() -> None:
+        checkpointer.complete()
+        export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
+
+    with building("lr_multiplier"):
+        scheduler = instantiate(cfg.lr_multiplier)
+    checkpoints = writer = None  # on the main process alone
+    if comm.is_main_process():
+        with building("train.checkpointer"):
+            checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+        batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
+        project = cfg.train.get("wandb_project", "")
+        writers = build_writers(cfg.train.output_dir, cfg.train.max_iter, batch_size, project)
+        writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
+    trainer.register_hooks(
+        [
+            FiniteSteps(steps_to_skip(unwrap(model))),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=scheduler),
+            exact,
+            checkpoints,
+            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
+            StopOnSignal(exact.collect, checkpointer),
+            CountSkipped(loader),
+            EvalHook(cfg.train.eval_period, test),
+            build_pictures(
+                unwrap(model),
+                lazy_names(cfg, "TEST")[0],
+                lambda: instantiate(cfg.dataloader.test).dataset,
+            ),
+            writer,
+        ]
+    )
+    resumed = resume and checkpointer.has_checkpoint()
+    with loading("--resume" if resumed else "train.init_checkpoint"):
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
+    check_classes(unwrap(model), data)
+    prepare(unwrap(model), loader, resumed=resumed)
+    if not resume:
+        checkpointer.set_aside()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    return results
+
+
+def lazy_model(cfg) -> nn.Module:
+    """The model of a LazyConfig on its device.
+
+    Raises:
+        ConfigError: an argument is unknown or out of its range.
+    """
+    with building("model"):
+        return instantiate(cfg.model).to(cfg.train.device)
+
+
+def check_image_format(cfg, model: Any, *splits: str) -> None:
+    """Raises ConfigError unless mappers and student agree on the images' format.
+
+    A student that does not say which one it takes (FCOS) takes the first mapper's.
+
+    Args:
+        cfg (DictConfig): has a mapper for each split; one that does not say is left alone.
+        model (nn.Module): a student; another model is left alone.
+        splits (str): "train", "test".
+    """
+    for split in splits if isinstance(model, DistillMixin) else ():
+        key = f"dataloader.{split}.mapper.image_format"
+        expected = getattr(model, "input_format", None)
+        found = OmegaConf.select(cfg, key) or expected
+        if expected and found != expected:
+            raise ConfigError(f"{key} is {found}, model.input_format {expected}: make them equal")
+        model.input_format = found
+
+
+def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
+    """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
+    cfg = copy.deepcopy(cfg)
+    if "distiller" in cfg.model:
+        cfg.model.distiller = None
+    model = lazy_model(cfg)
+    check_image_format(cfg, model, "test")
+    model = create_ddp_model(model)
+    names, key = lazy_names(cfg, "TEST")
+    check_classes(unwrap(model), {key: names})
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
+    resumed = resume and checkpointer.has_checkpoint()
+    with loading("--resume" if resumed else "train.init_checkpoint"):
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    return lazy_test(cfg, model)
+
+
+def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
+    """Evaluates a model by `cfg.dataloader`, without a trace in the random state."""
+    cfg = copy.deepcopy(cfg)
+    if "evaluator" not in cfg.dataloader or not lazy_names(cfg, "TEST")[0]:
+        return {}
+    folder = os.path.join(cfg.train.output_dir, "inference")
+    with preserve_random_state():
+        with building("dataloader.test or dataloader.evaluator"):
+            node = cfg.dataloader.test
+            node.mapper = NamingMapper(instantiate(node.mapper))
+            loader = instantiate(node)
+            evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
+        loader.worker_init_fn = leave_to_parent  # as DistillTrainer.build_test_loader
+        results = inference_on_dataset(model, loader, evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    save_results(results, cfg.train.output_dir)
+    return results

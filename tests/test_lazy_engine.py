@@ -1,0 +1,48 @@
+"""What the LazyConfig driver alone does; what both do is in test_engine.py."""
+
+import pytest
+import torch
+from ssimkd import ConfigError
+from ssimkd.cli import load_config
+from ssimkd.export import export_student
+from ssimkd.lazy_engine import check_image_format, lazy_evaluate, lazy_model
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.distiller.losses.0.border=wrap", "border must be one of"),
+        ("+model.distiller.teacher.weight=x", "MODEL.DISTILL.TEACHER: "),
+        ("model.distiller.in_features=p2", "MODEL.DISTILL.IN_FEATURES must be a list"),
+    ],
+)
+def test_a_wrong_setting_of_a_lazy_config_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        lazy_model(load_config("configs/ssimkd_R50.py", [override, "train.device=cpu"]))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mapper_and_student_must_agree_on_the_channel_order(split):
+    key = f"dataloader.{split}.mapper.image_format"
+    cfg = load_config("configs/ssimkd_R50.py", [f"{key}=RGB", "train.device=cpu"])
+    with pytest.raises(ConfigError, match=f"{key} is RGB"):
+        check_image_format(cfg, lazy_model(cfg), "train", "test")
+    if split == "test":
+        with pytest.raises(ConfigError, match=f"{key} is RGB"):
+            lazy_evaluate(cfg, resume=False)
+
+
+def test_a_student_that_does_not_say_takes_the_mappers_format():
+    cfg = load_config("configs/ssimkd_R50.py", ["train.device=cpu"])
+    model = lazy_model(cfg)
+    model.input_format = None  # as FCOS
+    check_image_format(cfg, model, "test")
+    assert model.input_format == "BGR"
+
+
+def test_a_config_that_yaml_cannot_express_is_no_exported_student(tmp_path):
+    cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"])
+    cfg.model.backbone.norm = lambda channels: torch.nn.Identity()
+    with pytest.raises(ConfigError, match="YAML cannot express"):
+        export_student(cfg, lazy_model(cfg).state_dict(), str(tmp_path))
+    assert not (tmp_path / "student.yaml").exists()
