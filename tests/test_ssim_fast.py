@@ -8,6 +8,7 @@ import torch
 from ssimkd import ssim_compiled, ssim_fast
 from ssimkd.losses import Context, MapLoss, SSIMLoss
 from ssimkd.normalize import AFFINE, SCOPES
+from ssimkd.ssim import Window
 
 LEVEL, STRIDE = "p3", 8
 SIZES = [(1, 1), (1, 7), (5, 4), (13, 21), (47, 70)]  # 47 x 70 is cut into blocks along both axes
@@ -76,6 +77,37 @@ def assert_equals_reference(loss, student, teacher, context, rtol=1e-6):
 def test_equals_autograd_for_every_window(border, window_size, size):
     loss = SSIMLoss(border=border, window_size=window_size)
     assert_equals_reference(loss, *related_maps(2, 3, *size), context_of(size, size), rtol=2e-6)
+
+
+@every_size
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("short", [0, 1000], ids=["in blocks", "whole rows"])
+def test_products_average_as_the_reference_and_back(short, border, size, monkeypatch):
+    monkeypatch.setattr(ssim_fast, "SHORT", short)
+    axes = ssim_fast._matrices(*size, 11, 1.5, border)
+    (h, w), (h_out, w_out) = size, (len(m) for m in axes)
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(h, 4, 5, w, generator=generator)
+    slopes = torch.randn(h_out, 4, 5, w_out, generator=generator)
+    buffers = torch.empty(2, stack.numel())
+    average = ssim_fast._Blur(axes)(stack, *buffers).double()
+    back = ssim_fast._Blur([m.t() for m in axes])(slopes, *torch.empty(2, stack.numel())).double()
+    maps = stack.double().permute(1, 2, 0, 3)
+    window = Window(size, 11, 1.5, border, maps)
+    expected = window.average(window.pad(maps)).permute(2, 0, 1, 3)
+    torch.testing.assert_close(average, expected, rtol=0, atol=2e-6)
+    # <B x, z> = <x, B^T z>
+    torch.testing.assert_close((average * slopes).sum(), (stack * back).sum(), rtol=0, atol=1e-3)
+
+
+def test_maps_that_nearly_agree_keep_their_digits():
+    # differences of means and of variances, not of products: autograd is off by 5 % here
+    student, noise = torch.rand(2, 1, 8, 25, 42, generator=torch.Generator().manual_seed(0))
+    loss, context = SSIMLoss(normalize="none"), context_of((25, 42))
+    teacher = student + 1e-3 * noise
+    _, gradient = evaluate(loss, student, teacher, context)
+    _, exact = by_autograd(loss, student.double(), teacher.double(), context)
+    assert (gradient - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
 def test_window_of_one_cell_compares_cells():

@@ -68,6 +68,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--images", type=int, default=2, help="images of a batch of --loss")
     add("--channels", type=int, default=256, help="channels of each map of --loss")
     add("--levels", nargs="+", choices=STRIDES, default=list(STRIDES), help="of --loss")
+    add("--implementations", nargs="+", choices=LOSSES, help="of --loss; all unless given")
     add("--repeats", type=int, default=5, help="of --loss on a large level, at least 3")
     add("--step", action="store_true", help="a training step, distilled and not")
     add("--config", default="configs/ssimkd_R50.yaml", help="of --step and --growth")

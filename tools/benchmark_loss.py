@@ -96,14 +96,14 @@ LOSSES: Dict[str, Callable[[], Loss]] = {
 }
 
 
-def installed(device: str) -> Dict[str, Loss]:
-    """The losses whose packages are there; names the others."""
+def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
+    """The wanted losses (None: all) whose packages are there; names the others."""
     found = {}
-    for name, make in LOSSES.items():
+    for name in wanted or LOSSES:
         try:
             if name == "fused-ssim" and device == "cpu":
                 raise ImportError("it needs --device cuda")
-            found[name] = make()
+            found[name] = LOSSES[name]()
         except ImportError as error:
             print(f"absent: {name} ({error})")
     return found
@@ -168,7 +168,7 @@ def bench_loss(args: argparse.Namespace) -> Dict:
     """Forward and backward of SSIM, per level and in sum."""
     maps = (tuple(args.size), args.images, args.channels, args.levels, args.device)
     student, teacher = make_maps(*maps)
-    losses = installed(args.device)
+    losses = installed(args.device, args.implementations)
     results: Dict[str, Dict] = {name: {"seconds": {}, "deviation": 0.0} for name in losses}
     for level, x in student.items():
         y = teacher[level]

@@ -37,6 +37,9 @@ from .ssim import Window
 CHUNK = 140_000  # cells that a thread takes at a time; a stack of four maps is then 2 MB
 # Rows, columns of a product: longer ones meet more of the matrix's zeros, and 16 columns go fastest
 BLOCKS = (20, 16)
+# Up to this width a product across is a convolution: 0.33 and 0.45 ns per cell of rows of 21 and 42
+# cells, where blocks take 0.72; 0.83 of 84 cells, where they take 0.75 (docs/performance.md)
+SHORT = 48
 
 
 def covers(
@@ -171,21 +174,24 @@ def _compare(student, teacher, affine, blur, constants, gradient, factor, with_s
     are asked for by `with_sums`; 0 otherwise, unless they cost nothing.
     """
     (channels, height, width), (blur, adjoint) = student.shape, _blurs(*blur)
-    mean_x, scale_x, mean_y, scale_y, shift_x, shift_v = affine[..., None, None].unbind(1)
+    twice_c1, twice_c2 = (torch.tensor(2 * c) for c in constants)
     chunk = CHUNK * torch.get_num_threads()
     buffers = _buffers(max(chunk, height * width))  # a chunk has one map at least
     step = max(1, chunk // (height * width))
     value, sums = 0.0, torch.zeros(2, channels)
     for k in (slice(start, start + step) for start in range(0, channels, step)):
         x, y = student[k], teacher[k]
+        # for each cell of a row: one long loop over the rows of all maps
+        affines = affine[k].t()[..., None].expand(-1, -1, width).contiguous()
+        mean_x, scale_x, mean_y, scale_y, shift_x, shift_v = affines.unbind()
         stack = _view(buffers[0], height, 4, len(x), width)
-        _fill(stack, x, mean_x[k], scale_x[k], y, mean_y[k], scale_y[k])
+        _fill(stack, x, mean_x, scale_x, y, mean_y, scale_y, twice_c2)
         means = blur(stack, *buffers[1:3])
         rows, _, maps, columns = means.shape
         spare = _view(buffers[1], rows, 4, maps, columns)
         slopes = _view(buffers[3], rows, 3, maps, columns)
-        shifts = (m[k, 0].expand(-1, columns).contiguous() for m in (shift_x, shift_v))
-        value += float(_similarity(means, *shifts, *constants, spare, slopes))
+        shifts = (m[:, :columns] for m in (shift_x, shift_v))
+        value += float(_similarity(means, *shifts, twice_c1, twice_c2, spare, slopes))
         if gradient is None:
             continue
         slope = adjoint(slopes, *buffers[1:3])  # of the means no more is needed
@@ -193,7 +199,7 @@ def _compare(student, teacher, affine, blur, constants, gradient, factor, with_s
         if with_sums:
             sums[0, k] = slope.sum(0).sum(1)
             sums[1, k] = (slope * stack[:, 0]).sum(0).sum(1)
-        torch.mul(slope.transpose(0, 1), scale_x[k] * factor, out=gradient[k])
+        torch.mul(slope.transpose(0, 1), affine[k, 1, None, None] * factor, out=gradient[k])
     return value, *sums
 
 
@@ -251,32 +257,33 @@ def _view(buffer, *shape):
     return buffer[: math.prod(shape)].view(shape)
 
 
-def _fill(stack, x, mean_x, scale_x, y, mean_y, scale_y):
-    """Makes x', v', u'^2, v'^2 of some maps, (k, h, w)."""
-    a, v, uu, vv = (s.transpose(0, 1) for s in stack.unbind(1))
-    torch.sub(x, mean_x, out=a).mul_(scale_x)
-    torch.sub(y, mean_y, out=v).mul_(scale_y)
-    torch.add(a, v, out=uu).square_()
+def _fill(stack, x, mean_x, scale_x, y, mean_y, scale_y, twice_c2):
+    """Makes x', v', u'^2 + 2 C2, v'^2 of some maps, (k, h, w)."""
+    a, v, uu, vv = stack.unbind(1)
+    torch.sub(x.transpose(0, 1), mean_x, out=a).mul_(scale_x)
+    torch.sub(y.transpose(0, 1), mean_y, out=v).mul_(scale_y)
+    torch.add(a, v, out=vv)
+    torch.addcmul(twice_c2, vv, vv, out=uu)
     torch.sub(a, v, out=v)
     torch.mul(v, v, out=vv)
 
 
-def _similarity(means, shift_x, shift_v, c1, c2, spare, slopes):
+def _similarity(means, shift_x, shift_v, twice_c1, twice_c2, spare, slopes):
     """Sum of SSIM from the means of a stack, which it overwrites; fills the three slopes."""
-    x, v, var_u, var_v = means.unbind(1)
+    x, v, var, var_v = means.unbind(1)
     u, vv, luminance, cs = spare.unbind(1)
     d_mean, d_uu, d_vv = slopes.unbind(1)
     torch.sub(v, x, alpha=2, out=u)  # less u's mean
-    var_u.addcmul_(u, u, value=-1).clamp_min_(0)
+    var.addcmul_(u, u, value=-1).clamp_min_(twice_c2)
     var_v.addcmul_(v, v, value=-1).clamp_min_(0)
-    var = var_u.add_(var_v).add_(2 * c2)
+    var += var_v
     k = var_v.div_(var)
     torch.addcmul(v, k, x, value=-2, out=d_mean)
     x += shift_x
     v += shift_v
-    u += shift_v - 2 * shift_x
+    torch.sub(v, x, alpha=2, out=u)
     torch.mul(v, v, out=vv)
-    power = u.square_().add_(vv).add_(2 * c1)
+    power = torch.addcmul(twice_c1, u, u, out=u).add_(vv)
     j = vv.div_(power)
     f = v.addcmul_(j, x, value=-2).div_(power)  # -f
     one = torch.ones(())
@@ -330,13 +337,18 @@ class _Blur:
     def __init__(self, axes):
         self.size = [len(m) for m in axes]
         self.rows, self.columns = (list(_blocks(m, n)) for m, n in zip(axes, BLOCKS))
+        self.short = max(axes[1].shape) <= SHORT
+        self.filters = axes[1].float()[..., None, None]
 
     def __call__(self, stack, down, across):
-        """Fills the two buffers; returns the second as (H, S, k, W)."""
+        """Fills the two buffers, the second one unless rows are short; returns (H, S, k, W)."""
         (h, w), (_, s, k, width) = self.size, stack.shape
         stack, down = stack.flatten(1), _view(down, h, s * k * width)
         for out, seen, weights in self.rows:
             torch.mm(weights, stack[seen], out=down[out])
+        if self.short:  # a 1 x 1 convolution of channels_last images whose channels are the columns
+            images = down.view(h * s, k, 1, width).permute(0, 3, 1, 2)
+            return F.conv2d(images, self.filters).permute(0, 2, 3, 1).reshape(h, s, k, w)
         down, across = down.view(-1, width), _view(across, h * s * k, w)
         for out, seen, weights in self.columns:
             torch.mm(down[:, seen], weights.t(), out=across[:, out])
