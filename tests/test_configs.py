@@ -46,6 +46,7 @@ RUNNABLE = sorted(set(LAZY) - ({FCOS_ONLY} if FCOS is None else set()))
 KD = "MODEL.DISTILL."
 LOSSES = {
     "ssimkd": {},
+    "ms_ssimkd": {KD + "LOSSES": ("ms_ssim",)},
     "l1kd": {KD + "LOSSES": ("l1",)},
     "l2kd": {KD + "LOSSES": ("l2",)},
     "vanilla": {KD + "LOSSES": ()},
@@ -113,6 +114,7 @@ SUFFIXES = {
 }
 SHORT = {  # the first configs have names of their own
     "ssimkd_R50": "ssimkd_faster_rcnn_R50_1x_from_R101",
+    "ms_ssimkd_R50": "ms_ssimkd_faster_rcnn_R50_1x_from_R101",
     "l1kd_R50": "l1kd_faster_rcnn_R50_1x_from_R101",
     "l2kd_R50": "l2kd_faster_rcnn_R50_1x_from_R101",
     "vanilla_R50": "vanilla_faster_rcnn_R50_1x",

@@ -53,10 +53,8 @@ from ssimkd.cli import load_config
 from ssimkd.errors import exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 5  # of the search: from one weight to the next, and how many at most
-RATIO, PROBE_ITERS = (
-    8.0,
-    100,
-)  # see tools/suggest_weight.py; cwd, defeat and ssim did well from 5 on
+RATIO = 8.0  # see tools/suggest_weight.py; cwd, defeat and ssim did well from 5 on
+PROBE_ITERS = 100
 PROBE = (
     *("MODEL.DISTILL.LOG_GRADIENTS", "10"),
     *("MODEL.DISTILL.ICD.DETACH_ITERS", "0"),  # it pulls at nothing before
@@ -285,8 +283,8 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--methods", nargs="+", default=[], help="LOSS[:KEY=VALUE|:*FACTOR]... or vanilla")
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help="variants of ssim")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="shared by all methods")
-    add("--budget", type=int, nargs="+", default=[500, 1000], help="iterations; one table for each")
-    add("--search-seeds", type=int, nargs="*", default=[101, 102], help="none: default weights")
+    add("--budget", type=int, nargs="+", default=[500], help="iterations; one table for each")
+    add("--search-seeds", type=int, nargs="*", default=[101], help="none: default weights")
     add("--jobs", type=int, default=os.cpu_count(), help="processes at a time, a thread each")
     add("--shard", default="1/1", help="2/5: every fifth method from the second on, no report")
     add("--out", default=str(ROOT / "output/compare"), help="folder of runs and report")
