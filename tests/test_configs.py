@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.cli import load_config
 from ssimkd.compat import FCOS, has_compiled_ops, model_zoo
-from ssimkd.distiller import match_levels
 from ssimkd.inherit import inherit
+from ssimkd.levels import match_levels
 from ssimkd.preflight import distillers_of
 from ssimkd.teacher import TeacherSpec
 

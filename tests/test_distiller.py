@@ -8,7 +8,7 @@ from conftest import image_batch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller
-from ssimkd.distiller import check_cells, crop_to_common, match_levels
+from ssimkd.levels import check_cells, crop_to_common, match_levels
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.teacher import rules_of
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from conftest import image_batch
 from detectron2.config import CfgNode, get_cfg
 from ssimkd import ConfigError, add_ssimkd_config
-from ssimkd.distiller import build_loss
 from ssimkd.losses import (
     KD_LOSS_REGISTRY,
     Context,
@@ -21,6 +20,7 @@ from ssimkd.losses import (
     MSSSIMLoss,
     PKDLoss,
     SSIMLoss,
+    build_loss,
 )
 from ssimkd.normalize import NORMALIZATIONS, SCOPES, normalize_maps
 from ssimkd.ssim import ssim_loss

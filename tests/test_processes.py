@@ -10,8 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from processes import in_processes
 from ssimkd.compat import create_ddp_model
-from ssimkd.distiller import build_loss
-from ssimkd.losses import KD_LOSS_REGISTRY, Context
+from ssimkd.losses import KD_LOSS_REGISTRY, Context, build_loss
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 # Every anchor and every proposal counts and each image has as many, so that nothing is drawn and

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Tuple
 from detectron2.config import get_cfg
 from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.cli import load_config
-from ssimkd.distiller import build_loss
+from ssimkd.losses import build_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, REFERENCE = "vanilla", "ssim"

@@ -33,9 +33,9 @@ from detectron2.config import CfgNode, instantiate
 from ssimkd import ConfigError
 from ssimkd.checkpoint_file import TRUST
 from ssimkd.cli import add_flags, load_config
-from ssimkd.distiller import build_loss
 from ssimkd.errors import exit_in_one_line
 from ssimkd.lazy import lazy_losses
+from ssimkd.losses import build_loss
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,6 @@
 import logging
 import math
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import (
     Any,
     Dict,
@@ -24,13 +23,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .distiller_options import check_level_weights, check_names, check_numbers
 from .errors import ConfigError
-from .losses import KD_LOSS_REGISTRY, Context, KDLoss
+from .levels import as_float, check_cells, crop_to_common, match_levels
+from .losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from .teacher import Rules, Teacher
 from .teacher_spec import TeacherSpec, check_switch
 
 logger = logging.getLogger(__name__)
-ADAPTERS = ("none", "conv1x1")
 
 
 class Distiller(nn.Module):
@@ -294,109 +294,6 @@ class Distiller(nn.Module):
         if not self.skip_nonfinite_steps:
             raise FloatingPointError(text)
         logger.warning(text)  # the gradient tells the other processes, see `finite.py`
-
-
-def check_numbers(**options: float) -> None:
-    """Raises ConfigError unless every option is a finite number >= 0, whole unless a weight."""
-    for name, value in options.items():
-        weight = name.endswith(("weight", "weights"))
-        kind, number = (Real, "a finite number") if weight else (Integral, "an integer")
-        if not (isinstance(value, kind) and 0 <= value < math.inf):
-            key = "TEACHER.LOSS_WEIGHT" if name == "loss_weight" else name.upper()
-            raise ConfigError(f"MODEL.DISTILL.{key} must be {number} >= 0, got {value!r}")
-
-
-def check_names(
-    adapter: str, losses: Sequence[KDLoss], in_features: Sequence[str], inherit: Sequence[str]
-) -> None:
-    """Raises ConfigError where an option of these is unknown, empty, doubled or no list."""
-    if adapter not in ADAPTERS:
-        raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}")
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"MODEL.DISTILL.LOSSES names a loss twice: {', '.join(names)}")
-    for key, value in (("IN_FEATURES", in_features), ("INHERIT", inherit)):
-        if isinstance(value, str):
-            raise ConfigError(f"MODEL.DISTILL.{key} must be a list, got {value!r}")
-        if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
-            raise ConfigError(f"MODEL.DISTILL.{key} must hold different names, got {list(value)}")
-    if not in_features:
-        raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
-
-
-def check_level_weights(weights: Sequence[float], levels: Sequence[str]) -> Dict[str, float]:
-    """Level -> its factor; raises ConfigError where there is not one, finite and >= 0, for each."""
-    if weights and len(weights) != len(levels):
-        raise ConfigError(
-            f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(weights)} numbers for the {len(levels)} levels "
-            f"of IN_FEATURES, {', '.join(levels)}"
-        )
-    for weight in weights:
-        check_numbers(level_weights=weight)
-    return dict(zip(levels, map(float, weights)))
-
-
-def build_loss(name: str, node) -> KDLoss:
-    """The loss `name` with the settings of its node in `cfg.MODEL.DISTILL`.
-
-    Raises:
-        ConfigError: no such loss or node, or a setting that it refuses.
-    """
-    if name not in KD_LOSS_REGISTRY:
-        known = ", ".join(sorted(key for key, _ in KD_LOSS_REGISTRY))
-        raise ConfigError(f"MODEL.DISTILL.LOSSES: there is no loss {name!r}; there are {known}")
-    key = name.upper()
-    if key not in node:
-        raise ConfigError(
-            f"MODEL.DISTILL.{key} is missing: the loss {name!r} needs its settings there"
-        )
-    try:
-        return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})
-    except (OverflowError, TypeError, ValueError) as error:
-        raise ConfigError(f"MODEL.DISTILL.{key}: {error}") from error
-
-
-def match_levels(student: Dict[str, ShapeSpec], teacher: Dict[str, ShapeSpec]) -> Dict[str, str]:
-    """Student level -> teacher level of equal stride.
-
-    Raises:
-        ConfigError: the teacher has none, or several and none of the student's name.
-    """
-    matched = {}
-    for level, shape in student.items():
-        names = [name for name, other in teacher.items() if other.stride == shape.stride]
-        if level in names:
-            names = [level]
-        if len(names) != 1:
-            has = ", ".join(f"{name} (stride {other.stride})" for name, other in teacher.items())
-            raise ConfigError(
-                f"MODEL.DISTILL.IN_FEATURES: {level} has stride {shape.stride}, and the teacher "
-                f"has {'several levels' if names else 'no level'} of it; it has {has}"
-            )
-        matched[level] = names[0]
-    return matched
-
-
-def check_cells(whose: str, maps: Tensor, stride: int, padded_size: Tuple[int, int]) -> None:
-    """Raises ConfigError unless a map has one cell per `stride` pixels of the padded image."""
-    expected = tuple(math.ceil(pixels / stride) for pixels in padded_size)
-    if tuple(maps.shape[-2:]) != expected:
-        raise ConfigError(
-            f"MODEL.DISTILL.IN_FEATURES: {whose} is {tuple(maps.shape[-2:])} cells for images of "
-            f"{padded_size} pixels, but stride {stride} gives {expected}: teacher and student "
-            "would not be compared cell by cell"
-        )
-
-
-def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
-    """Cuts off the cells that only one of two maps has: its own padding, right and below."""
-    h, w = (min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:]))
-    return student[..., :h, :w], teacher[..., :h, :w]
-
-
-def as_float(x: Tensor) -> Tensor:
-    """x in float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager

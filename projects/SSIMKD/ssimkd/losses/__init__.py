@@ -1,6 +1,7 @@
 """The losses, one file each; `MODEL.DISTILL.LOSSES` picks them from the registry by name."""
 
 from .base import KD_LOSS_REGISTRY, Context, KDLoss, MapLoss, register_loss
+from .build import build_loss
 from .cwd import CWDLoss
 from .defeat import DeFeatLoss
 from .fgd import FGDLoss
@@ -28,5 +29,6 @@ __all__ = [
     "MapLoss",
     "PKDLoss",
     "SSIMLoss",
+    "build_loss",
     "register_loss",
 ]
