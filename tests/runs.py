@@ -32,10 +32,10 @@ def start(words, log, fault=None):
     return process
 
 
-def finish(words, log, fault=None):
-    """Runs it to its end; returns the exit status, negative for a signal."""
+def finish(words, log, fault=None, seconds=300):
+    """Runs it to its end; returns the exit status, negative for a signal; None: too slow."""
     process = start(words, log, fault)
-    process.join(300)
+    process.join(seconds)
     return process.exitcode
 
 

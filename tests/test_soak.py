@@ -65,7 +65,8 @@ def test_a_long_run_is_level_and_its_evaluations_leave_no_trace(
     for name, sizes in runs.items():
         out = tmp_path / name
         out.mkdir()
-        status = finish(words(out, *rate, **sizes), out / "out.txt", Watch(out / "held.json"))
+        watch = Watch(out / "held.json")
+        status = finish(words(out, *rate, **sizes), out / "out.txt", watch, seconds=3600)
         assert status == 0, (out / "out.txt").read_text()[-3000:]
         lines = [json.loads(line) for line in open(out / "held.json")]
         quarter = len(lines) // 4
