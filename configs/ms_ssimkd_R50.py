@@ -1,5 +1,5 @@
-# ssimkd_R50 with SSIM at several scales, the best form of SSIM on the embedded data by a little
-# (docs/comparison.md). It is computed by autograd: slower than the fast form of SSIM.
+# ssimkd_R50 with SSIM at several scales: on the embedded data level with SSIM (docs/comparison.md).
+# It is computed by autograd: slower than the fast form of SSIM.
 #
 #   python train_net.py --config-file configs/ms_ssimkd_R50.py --num-gpus 8
 from detectron2.config import LazyCall as L

@@ -293,11 +293,14 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
 def test_published_runs_are_taken_over(tmp_path, executed):
     calls = executed(lambda run: 10.0)
     weights = {parse_method("vanilla"): 0.0, parse_method("l1"): 4.0}
-    rows = comparison(tmp_path / "theirs", "--seeds", "1", "2").compare(weights)
+    theirs = comparison(tmp_path / "theirs", "--seeds", "1", "2", "--timing-rounds", "1")
+    rows = theirs.compare(weights)
+    theirs.measure(weights)  # not taken over: the costs are of their machine
     compare_runs.gather(tmp_path / "theirs")
     compare_runs.restore(tmp_path / "theirs/records.json", tmp_path / "ours")
     again = comparison(tmp_path / "ours", "--seeds", "1", "2", "3").compare(weights)
-    assert len(calls) == 4 + 2 and [row for row in again if row["seed"] < 3] == rows
+    assert not (tmp_path / "ours" / compare_runs.COSTS).exists()
+    assert len(calls) == 4 + 2 + 2 and [row for row in again if row["seed"] < 3] == rows
     for wrong in ("[1]", "{", None):
         path = tmp_path / f"wrong{wrong}"
         if wrong:

@@ -46,7 +46,7 @@ from compare_methods import (
     default_weight,
     parse_method,
 )
-from compare_runs import Run, Runner, gather, restore
+from compare_runs import COSTS, Run, Runner, gather, restore
 from detectron2.data import DatasetCatalog
 from ssimkd import KD_LOSS_REGISTRY, ConfigError
 from ssimkd.cli import load_config
@@ -170,7 +170,7 @@ class Comparison:
         """A row per solo run, one at a time and the methods in turn, so that all share a drift."""
         iters = self.args.timing_iters
         runs = {
-            (turn, method): self.plan("timing", method, weight, iters, turn, NO_EVALUATION)
+            (turn, method): self.plan(COSTS, method, weight, iters, turn, NO_EVALUATION)
             for turn in range(1, self.args.timing_rounds + 1)
             for method, weight in weights.items()
         }

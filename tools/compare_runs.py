@@ -20,6 +20,7 @@ from ssimkd.run_record import commit, machine
 from suggest_weight import medians, read_rows
 from tqdm import tqdm
 
+COSTS = "timing"  # folder of the solo runs
 RECORD = "record.json"  # beside run.json, which says how a run was made
 
 
@@ -100,8 +101,11 @@ def restore(records: Path, out: Path) -> None:
 
 
 def gather(out: Path) -> None:
-    """Writes all finished runs below `out` to one file there, by the names of their folders."""
-    paths = sorted(out.rglob(RECORD))
+    """Writes all finished runs below `out` to one file there, by the names of their folders.
+
+    Those that measured costs are left out: they hold for this machine alone.
+    """
+    paths = sorted(path for path in out.rglob(RECORD) if path.relative_to(out).parts[0] != COSTS)
     found = {str(path.parent.relative_to(out)): json.loads(path.read_text()) for path in paths}
     (out / "records.json").write_text(json.dumps(found, indent=1) + "\n")
 
