@@ -33,6 +33,7 @@ def register_anew():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     shapes.register_shapes()
+    shapes.register_search()
 
 
 @pytest.fixture
