@@ -53,7 +53,7 @@ from ssimkd.cli import load_config
 from ssimkd.errors import exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 5  # of the search: from one weight to the next, and how many at most
-RATIO = 8.0  # see tools/suggest_weight.py; cwd, defeat and ssim did well from 5 on
+RATIO = 8.0  # of the gradients, as in tools/suggest_weight.py
 PROBE_ITERS = 100
 PROBE = (
     *("MODEL.DISTILL.LOG_GRADIENTS", "10"),

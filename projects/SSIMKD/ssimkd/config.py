@@ -79,8 +79,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 
     cfg.MODEL.DISTILL.SSIM = CN()
-    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4; 64 was best on shapes]
-    # "minmax" [paper] | "teacher_range" (level with it [shapes]) | "standardize" (below) | "none"
+    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4; shapes: 64]
+    # "minmax" [paper] | "teacher_range" | "standardize" | "none"; runs: docs/comparison.md
     cfg.MODEL.DISTILL.SSIM.NORMALIZE = "minmax"
     # "channel" | "image" | "batch"; the first two are level [shapes], the paper's is not known
     cfg.MODEL.DISTILL.SSIM.NORMALIZE_SCOPE = "channel"
@@ -97,12 +97,12 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.SSIM.COMPILE = True
 
     cfg.MODEL.DISTILL.L1 = CN()
-    cfg.MODEL.DISTILL.L1.WEIGHT = 4.0  # as for SSIM [16 was best on shapes]
+    cfg.MODEL.DISTILL.L1.WEIGHT = 4.0  # as for SSIM [shapes: 16]
     cfg.MODEL.DISTILL.L1.NORMALIZE = "minmax"  # as for SSIM, or "none": raw features
     cfg.MODEL.DISTILL.L1.NORMALIZE_SCOPE = "channel"
 
     cfg.MODEL.DISTILL.L2 = CN()
-    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # level with 6.25 [shapes]
+    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # level with 6.25, the best [shapes]
     cfg.MODEL.DISTILL.L2.NORMALIZE = "minmax"
     cfg.MODEL.DISTILL.L2.NORMALIZE_SCOPE = "channel"
 
