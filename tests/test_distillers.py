@@ -174,6 +174,12 @@ def test_steps_are_left_out_for_all_teachers_and_the_one_to_blame_is_named(files
             run(model)
 
 
+@pytest.mark.parametrize("periods, shortest", [((0, 0), 0), ((0, 50), 50), ((20, 50), 20)])
+def test_gradients_are_logged_at_the_shortest_period(files, periods, shortest):
+    model = taught(files, **{name: {"log_gradients": n} for name, n in zip("ab", periods)})
+    assert model.distiller.log_gradients == shortest
+
+
 def test_the_teacher_to_blame_is_named(files):
     model = build(entries(files, NAME="narrow", ADAPTER="none"))
     message = f"^{KEY}.TEACHERS: narrow: {KEY}.ADAPTER: p2 has 64 channels in the student and 32"

@@ -25,7 +25,7 @@ class Distillers(nn.ModuleDict):
 
     A teacher called x gives "<loss>_kd_loss_x", logs `x/<loss>_kd/<level>`, and keeps its trainable
     parts under `distiller.x.`. Options are each teacher's own; but steps are left out for all, as
-    many as one allows, and gradients are logged of all together.
+    many as one allows, and gradients are logged of all together, at the shortest period.
 
     Args:
         distillers (Distiller): by the name of the teacher.
@@ -59,7 +59,8 @@ class Distillers(nn.ModuleDict):
     @property
     def log_gradients(self) -> int:
         """Iterations between logs of all teachers' gradients together; 0: none."""
-        return max(distiller.log_gradients for _, distiller in self.named())
+        periods = [distiller.log_gradients for _, distiller in self.named()]
+        return min(filter(None, periods), default=0)
 
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
         """See :meth:`Distiller.attach`."""
