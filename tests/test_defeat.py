@@ -114,6 +114,15 @@ def test_owning_levels():
     assert owning_levels(boxes[:0], 5).tolist() == []
 
 
+def test_a_side_that_rounding_leaves_below_its_limit_has_reached_it():
+    corners = 100 * torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
+    boxes = torch.cat([corners, corners + 111], dim=1)  # 112 with both end pixels, but for rounding
+    sides = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=1).sqrt()
+    assert (sides < 112).any() and (sides > 112).any()
+    owners = owning_levels(boxes, 5).tolist()
+    assert owners == [reference_owner(box, 5) for box in boxes.tolist()] == [1] * 500
+
+
 def test_box_cells():
     boxes = torch.tensor(
         [

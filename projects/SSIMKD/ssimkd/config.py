@@ -110,7 +110,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.PKD.WEIGHT = 6.0  # Faster R-CNN, p2 to p5; 10 for RetinaNet [authors]
 
     cfg.MODEL.DISTILL.CWD = CN()
-    cfg.MODEL.DISTILL.CWD.WEIGHT = 10.0  # [authors]
+    # [MMRazor, on p2 to p6; the code that the authors link: 5, on p3 to p6 of RetinaNet]
+    cfg.MODEL.DISTILL.CWD.WEIGHT = 10.0
     cfg.MODEL.DISTILL.CWD.TAU = 1.0  # temperature [authors]
 
     cfg.MODEL.DISTILL.DEFEAT = CN()

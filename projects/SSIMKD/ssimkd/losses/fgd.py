@@ -23,7 +23,8 @@ class FGDLoss(KDLoss):
     two :class:`ContextBlock`, both trained, as in the authors' code; the loss of equal maps is 0
     until training parts them. That code (github.com/yzd-v/FGD) decides where it and the paper
     differ, but for boxes in padded images: it stretches them to the padded map, here they stay
-    where they are.
+    where they are. Most of its configs also start from the teacher's neck and head:
+    MODEL.DISTILL.INHERIT.
 
     Args:
         weight (float): of the whole.

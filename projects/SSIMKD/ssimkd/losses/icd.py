@@ -145,6 +145,10 @@ class ICDLoss(KDLoss):
     - They train the decoder and the student's projection by AdamW (rate 1e-4, cosine, gradient
       norm clipped to 0.01). Here the detector's optimizer does; at the rates of SGD small boxes
       would saturate the box predictions for good, hence `aux_clip`.
+    - They encode a box's size in pixels of the batch's last image, with 1.44 ln for log2. Here it
+      is in its own image's pixels, and a side is never less than one.
+    - Their strides are the padded image's size over the map's: where a map was rounded up, up to a
+      row and a column more lie in the image than here. Their decoder's `out` starts with bias 0.
     - Their best results also start from the teacher's neck and head: MODEL.DISTILL.INHERIT.
 
     Returned parts: L_distill by level, and "aux". Images are decoded one by one, without their

@@ -16,7 +16,8 @@ class MGDLoss(KDLoss):
     probability `mask_ratio`; G is conv3x3, ReLU, conv3x3, trained with the student and in no
     detector afterwards. It starts at random, so that equal maps cost something: the minimum, 0,
     is where G makes T from what it sees. As in the authors' code (github.com/yzd-v/MGD), but that
-    the mask is drawn where the maps are.
+    the mask is drawn where the maps are. Its configs for one-stage detectors also start from the
+    teacher's neck and head: MODEL.DISTILL.INHERIT.
 
     Args:
         weight (float): of the whole.

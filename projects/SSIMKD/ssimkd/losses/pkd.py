@@ -19,10 +19,12 @@ class PKDLoss(KDLoss):
     do not matter. A channel that is flat in one map costs 1/2, without gradient; in both, 0.
 
     The deviation is the biased one, for which mean (z_S - z_T)^2 / 2 is 1 - r as in the paper. The
-    authors' code divides n cells' squares by n - 1, which makes its loss (n - 1) / n of this one.
+    authors' code divides n cells' squares by n - 1, which makes its loss (n - 1) / n of this one;
+    it also adds 1e-6 to each deviation, in feature units.
 
     Args:
-        weight (float): lambda. The authors use 6 on p2 to p5 of Faster R-CNN and 10 on RetinaNet.
+        weight (float): lambda. The authors use 6 on p2 to p5 of Faster R-CNN and 10 on p3 to p6 of
+            RetinaNet.
 
     Raises:
         ValueError: the weight is out of its range.
