@@ -4,11 +4,13 @@ import json
 
 import benchmark
 import benchmark_growth
+import benchmark_loss
 import benchmark_step
 import pytest
 import torch
 from benchmark_loss import deviation, loss_table, make_maps, own
 from benchmark_measure import interleave, peak_of, resident
+from ssimkd import ConfigError
 
 SHAPES = "configs/shapes/ssimkd.yaml"
 
@@ -42,6 +44,14 @@ def test_the_table_divides_by_the_baseline():
     assert baseline == "| pytorch-msssim | 1.00 | 1.00 | 1.00 | 600 | - | 2e-07 |"
 
 
+def test_without_the_baseline_the_table_divides_by_what_is_there(tmp_path):
+    arguments = ["--loss", "--size", "64", "64", "--levels", "p3", "--channels", "2", "--out"]
+    names = ["ssimkd, plain autograd", "ssimkd, normalisation included"]
+    benchmark.main([*arguments, str(tmp_path), "--repeats", "1", "--implementations", *names])
+    assert f"| {names[0]} | 1.00 | 1.00 |" in (tmp_path / "loss.md").read_text()
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
 def test_maps_are_those_of_an_fpn_in_0_to_1():
     student, teacher = make_maps((800, 1333), 1, 1, ["p2", "p6"], "cpu")
     # 1333 is padded to 1344 = 4 * 336 = 64 * 21; 800 = 64 * 12.5
@@ -69,6 +79,48 @@ def test_a_part_has_to_be_chosen(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse(["--device", "cpu"])
     assert "--loss, --step, --growth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--size", "0", "64"], "argument --size: 0 is not at least 1"),
+        (["--repeats", "0"], "argument --repeats: 0 is not at least 1"),
+        (["--device", "gpu"], "argument --device: invalid choice"),
+        (["--config", "configs/ssimkd_R50.py"], "--config: configs/ssimkd_R50.py is no .yaml"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, named, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--loss", *arguments])
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--implementations", "fused-ssim"], "--implementations: none of them is here"),
+        (["--out", "/dev/null/x"], "--out: .*/dev/null/x"),
+        (["--step", "--config", "no.yaml"], "--config-file: no.yaml"),
+    ],
+)
+def test_what_cannot_be_measured_ends_in_one_line(arguments, named, tmp_path):
+    part = [] if "--step" in arguments else ["--loss"]
+    small = ["--size", "64", "64", "--levels", "p3", "--channels", "2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"^error: {named}"):
+        benchmark.main([*part, *small, *arguments])
+
+
+def test_a_peer_that_cannot_take_a_level_is_named(monkeypatch):
+    def fail(student, teacher):
+        raise RuntimeError("Padding size should be less\nand more")
+
+    monkeypatch.setitem(benchmark_loss.LOSSES, "kornia", lambda: fail)
+    small = ["--loss", "--size", "64", "64", "--levels", "p4", "--channels", "2"]
+    args = benchmark.parse([*small, "--implementations", "kornia"])
+    expected = "--size, --levels: kornia on p4, 4 x 4 cells: RuntimeError: Padding size"
+    with pytest.raises(ConfigError, match=expected):
+        benchmark_loss.bench_loss(args)
 
 
 def test_a_step_of_every_kind_is_the_detectors_own():

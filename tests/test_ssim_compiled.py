@@ -59,7 +59,14 @@ def test_threads_share_the_maps_and_change_nothing():
 
 @pytest.mark.parametrize(
     "compiler, reason",
-    [("no-such-compiler", "FileNotFoundError"), ("false", "exit status 1"), ("true", "OSError")],
+    [
+        ("no-such-compiler", "FileNotFoundError"),
+        ("false", "exit status 1"),
+        ("true", "OSError"),
+        ("c++ '", "No closing quotation"),
+        (r"""sh -c 'printf "\351chec" >&2; exit 1'""", "\ufffdchec"),  # Latin-1
+        pytest.param("c++ -Dssim=other", "AttributeError", marks=needs_compiler),
+    ],
 )
 def test_without_a_working_compiler_a_line_and_the_same_loss(monkeypatch, caplog, compiler, reason):
     expected = value_and_gradient()

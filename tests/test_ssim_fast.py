@@ -227,6 +227,34 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, result, expected))
 
 
+@pytest.mark.parametrize(
+    "use, default, restored",
+    [
+        (torch.set_default_dtype, torch.float64, torch.float32),
+        (torch.set_default_dtype, torch.bfloat16, torch.float32),
+        (torch.set_default_device, "meta", None),  # one that is not the maps'
+    ],
+)
+@pytest.mark.parametrize("normalize", ["minmax", "none"])
+def test_defaults_of_torch_change_nothing(normalize, use, default, restored, monkeypatch):
+    maps, context = related_maps(2, 3, 14, 22), context_of((14, 22), (9, 5))
+    loss = SSIMLoss(normalize=normalize)
+    expected = evaluate(loss, *maps, context)
+    monkeypatch.setattr(ssim_fast, "_scratch", threading.local())
+    kept = (ssim_fast._matrices, ssim_fast._axes, ssim_fast._blurs)
+    for function in kept:
+        function.cache_clear()
+    use(default)
+    try:
+        found = evaluate(loss, *maps, context)
+    finally:
+        use(restored)
+        for function in kept:
+            function.cache_clear()
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert all(map(torch.equal, found, expected))
+
+
 def test_two_runs_are_equal_to_the_last_bit():
     maps, context = related_maps(2, 5, 47, 70), context_of((47, 70), (40, 51))
     first, second = (evaluate(SSIMLoss(), *maps, context) for _ in range(2))

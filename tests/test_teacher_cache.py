@@ -209,6 +209,20 @@ def test_what_a_stopped_process_left_is_removed_in_time(tmp_path):
     assert not old.exists() and young.exists()
 
 
+def test_files_that_vanish_while_they_are_counted_stop_nothing(tmp_path, monkeypatch):
+    # as those of other processes, which are renamed when they are whole
+    (tmp_path / "a.maps.1.tmp").symlink_to(tmp_path / "renamed")
+    old = tmp_path / "b.maps.2.tmp"
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    remove = os.remove
+    with monkeypatch.context() as patch:  # another process removes it first
+        patch.setattr(os, "remove", lambda path: (remove(path), remove(path)))
+        cache = TeacherCache(str(tmp_path), 1, Network(), "")
+    cache(Network(), images_of(2))
+    assert cache.storing and len(files(tmp_path)) == 2
+
+
 @torch.no_grad()
 def fill(folder, seed):
     network = Network()
@@ -218,6 +232,7 @@ def fill(folder, seed):
         image = images_of(40)[i : i + 1]
         found = cache(network, image)
         torch.testing.assert_close(found["p2"], network(image)["p2"], rtol=0, atol=1e-4)
+    assert cache.storing
 
 
 def test_processes_share_a_folder(tmp_path):

@@ -25,6 +25,7 @@ import torch
 from benchmark_growth import bench_growth, growth_plot, growth_table
 from benchmark_loss import LOSSES, OWN, STRIDES, bench_loss, loss_plot, loss_table
 from benchmark_step import bench_step, step_plot, step_table
+from ssimkd.errors import building, exit_in_one_line
 from ssimkd.losses import KD_LOSS_REGISTRY
 
 
@@ -52,6 +53,14 @@ PARTS = {
 }
 
 
+def positive(text: str) -> int:
+    """A number of things, at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
 def parse(argv=None) -> argparse.Namespace:
     """Command line of this script."""
     parser = argparse.ArgumentParser(
@@ -59,38 +68,46 @@ def parse(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     known = sorted(name for name, _ in KD_LOSS_REGISTRY)
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=1, help="CPU threads of torch")
-    add("--size", type=int, nargs=2, default=(800, 1333), help="height and width in pixels")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=positive, default=1, help="CPU threads of torch")
+    add("--size", type=positive, nargs=2, default=(800, 1333), help="height and width in pixels")
     add("--cpu-time", action="store_true", help="count CPU time, not the clock's")
     add("--out", type=Path, default=Path("output/benchmark"))
     add("--loss", action="store_true", help="SSIM, forward and backward")
-    add("--images", type=int, default=2, help="images of a batch of --loss")
-    add("--channels", type=int, default=256, help="channels of each map of --loss")
+    add("--images", type=positive, default=2, help="images of a batch of --loss")
+    add("--channels", type=positive, default=256, help="channels of each map of --loss")
     add("--levels", nargs="+", choices=STRIDES, default=list(STRIDES), help="of --loss")
     add("--implementations", nargs="+", choices=LOSSES, help="of --loss; all unless given")
-    add("--repeats", type=int, default=5, help="of --loss on a large level, at least 3")
+    add("--repeats", type=positive, default=5, help="of --loss on a large level, at least 3")
     add("--step", action="store_true", help="a training step, distilled and not")
     add("--config", default="configs/ssimkd_R50.yaml", help="of --step and --growth")
     add("--losses", nargs="+", choices=known, help="of --step; all unless given")
-    add("--step-images", type=int, default=1, help="images of a batch of --step")
-    add("--step-repeats", type=int, default=3)
+    add("--step-images", type=positive, default=1, help="images of a batch of --step")
+    add("--step-repeats", type=positive, default=3)
     add("--growth", action="store_true", help="how loss and step grow, from one small image")
-    add("--growth-size", type=int, nargs=2, default=(192, 256), help="of the smallest image")
-    add("--growth-repeats", type=int, default=3)
-    add("--processes", type=int, default=2, help="largest number of processes of --growth")
-    add("opts", nargs="*", help="overrides of --config, KEY VALUE")
+    add("--growth-size", type=positive, nargs=2, default=(192, 256), help="of the smallest image")
+    add("--growth-repeats", type=positive, default=3)
+    add("--processes", type=positive, default=2, help="largest number of processes of --growth")
+    add("opts", nargs="*", help="overrides of --config, KEY VALUE; after -- or before options")
     args = parser.parse_args(argv)
     if not any(getattr(args, part) for part in PARTS):
         parser.error(f"choose a part: {', '.join('--' + part for part in PARTS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    if not args.config.endswith((".yaml", ".yml")):
+        parser.error(f"--config: {args.config} is no .yaml")
     return args
 
 
-def main(argv=None) -> None:
-    """Runs the parts that were chosen."""
-    args = parse(argv)
+def bench(args: argparse.Namespace) -> None:
+    """Runs the parts that were chosen.
+
+    Raises:
+        ConfigError: --config, --out or what is compared cannot be used.
+    """
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with building("--out"):
+        args.out.mkdir(parents=True, exist_ok=True)
     for part in (part for part in PARTS if getattr(args, part)):
         measure, table, plot = PARTS[part]
         results = measure(args)
@@ -102,6 +119,13 @@ def main(argv=None) -> None:
         (args.out / f"{part}.md").write_text(text)
         plot(results, args.out / f"{part}.png")
         print(f"\n{text}\n{args.out / part}.json, .md, .png")
+
+
+def main(argv=None) -> None:
+    """Command line of this script."""
+    args = parse(argv)
+    with exit_in_one_line():
+        bench(args)
 
 
 if __name__ == "__main__":

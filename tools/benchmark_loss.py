@@ -9,7 +9,8 @@ from typing import Callable, Dict, List, Optional, Tuple, cast
 
 import torch
 from benchmark_measure import clock_of, interleave, markdown, peak_of
-from ssimkd import ssim_compiled
+from ssimkd import ConfigError, ssim_compiled
+from ssimkd.errors import building
 from ssimkd.losses import Context, SSIMLoss
 from ssimkd.normalize import normalize_maps
 from ssimkd.ssim import ssim_loss
@@ -19,7 +20,7 @@ Maps = Dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 STRIDES = {f"p{level}": 2**level for level in range(2, 7)}
 OWN = "ssimkd"
-# What times are divided by
+# What times are divided by, if it is there
 BASELINE = "pytorch-msssim"
 
 
@@ -97,7 +98,11 @@ LOSSES: Dict[str, Callable[[], Loss]] = {
 
 
 def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
-    """The wanted losses (None: all) whose packages are there; names the others."""
+    """The wanted losses (None: all) whose packages are there; names the others.
+
+    Raises:
+        ConfigError: none is there.
+    """
     found = {}
     for name in wanted or LOSSES:
         try:
@@ -106,6 +111,8 @@ def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
             found[name] = LOSSES[name]()
         except ImportError as error:
             print(f"absent: {name} ({error})")
+    if not found:
+        raise ConfigError("--implementations: none of them is here")
     return found
 
 
@@ -172,16 +179,19 @@ def bench_loss(args: argparse.Namespace) -> Dict:
     results: Dict[str, Dict] = {name: {"seconds": {}, "deviation": 0.0} for name in losses}
     for level, x in student.items():
         y = teacher[level]
+        part = slice(0, min(16, args.channels))
+        for name, loss in losses.items():
+            with building(
+                f"--size, --levels: {name} on {level}, {x.shape[2]} x {x.shape[3]} cells"
+            ):
+                value = deviation(loss, x[:1, part].detach().requires_grad_(), y[:1, part])
+            results[name]["deviation"] = max(results[name]["deviation"], value)
         calls = {name: partial(gradient, f, x, y) for name, f in losses.items()}
         # the smaller, the more often: a run of a coarse level takes milliseconds
         repeats = args.repeats * (1 if x.numel() > 2**22 else 5)
         clock = clock_of(args.device, args.cpu_time)
         for name, seconds in interleave(calls, repeats, clock).items():
             results[name]["seconds"][level] = seconds
-        part = slice(0, min(16, args.channels))
-        for name, loss in losses.items():
-            value = deviation(loss, x[:1, part].detach().requires_grad_(), y[:1, part])
-            results[name]["deviation"] = max(results[name]["deviation"], value)
         print(f"{level}: {tuple(x.shape)} done", flush=True)
     del student, teacher
     for name, result in results.items():
@@ -191,10 +201,15 @@ def bench_loss(args: argparse.Namespace) -> Dict:
     return results
 
 
+def base_of(results: Dict) -> str:
+    """The name of what times are divided by."""
+    return next((name for name in (BASELINE, OWN) if name in results), next(iter(results)))
+
+
 def loss_table(results: Dict) -> str:
     """Markdown: a row per implementation."""
-    columns = list(next(iter(results.values()))["seconds"])
-    base = results.get(BASELINE, results[OWN])["seconds"]
+    base = results[base_of(results)]["seconds"]
+    columns = list(base)
     head = [f"speed at {c}" if c != "sum" else "speed in sum" for c in columns]
     head += ["ms in sum", "extra memory, map sets", "deviation from float64"]
     rows = []
@@ -212,12 +227,12 @@ def loss_plot(results: Dict, path: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    base = results.get(BASELINE, results[OWN])["seconds"]
+    base = results[base_of(results)]["seconds"]
     for i, (name, result) in enumerate(results.items()):
         positions = [j + (i - len(results) / 2) * 0.8 / len(results) for j in range(len(base))]
         speeds = [base[c] / result["seconds"][c] for c in base]
         axes.bar(positions, speeds, 0.8 / len(results), label=name, align="edge")
     axes.set_xticks(range(len(base)), list(base))
-    axes.set_ylabel(f"speed, {BASELINE if BASELINE in results else OWN} = 1")
+    axes.set_ylabel(f"speed, {base_of(results)} = 1")
     axes.legend()
     figure.savefig(path)

@@ -93,7 +93,8 @@ def compare(
         d SSIM / dx' / 4 and of slope times x'.
     """
     count, threads = len(student), torch.get_num_threads()
-    affine, sums = affine.contiguous(), torch.empty(count, 3, dtype=torch.float64)
+    affine = affine.contiguous()
+    sums = torch.empty(count, 3, dtype=torch.float64, device=affine.device)
     maps = [_Maps(m) for m in (student, teacher, gradient)]
     rest = (rows.described, columns.described, affine.data_ptr(), *constants, factor)
 
@@ -117,9 +118,11 @@ def library() -> Optional[Callable[..., None]]:
         with tempfile.TemporaryDirectory() as folder:
             target = str(Path(folder, "ssim.so"))
             command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", target]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(  # its messages may be in any encoding
+                command, check=True, capture_output=True, text=True, errors="replace", timeout=120
+            )
             run = ctypes.CDLL(target).ssim
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
         logger.info(
             "MODEL.DISTILL.SSIM.COMPILE: %s built nothing (%s), so that PyTorch's own operators "
             "do the work: right, but slower",

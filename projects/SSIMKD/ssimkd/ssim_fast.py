@@ -24,7 +24,7 @@ import math
 import threading
 import weakref
 from functools import lru_cache, partial
-from typing import Callable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ BLOCKS = (20, 16)
 # Up to this width a product across is a convolution: 0.33 and 0.45 ns per cell of rows of 21 and 42
 # cells, where blocks take 0.72; 0.83 of 84 cells, where they take 0.75 (docs/performance.md)
 SHORT = 48
+FLOAT: Dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 def covers(
@@ -140,8 +141,8 @@ def _evaluate(student, teacher, cells, normalize, scope, compare, options, with_
     window = tuple(options[k] for k in ("window_size", "sigma", "border"))
     whole = all(size == student.shape[2:] for size in cells)
     make = torch.empty if whole else torch.zeros
-    gradient = make(student.shape, dtype=torch.float32) if with_gradient else None
-    sums = torch.zeros(2, images, channels, 1, 1)  # over a map: slope, slope x normalised map
+    gradient = make(student.shape, **FLOAT) if with_gradient else None
+    sums = torch.zeros(2, images, channels, 1, 1, **FLOAT)  # per map: slope, slope x normalised map
     value = 0.0
     for i, (x, y, size) in enumerate(zip(crops_x, crops_y, cells)):
         matrices = _matrices(*size, *window)
@@ -164,7 +165,7 @@ def _evaluate(student, teacher, cells, normalize, scope, compare, options, with_
         # z = (x - low) / (high - low): dz / dlow = (z - 1) / width, dz / dhigh = -z / width
         _spread(gradient, crops_x, torch.amin, low_x, moment - total, dims)
         _spread(gradient, crops_x, torch.amax, high_x, -moment, dims)
-    return torch.tensor((1 - value) / 2), gradient
+    return torch.tensor((1 - value) / 2, **FLOAT), gradient
 
 
 def _compare(student, teacher, affine, blur, constants, gradient, factor, with_sums):
@@ -174,11 +175,11 @@ def _compare(student, teacher, affine, blur, constants, gradient, factor, with_s
     are asked for by `with_sums`; 0 otherwise, unless they cost nothing.
     """
     (channels, height, width), (blur, adjoint) = student.shape, _blurs(*blur)
-    twice_c1, twice_c2 = (torch.tensor(2 * c) for c in constants)
+    twice_c1, twice_c2 = (torch.tensor(2 * c, **FLOAT) for c in constants)
     chunk = CHUNK * torch.get_num_threads()
     buffers = _buffers(max(chunk, height * width))  # a chunk has one map at least
     step = max(1, chunk // (height * width))
-    value, sums = 0.0, torch.zeros(2, channels)
+    value, sums = 0.0, torch.zeros(2, channels, **FLOAT)
     for k in (slice(start, start + step) for start in range(0, channels, step)):
         x, y = student[k], teacher[k]
         # for each cell of a row: one long loop over the rows of all maps
@@ -216,7 +217,7 @@ def _compare_compiled(
 def _range(crops, dims, normalize):
     """Lowest and highest value of each map's group, and 1 / their distance, (N, C, 1, 1) each."""
     if normalize == "none":
-        zero = torch.zeros(len(crops), len(crops[0]), 1, 1)
+        zero = torch.zeros(len(crops), len(crops[0]), 1, 1, **FLOAT)
         return zero, zero, torch.ones_like(zero)
     ends = []
     for pick in (torch.amin, torch.amax):
@@ -248,7 +249,7 @@ def _buffers(cells):
     """
     if getattr(_scratch, "cells", 0) < cells:
         with torch.inference_mode(False):  # or a later training step could not write to it
-            _scratch.buffers = [torch.empty(maps * cells) for maps in (4, 4, 4, 3)]
+            _scratch.buffers = [torch.empty(maps * cells, **FLOAT) for maps in (4, 4, 4, 3)]
         _scratch.cells = cells
     return _scratch.buffers
 
@@ -286,7 +287,7 @@ def _similarity(means, shift_x, shift_v, twice_c1, twice_c2, spare, slopes):
     power = torch.addcmul(twice_c1, u, u, out=u).add_(vv)
     j = vv.div_(power)
     f = v.addcmul_(j, x, value=-2).div_(power)  # -f
-    one = torch.ones(())
+    one = torch.ones((), **FLOAT)
     torch.sub(one, j, alpha=2, out=luminance)
     torch.sub(one, k, alpha=2, out=cs)
     torch.div(luminance, var, out=d_vv)
@@ -304,7 +305,7 @@ def _combine(adjoint, stack):
 @lru_cache(maxsize=128)  # sizes of the maps of a few dozen image sizes
 def _matrices(height, width, window_size, sigma, border):
     """B along each axis of maps of one size."""
-    like = torch.empty(0, dtype=torch.float64)
+    like = torch.empty(0, dtype=torch.float64, device="cpu")
     window = Window((height, width), window_size, sigma, border, like)
     return [_matrix(n, w, border) for n, w in zip((height, width), window.weights)]
 
@@ -326,7 +327,8 @@ def _matrix(size, weights, border):
     """B along an axis of `size` cells, (cells of the result, size)."""
     radius = 0 if border == "valid" else len(weights) // 2
     mode = "reflect" if border == "reflect" else "constant"
-    impulses = F.pad(torch.eye(size, dtype=weights.dtype)[:, None], (radius, radius), mode)
+    impulses = torch.eye(size, dtype=weights.dtype, device=weights.device)[:, None]
+    impulses = F.pad(impulses, (radius, radius), mode)
     matrix = F.conv1d(impulses, weights[None, None])[:, 0].t()
     return matrix / matrix.sum(1, keepdim=True) if border == "renormalize" else matrix
 

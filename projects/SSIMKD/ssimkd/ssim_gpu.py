@@ -65,7 +65,7 @@ def ssim_loss(
     sizes = inside = None
     if any(size != tuple(student.shape[2:]) for size in cells):
         # from pinned memory: an ordinary copy would wait until the GPU is done
-        sizes = torch.tensor(cells, pin_memory=student.is_cuda)
+        sizes = torch.tensor(cells, device="cpu", pin_memory=student.is_cuda)
         sizes = sizes.to(student.device, non_blocking=True)
         inside = inside_of(sizes, student)
     maps = (student.float(), teacher.detach().float())  # for their statistics
@@ -103,7 +103,7 @@ def _trial(device, dtype, options) -> bool:
 def _deviation(device, dtype, options) -> float:
     """Of loss (absolute) or gradient (relative) on random maps, the larger one; NaN is one, too."""
     generator = torch.Generator().manual_seed(0)  # the run's own draws stay the same
-    x, noise = torch.rand(2, *TRIAL_SHAPE, generator=generator)
+    x, noise = torch.rand(2, *TRIAL_SHAPE, generator=generator, device="cpu")
     student, teacher = (m.to(device, dtype) for m in (x, (x + noise) / 2))
     kernel = student.clone().requires_grad_()
     loss = ssim_loss(kernel, teacher, TRIAL_CELLS, "minmax", "channel", **options)

@@ -17,7 +17,7 @@ import re
 import time
 import uuid
 from contextlib import suppress
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ class TeacherCache:
 
     def _has_room(self, size: int) -> bool:
         if self.added >= self.entries // 64:  # others may add, too
-            sizes = [entry.stat().st_size for entry in os.scandir(self.folder)]
+            sizes = [status.st_size for _, status in files_in(self.folder)]
             self.entries, self.bytes, self.added = len(sizes), sum(sizes), 0
         if self.bytes + size > self.limit:
             self._stop(f"it holds {self.bytes / GIB:.2f} GiB (MODEL.DISTILL.TEACHER.CACHE_GIB)")
@@ -153,9 +153,19 @@ def identify(network: nn.Module, settings: str) -> bytes:
 
 def remove_unfinished(folder: str) -> None:
     """Removes what processes that were stopped have left; a younger file may be in work."""
-    for entry in list(os.scandir(folder)):
-        if entry.name.endswith(UNFINISHED) and time.time() - entry.stat().st_mtime > HOUR:
-            os.remove(entry.path)
+    for path, status in files_in(folder):
+        if path.endswith(UNFINISHED) and time.time() - status.st_mtime > HOUR:
+            with suppress(FileNotFoundError):  # another process was faster
+                os.remove(path)
+
+
+def files_in(folder: str) -> List[Tuple[str, os.stat_result]]:
+    """Path and status of each file, but for those that another process renames meanwhile."""
+    found = []
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            found.append((entry.path, entry.stat()))
+    return found
 
 
 def digest(data: bytes) -> bytes:
