@@ -15,6 +15,7 @@ from ssimkd.limits import check_limits
     "override, message",
     [
         ("model.distiller.losses.0.border=wrap", "border must be one of"),
+        ("model.distiller.losses.0.fast='no'", "fast must be True or False, got 'no'"),
         ("+model.distiller.teacher.weight=x", "MODEL.DISTILL.TEACHER: "),
         ("model.distiller.in_features=p2", "MODEL.DISTILL.IN_FEATURES must be a list"),
     ],
