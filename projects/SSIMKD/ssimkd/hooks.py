@@ -32,7 +32,7 @@ class ExactResume(HookBase):
         self.states: List[Dict[str, Any]] = []
 
     def before_train(self) -> None:
-        """Restores this process's generators, now that everything is built."""
+        """Restores this process's generators and the model's running numbers, once all is built."""
         if not self.states:
             if self.trainer.start_iter > 0:
                 logger.warning("The checkpoint has no random state: this resume is not exact")
@@ -50,7 +50,7 @@ class ExactResume(HookBase):
         vars(self.model).update(state.get("model", {}))
 
     def after_step(self) -> None:
-        """Collects the generators of all processes where a checkpoint is about to be written."""
+        """Collects the state of all processes where a checkpoint is about to be written."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
             self.collect()
