@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
 from .errors import ConfigError, building, one_line
+from .export import check_exportable
 from .image_format import check_format
 
 MOST = sys.float_info.max
@@ -224,3 +225,5 @@ def check_lazy(cfg: DictConfig) -> None:
             built = instantiate(distiller)
         if not isinstance(built, (Distiller, Distillers)):
             raise ConfigError(f"model.distiller must be a Distiller or Distillers, got {built!r}")
+    with building("model"):
+        check_exportable(cfg)
