@@ -109,9 +109,9 @@ def results(evaluator, annotations):
     return found, lines
 
 
-def test_every_metric_is_pycocotools_own(data, monkeypatch):
+def test_every_metric_is_pycocotools_own(data, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "has_compiled_ops", lambda: False)
-    fast = evaluation.build_evaluator(shapes_cfg("vanilla", "OUTPUT_DIR", ""), NAME)
+    fast = evaluation.build_evaluator(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)), NAME)
     assert type(fast) is evaluation.FastCOCOEvaluator
     slow = COCOEvaluator(NAME, use_fast_impl=False, kpt_oks_sigmas=())
     found, expected = results(fast, data), results(slow, data)
