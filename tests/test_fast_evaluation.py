@@ -109,9 +109,9 @@ def results(evaluator, annotations):
     return found, lines
 
 
-def test_every_metric_is_pycocotools_own(data, monkeypatch):
+def test_every_metric_is_pycocotools_own(data, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "has_compiled_ops", lambda: False)
-    fast = evaluation.build_evaluator(shapes_cfg("vanilla", "OUTPUT_DIR", ""), NAME)
+    fast = evaluation.build_evaluator(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)), NAME)
     assert type(fast) is evaluation.FastCOCOEvaluator
     slow = COCOEvaluator(NAME, use_fast_impl=False, kpt_oks_sigmas=())
     found, expected = results(fast, data), results(slow, data)
@@ -130,3 +130,24 @@ def test_yaml_and_lazy_configs_choose_alike(data, monkeypatch):
         monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
         assert evaluation.coco_class(compiled) is COCOEvaluator
         monkeypatch.undo()
+
+
+def test_an_annotation_of_id_0_can_be_matched():
+    """Where pycocotools loses it: its arrays of matches say 0 for none."""
+    import ultrafast_pycocotools as fast
+    from pycocotools import coco, cocoeval
+
+    one = {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+    truth = {"info": {}, "images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [one]}
+    found = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0}]
+    precisions = []
+    with redirect_stdout(io.StringIO()):
+        slow = coco.COCO()
+        slow.dataset = truth
+        slow.createIndex()
+        for data, metric in ((slow, cocoeval), (fast.COCO(truth, verbose=False), fast)):
+            run = metric.COCOeval(data, data.loadRes(found), "bbox")
+            run.evaluate()
+            run.accumulate()
+            precisions.append(np.asarray(run.eval["precision"])[:, :, 0, 0, 2].mean())
+    assert precisions == pytest.approx([0, 1])

@@ -104,7 +104,8 @@ def coco_class(fast: bool) -> Type[COCOEvaluator]:
 class FastCOCOEvaluator(COCOEvaluator):
     """COCOEvaluator with the metric of ultrafast-pycocotools, which equals pycocotools' bit by bit.
 
-    As many images as COCO's validation has take a second instead of 45 (docs/performance.md).
+    As many images as COCO's validation has take a second instead of 45 (docs/performance.md). An
+    annotation of id 0 is one like any other here; pycocotools forgets what matched it.
     """
 
     def evaluate(self, *args, **kwargs):
