@@ -277,7 +277,8 @@ def test_a_vitdet_teacher(tmp_path):
     student = student_of("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", FPN, "x", "")
     student.distiller.spec = spec
     assert run(student)["ssim_kd_loss"] > 0
-    maps, padded = student.distiller.teacher(BATCH, "BGR", torch.device("cpu"))
+    images = student.preprocess_image(BATCH).tensor
+    maps, padded = student.distiller.teacher(BATCH, images, student.rules)
     assert padded == (128, 128) and maps["p4"].shape[-2:] == (8, 8)
 
 
