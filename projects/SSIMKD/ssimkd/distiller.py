@@ -31,6 +31,11 @@ from .teacher import Rules, Teacher
 from .teacher_spec import TeacherSpec, check_switch
 
 logger = logging.getLogger(__name__)
+# Arguments of a Distiller that stand, in capitals, in MODEL.DISTILL itself.
+OPTIONS = (
+    "in_features", "level_weights", "adapter", "mask_padding", "warmup_iters", "inherit",
+    "check_images", "log_gradients", "skip_nonfinite_steps",
+)  # fmt: skip
 
 
 class Distiller(nn.Module):
@@ -119,27 +124,12 @@ class Distiller(nn.Module):
         for name, _ in KD_LOSS_REGISTRY:
             if name.upper() in node:
                 build_loss(name, node)  # a wrong setting is wrong whether it is used or not
+        spec = {key.lower(): value for key, value in node.TEACHER.items()}
         return {
-            "teacher": TeacherSpec(
-                node.TEACHER.CONFIG,
-                node.TEACHER.WEIGHTS,
-                tuple(node.TEACHER.OPTS),
-                node.TEACHER.PRECISION,
-                node.TEACHER.COMPILE,
-                node.TEACHER.CACHE,
-                node.TEACHER.CACHE_GIB,
-            ),
+            **{option: node[option.upper()] for option in OPTIONS},
+            "loss_weight": spec.pop("loss_weight"),
+            "teacher": TeacherSpec(**spec),
             "losses": [build_loss(name, node) for name in node.LOSSES],
-            "in_features": node.IN_FEATURES,
-            "level_weights": node.LEVEL_WEIGHTS,
-            "adapter": node.ADAPTER,
-            "mask_padding": node.MASK_PADDING,
-            "warmup_iters": node.WARMUP_ITERS,
-            "loss_weight": node.TEACHER.LOSS_WEIGHT,
-            "inherit": node.INHERIT,
-            "check_images": node.CHECK_IMAGES,
-            "log_gradients": node.LOG_GRADIENTS,
-            "skip_nonfinite_steps": node.SKIP_NONFINITE_STEPS,
         }
 
     @property

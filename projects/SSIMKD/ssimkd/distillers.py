@@ -12,11 +12,7 @@ from .distiller import Distiller
 from .errors import ConfigError
 from .teacher import Rules
 
-# What an entry of MODEL.DISTILL.TEACHERS may hold: TEACHER's keys, and those of a pair.
-TEACHER_KEYS = (
-    "CONFIG", "WEIGHTS", "OPTS", "LOSS_WEIGHT", "PRECISION", "COMPILE", "CACHE", "CACHE_GIB",
-)  # fmt: skip
-NUMBERS = ("LOSS_WEIGHT", "CACHE_GIB")
+# What an entry of MODEL.DISTILL.TEACHERS may hold beside TEACHER's keys.
 PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 
 
@@ -140,19 +136,20 @@ def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
             f"MODEL.DISTILL.TEACHERS: an entry is a mapping such as {{CONFIG: ...}}, got {entry!r}"
         )
     settings: List[Any] = ["MODEL.DISTILL.TEACHER.WEIGHTS", "", "MODEL.DISTILL.TEACHER.OPTS", []]
+    teacher = cfg.MODEL.DISTILL.TEACHER
     for key, value in entry.items():
         if value is None:  # yacs takes it in place of any value
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
             )
-        if key in TEACHER_KEYS:
-            if key in NUMBERS and isinstance(value, int):
+        if key in teacher:
+            if isinstance(teacher[key], float) and isinstance(value, int):
                 value = float(value)  # 1 is as good as 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
         elif key in PAIR_KEYS:
             settings += [f"MODEL.DISTILL.{key}", value]
         elif key != "NAME":
-            known = ", ".join(("NAME", *TEACHER_KEYS, *PAIR_KEYS))
+            known = ", ".join(("NAME", *teacher, *PAIR_KEYS))
             raise ConfigError(f"MODEL.DISTILL.TEACHERS: unknown key {key}; there are {known}")
     one = cfg.clone()
     one.defrost()
