@@ -3,8 +3,7 @@
 import argparse
 import os
 import re
-from contextlib import contextmanager
-from typing import Any, Iterator, List, Sequence
+from typing import Any, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -15,7 +14,7 @@ from .checkpoint_file import TRUST
 from .checkpointer import checkpoints_in
 from .config import add_ssimkd_config
 from .data import check_datasets, lazy_use_own_data, use_own_data
-from .errors import ConfigError, one_line
+from .errors import ConfigError, building
 from .lazy import lazy_names
 from .limits import check_limits
 from .yaml_file import merge_yaml
@@ -101,7 +100,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
         )
     if not os.path.isfile(path) or not path.endswith((".py", ".yaml", ".yml")):
         raise ConfigError(f"--config-file: {path} is no file that ends in .yaml or .py")
-    try:
+    with building(f"{path} with {' '.join(overrides)}" if overrides else path):
         if path.endswith(".py"):
             cfg = LazyConfig.load(path)
             check_overrides(cfg, overrides)
@@ -111,11 +110,6 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
             add_ssimkd_config(cfg)
             merge_yaml(cfg, path)
             merge_overrides(cfg, overrides)
-    except ConfigError:
-        raise
-    except Exception as error:
-        extra = f" with {' '.join(overrides)}" if overrides else ""
-        raise ConfigError(f"{path}{extra}: {one_line(error)}") from error
     if isinstance(cfg, CfgNode):
         use_own_data(cfg, splits)
         cfg.freeze()
@@ -152,15 +146,6 @@ def check_overrides(cfg, overrides: Sequence[str]) -> None:
                 known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
                 raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
             node = OmegaConf.select(node, part)
-
-
-@contextmanager
-def writing_to(key: str, folder: str) -> Iterator[None]:
-    """Around the first writing to a run's folder: that it cannot is a ConfigError with the key."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot write to {folder}: {one_line(error)}") from error
 
 
 def check_config(cfg, args: argparse.Namespace) -> str:

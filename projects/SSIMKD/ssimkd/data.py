@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from .coco_file import read_coco
-from .errors import ConfigError
+from .errors import ConfigError, naming
 from .lazy import lazy_losses, lazy_names, target_of
 from .losses import ICDLoss
 from .shapes import FOLDER
@@ -101,10 +101,8 @@ def register_coco(
             continue
         if not os.path.isdir(images):
             raise ConfigError(f"{key}: {name}: there is no folder {images}")
-        try:
+        with naming(f"{key}: {name}: {json_file}", sep=" "):
             metadata = read_coco(json_file, images, name in scored)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {name}: {json_file} {error}") from error
         if name not in DatasetCatalog:
             register_coco_instances(name, metadata, json_file, images)
         found = MetadataCatalog.get(name)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from .checkpoint import load_teacher
-from .errors import ConfigError, one_line
+from .errors import ConfigError, naming
 from .export import build_plain, plain_config
 from .lazy import lazy_names
 from .random_state import preserve_random_state
@@ -70,10 +70,8 @@ def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
         raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
 
     def read(path: str) -> Dict[str, Any]:
-        try:
+        with naming(f"{path} cannot be read as an image", (OSError, ValueError)):
             return mapper({"file_name": path})
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as an image: {one_line(error)}") from error
 
     return read
 

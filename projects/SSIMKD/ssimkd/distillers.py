@@ -1,7 +1,6 @@
 """Several teachers at once: a Distiller for each."""
 
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Tuple, Union, cast
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -9,7 +8,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .distiller import Distiller
-from .errors import ConfigError
+from .errors import ConfigError, naming
 from .teacher import Rules
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold beside TEACHER's keys.
@@ -87,15 +86,9 @@ class Distillers(nn.ModuleDict):
         return losses
 
 
-@contextmanager
-def naming_teacher(name: str) -> Iterator[None]:
+def naming_teacher(name: str) -> ContextManager[None]:
     """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
-    try:
-        yield
-    except ConfigError as error:
-        if not name:
-            raise
-        raise ConfigError(f"MODEL.DISTILL.TEACHERS: {name}: {error}") from error
+    return naming(name and f"MODEL.DISTILL.TEACHERS: {name}")
 
 
 def build_distiller(cfg) -> Union[Distiller, Distillers]:

@@ -20,7 +20,7 @@ from .bad_images import CountSkipped, NamingMapper
 from .checkpointer import WholeCheckpointer
 from .compat import create_ddp_model
 from .data import check_classes
-from .errors import ConfigError, building, loading
+from .errors import ConfigError, building, naming
 from .evaluation import build_lazy_evaluator, save_results
 from .export import export_student
 from .finite import FiniteSteps
@@ -107,7 +107,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         ]
     )
     resumed = resume and checkpointer.has_checkpoint()
-    with loading("--resume" if resumed else "train.init_checkpoint"):
+    with naming("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
     check_classes(unwrap(model), data)
@@ -159,7 +159,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     check_classes(unwrap(model), {key: names})
     checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
     resumed = resume and checkpointer.has_checkpoint()
-    with loading("--resume" if resumed else "train.init_checkpoint"):
+    with naming("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)
 

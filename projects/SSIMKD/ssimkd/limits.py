@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
-from .errors import ConfigError, building, one_line
+from .errors import ConfigError, building, naming
 from .image_format import check_format
 
 MOST = sys.float_info.max
@@ -111,10 +111,8 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
     weights = "train.init_checkpoint" if lazy else "MODEL.WEIGHTS"
     if not isinstance(value_of(cfg, weights), str):
         raise ConfigError(f"{weights} must name a checkpoint, or be empty")
-    try:
+    with naming(device, (RuntimeError, ValueError)):
         torch.device(str(value_of(cfg, device)))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{device}: {one_line(error)}") from error
     check_formats(cfg, ("test",) if eval_only else ("train", "test"))
     if not lazy:
         check_expected(cfg.TEST.EXPECTED_RESULTS)

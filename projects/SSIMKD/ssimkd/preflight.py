@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .distillers import Distillers, naming_teacher
-from .errors import ConfigError, one_line
+from .errors import ConfigError, naming, one_line
 from .inherit import inherit
 from .meta_arch import DistillMixin, image_format_of
 from .random_state import preserve_random_state
@@ -107,13 +107,9 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
 
 def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
     """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
-    try:
+    failure = f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} cannot run here"
+    with naming(failure, (ImportError, NotImplementedError)):  # operators that Detectron2 compiles
         student, _ = paired_maps(model, distiller, batch)
-    except (ImportError, NotImplementedError) as error:  # operators that Detectron2 compiles
-        raise ConfigError(
-            f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} cannot run here: "
-            f"{one_line(error)}"
-        ) from error
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
 
 

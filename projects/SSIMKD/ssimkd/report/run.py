@@ -19,7 +19,7 @@ from torch import nn
 from ..checkpoint_file import CheckpointReader
 from ..cli import load_config
 from ..data import lazy_use_own_data
-from ..errors import ConfigError, one_line
+from ..errors import ConfigError, building, naming, one_line
 from ..lazy import lazy_names
 from ..run_record import in_words, read_json, read_record
 
@@ -42,7 +42,7 @@ class Run:
         path = self.path("config.yaml")
         if not os.path.isfile(path):
             raise ConfigError(f"{folder}: there is no config.yaml: is it the folder of a run?")
-        try:
+        with building(path):
             with open(path) as f:
                 lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
             if lazy:
@@ -50,10 +50,6 @@ class Run:
                 lazy_use_own_data(self.cfg, ("TEST",))
             else:
                 self.cfg = load_config(path, [], ("TEST",))
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{path}: {one_line(error)}") from error
         self.record = read_record(self.folder)
 
     def path(self, *parts: str) -> str:
@@ -218,15 +214,11 @@ class Run:
         records = DatasetCatalog.get(self.dataset) if self.dataset else []
         chosen = records[:: max(1, len(records) // count)][:count]
         mapper: Any
-        try:
+        with naming(f"{self.folder}: its mapper cannot be built", Exception):
             if self.lazy:
                 mapper = instantiate(self.cfg.dataloader.test.mapper)
             else:
                 mapper = DatasetMapper(self.cfg, is_train=False)
-        except Exception as error:  # whatever a class of the user's may raise
-            raise ConfigError(
-                f"{self.folder}: its mapper cannot be built: {one_line(error)}"
-            ) from error
         return [(record, mapper(record)) for record in chosen]
 
     def _json(self, *parts: str) -> Any:
