@@ -29,7 +29,7 @@ from fvcore.nn import FlopCountAnalysis
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, load_config
 from ssimkd.detector import device_of, image_reader, load_detector
-from ssimkd.distillers import Distillers, build_distiller
+from ssimkd.distillers import build_distiller
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.export import build_plain, plain_config
 from ssimkd.graph import OneImage
@@ -57,9 +57,8 @@ def teachers_of(cfg) -> Iterator[Tuple[str, Any]]:
         distiller: Any = build_distiller(cfg)
     else:
         distiller = instantiate(cfg.model.get("distiller"))
-    named = distiller.named() if isinstance(distiller, Distillers) else [("", distiller)]
-    for name, one in named:
-        if one is not None and one.spec.config:
+    for name, one in distiller.named() if distiller else ():
+        if one.spec.config:
             yield f"teacher {name}".rstrip(), one.spec
 
 

@@ -31,10 +31,10 @@ from ssimkd import engine, lazy_engine
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, argument_parser, check_config, load_config
 from ssimkd.data import check_classes
+from ssimkd.distillers import distillers_of
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.lazy import lazy_names
 from ssimkd.meta_arch import image_format_of
-from ssimkd.preflight import distillers_of
 from ssimkd.student import build_teacher
 from ssimkd.writers import LOGGERS
 

@@ -137,6 +137,10 @@ class Distiller(nn.Module):
         """Whether there is anything to distil."""
         return len(self.losses) > 0
 
+    def named(self) -> Iterator[Tuple[str, "Distiller"]]:
+        """As of several teachers: the teacher's name, "" of a single one, with this distiller."""
+        yield self.name, self
+
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
         """Fits this distiller to a student's backbone; makes the adapters.
 

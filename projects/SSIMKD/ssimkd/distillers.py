@@ -86,6 +86,13 @@ class Distillers(nn.ModuleDict):
         return losses
 
 
+def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
+    """Each teacher's name and Distiller, of a student; a single one has no name."""
+    distiller = getattr(model, "distiller", None)
+    if isinstance(distiller, (Distiller, Distillers)):
+        yield from distiller.named()
+
+
 def naming_teacher(name: str) -> ContextManager[None]:
     """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
     return naming(name and f"MODEL.DISTILL.TEACHERS: {name}")

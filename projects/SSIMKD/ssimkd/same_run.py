@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 from torch import nn
 
+from .distillers import distillers_of
 from .errors import ConfigError
-from .preflight import distillers_of
 
 logger = logging.getLogger(__name__)
 # Settings that may change without another word: where a run lies, and how fast it reads.

@@ -12,10 +12,10 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from ..checkpoint_file import read_checkpoint
+from ..distillers import distillers_of
 from ..errors import ConfigError
 from ..export import PREFIX
 from ..graph import OneImage
-from ..preflight import distillers_of
 from ..teacher import as_seen, trained_format
 from .run import Run
 

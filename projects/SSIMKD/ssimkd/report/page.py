@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..distillers import distillers_of
 from ..meta_arch import image_format_of
-from ..preflight import distillers_of
 from ..run_record import in_words, machine, now
 from ..similarity_maps import NAMES, gradient, render, similarity_maps
 from . import charts, pictures
