@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
@@ -19,6 +18,7 @@ from torch import nn
 from ..checkpoint_file import CheckpointReader
 from ..cli import load_config
 from ..data import lazy_use_own_data
+from ..detector import device_of
 from ..errors import ConfigError, building, naming, one_line
 from ..lazy import lazy_names
 from ..run_record import in_words, read_json, read_record
@@ -176,8 +176,7 @@ class Run:
     @property
     def device(self) -> str:
         """The run's device where this machine has it, else the CPU."""
-        device = self.cfg.train.device if self.lazy else self.cfg.MODEL.DEVICE
-        return device if torch.cuda.is_available() else "cpu"
+        return str(device_of(self.cfg))
 
     def build(self) -> nn.Module:
         """The detector with its weights, in evaluation mode, its distiller without teacher.
