@@ -20,8 +20,8 @@ from ..cli import load_config
 from ..data import lazy_use_own_data
 from ..detector import device_of
 from ..errors import ConfigError, building, naming, one_line
-from ..lazy import lazy_names
 from ..run_record import in_words, read_json, read_record
+from ..settings import names_of, setting
 
 Series = Tuple[List[int], List[float]]  # iterations and values
 
@@ -64,7 +64,7 @@ class Run:
     @property
     def dataset(self) -> str:
         """The data set that the run evaluates on, the last one of several; "" where none."""
-        names = lazy_names(self.cfg, "TEST")[0] if self.lazy else self.cfg.DATASETS.TEST
+        names = names_of(self.cfg, "TEST")
         return names[-1] if names else ""
 
     @cached_property
@@ -147,19 +147,14 @@ class Run:
     @property
     def seen(self) -> str:
         """Iterations times images of each, in words; the former as far as it was logged."""
-        batch = (
-            self.cfg.dataloader.train.total_batch_size
-            if self.lazy
-            else self.cfg.SOLVER.IMS_PER_BATCH
-        )
+        batch = setting(self.cfg, "batch")
         iterations = self.scalars.get("total_loss", ([], []))[0]
         return f"{iterations[-1] + 1} x {batch} images" if iterations else "not known"
 
     @property
     def trained_on(self) -> str:
         """Names of the data sets of the training; "nothing" where it has none."""
-        names = lazy_names(self.cfg, "TRAIN")[0] if self.lazy else self.cfg.DATASETS.TRAIN
-        return ", ".join(names) or "nothing"
+        return ", ".join(names_of(self.cfg, "TRAIN")) or "nothing"
 
     @property
     def training_time(self) -> str:
