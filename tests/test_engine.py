@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
+from detectron2.engine import TrainerBase
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.engine import DistillTrainer
@@ -271,6 +272,20 @@ def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
         hook.trainer = Trainer(iteration)
         hook.after_train()
         assert called == expected
+
+
+def test_an_export_that_fails_does_not_cost_the_last_evaluation(caplog):
+    def export():
+        raise OSError(28, "No space left on device")
+
+    evaluated = []
+    trainer = TrainerBase()
+    trainer.run_step = lambda: None
+    trainer.register_hooks([AfterTraining(export), EvalHook(0, lambda: evaluated.append(1))])
+    trainer.train(0, 1)
+    assert evaluated == [1]
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert error == "export failed: OSError: [Errno 28] No space left on device"
 
 
 def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(tmp_path):

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, shapes_cfg
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -85,10 +86,10 @@ def do(action, name, out, *opts):
     cfg.freeze()
     out.mkdir()
     (out / "config.yaml").write_text(cfg.dump())
+    command = ["train_net.py", "--config-file", f"{name}.yaml"]
+    command += ["--eval-only"] * (action is engine.evaluate)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", ["train_net.py", "--config-file", f"{name}.yaml", *map(str, opts)]
-        )
+        patch.setattr(sys, "argv", [*command, *map(str, opts)])
         with record_run(str(out)):
             action(cfg, False)
 
@@ -266,6 +267,39 @@ def test_a_run_without_checkpoint_keeps_its_figures(folder, tmp_path):
     assert float(page.numbers["student/AP50"]) == pytest.approx(expected, abs=0.06)
 
 
+def test_what_a_run_started_from_is_not_its_detector(folder, tmp_path):
+    """As of a run that was killed before its first checkpoint."""
+    shutil.copy(folder / "student/student.pth", tmp_path / "start.pth")
+    config = yaml.safe_load((folder / "twin/config.yaml").read_text())
+    config["MODEL"]["WEIGHTS"] = str(tmp_path / "start.pth")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copy(folder / "twin/run.json", tmp_path)
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        Run(str(tmp_path)).build()
+    record = read(tmp_path / "run.json")
+    record[0]["command"] += " --eval-only"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert Run(str(tmp_path)).build() is not None
+
+
+@pytest.mark.parametrize("left", ["backbone.bottom_up.", "backbone."])
+def test_a_checkpoint_without_all_of_the_detector_is_refused(folder, tmp_path, left):
+    shutil.copy(folder / "twin/config.yaml", tmp_path)
+    state = torch.load(folder / "twin/student.pth")["model"]
+    part = {name: tensor for name, tensor in state.items() if name.startswith(left)}
+    torch.save({"model": part}, tmp_path / "student.pth")
+    with pytest.raises(ConfigError, match="student.pth does not (fit the backbone|hold )"):
+        Run(str(tmp_path)).build()
+
+
+def test_without_its_adapters_a_students_maps_are_not_compared(folder, tmp_path):
+    shutil.copytree(folder / "student", tmp_path / "student")
+    (tmp_path / "student/last_checkpoint").unlink()
+    report = Report(Run(str(tmp_path / "student")), [])
+    assert report.model is not None and not report.levels
+    assert any("student.pth is there, which has no adapters" in note for note in report.notes)
+
+
 def test_it_says_what_was_trained_and_how_to_do_it_again(page, folder):
     entry = read(folder / "student/run.json")[0]
     for words in (
@@ -336,9 +370,6 @@ def test_a_later_evaluation_changes_neither_the_end_nor_the_label(folder, tmp_pa
     later = {"command": "python train_net.py --eval-only", "ended": "2099-01-01T00:00:00+00:00"}
     (tmp_path / "student/run.json").write_text(json.dumps([*entries, {**entries[0], **later}]))
     assert Run(str(tmp_path / "student")).ended == in_words(entries[0]["ended"])
-    record = read(folder / "teacher/run.json")
-    record[0]["command"] += " --eval-only"
-    (tmp_path / "teacher/run.json").write_text(json.dumps(record))
     page = Page(Report(Run(str(tmp_path / "teacher")), []).html())
     assert "teacher/AP" in page.numbers and "ended only evaluated, " in page.text
     assert "vanilla" not in page.text.partition("Run it again")[0]

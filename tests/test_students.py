@@ -5,12 +5,13 @@ import ssimkd
 import torch
 from conftest import narrow_opts, rich_batch, save_teacher, zoo_cfg
 from detectron2.config import instantiate
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, ProposalNetwork, build_model
 from detectron2.utils.events import EventStorage
-from ssimkd import ConfigError, Distiller, meta_arch
+from ssimkd import ConfigError, Distiller, DistillMixin, meta_arch
 from ssimkd.compat import FCOS, model_zoo
 from ssimkd.export import parent_of
 from ssimkd.losses import SSIMLoss
+from ssimkd.preflight import paired_maps, prepare
 from ssimkd.teacher import TeacherSpec
 
 KEY = "MODEL.DISTILL"
@@ -166,6 +167,37 @@ def test_pairs_that_cannot_work_say_why(teacher, levels, message, tmp_path):
 def test_a_c4_student_is_told_its_map():
     with pytest.raises(ConfigError, match="the student has no p2; it has res4"):
         student_of("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", FPN, "x", "y")
+
+
+@META_ARCH_REGISTRY.register()
+class DistillProposalNetwork(DistillMixin, ProposalNetwork):
+    """A student in two lines: its parent prepares images by itself and keeps no format of them."""
+
+
+class Loader:
+    """Shows one batch, in RGB."""
+
+    def peek(self, images):
+        return [[{**x, "image": x["image"].flip(0)} for x in BATCH]]
+
+
+def test_any_meta_architecture_with_a_backbone_is_a_student_in_two_lines(tmp_path, caplog):
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    weights = save_teacher(zoo_cfg(name), tmp_path / "teacher.pth")  # takes BGR
+    meta_arch = ("MODEL.META_ARCHITECTURE", "DistillProposalNetwork")
+    rgb = student_of(name, FPN, name, weights, *meta_arch, "INPUT.FORMAT", "RGB")
+    with caplog.at_level("INFO"):
+        prepare(rgb, Loader(), resumed=False)
+    assert "Teacher and student agree cell by cell" in caplog.text
+    (images,) = Loader().peek(8)
+    assert set(run(rgb, images)) == {"loss_rpn_cls", "loss_rpn_loc", "ssim_kd_loss"}
+    assert parent_of(type(rgb)) is ProposalNetwork
+    rcnn = student_of(name, FPN, name, weights)
+    (_, found), (_, expected) = (
+        paired_maps(model, model.distiller, batch)
+        for model, batch in ((rgb, images), (rcnn, BATCH))
+    )
+    assert all(torch.equal(found[level], maps) for level, maps in expected.items())
 
 
 REGNET_Y_200MF = {"depth": 13, "w_a": 36.44, "w_0": 24, "w_m": 2.49, "group_width": 8}

@@ -7,7 +7,11 @@ import sys
 import pytest
 import suggest_weight
 from conftest import ROOT, shapes_cfg
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
 from ssimkd import ConfigError
+from ssimkd.cli import load_config
+from ssimkd.distillers import Distillers
 
 YAML = ("--config-file", "configs/shapes/ssimkd.yaml", "SOLVER.IMS_PER_BATCH", 2)
 LAZY = (
@@ -84,6 +88,23 @@ def test_nothing_to_weigh(change):
     cfg = shapes_cfg("ssimkd", f"MODEL.DISTILL.{change[0]}", change[1])
     with pytest.raises(ConfigError, match="MODEL.DISTILL.LOSSES"):
         suggest_weight.weights_of(cfg)
+
+
+def test_several_teachers_have_losses_of_their_own():
+    entry = {"CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": "configs/shapes/teacher.pth"}
+    teachers = [{**entry, "NAME": "a", "LOSSES": ["l1", "pkd"]}, {**entry, "LOSSES": ["l1"]}]
+    key = "MODEL.DISTILL"
+    cfg = shapes_cfg("ssimkd", f"{key}.TEACHER.CONFIG", "", f"{key}.TEACHERS", teachers)
+    expected = {"a/l1": 4.0, "a/pkd": 6.0, "teacher2/l1": 4.0}
+    assert suggest_weight.weights_of(cfg) == expected
+    lazy = load_config("configs/ssimkd_R50.py", [])
+    lazy.model.distiller = L(Distillers)(a=lazy.model.distiller, b=lazy.model.distiller)
+    assert suggest_weight.weights_of(lazy) == {"a/ssim": 4.0, "b/ssim": 4.0}
+    watched = LazyConfig.apply_overrides(lazy, suggest_weight.watching(lazy))
+    assert instantiate(watched.model.distiller).log_gradients == suggest_weight.PERIOD
+    lazy.model.distiller = None
+    with pytest.raises(ConfigError, match="model.distiller.losses"):
+        suggest_weight.weights_of(lazy)
 
 
 def test_a_training_that_fails_says_why():

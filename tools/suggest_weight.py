@@ -27,16 +27,15 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from detectron2.config import CfgNode, instantiate
 from ssimkd import ConfigError
 from ssimkd.checkpoint_file import TRUST
 from ssimkd.cli import add_flags, load_config
+from ssimkd.distillers import Distillers, build_distiller
 from ssimkd.errors import exit_in_one_line
-from ssimkd.lazy import lazy_losses
-from ssimkd.losses import build_loss
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,22 +45,34 @@ GOOD = (2.0, 60.0)  # ratios of the best weights, docs/comparison.md
 
 
 def weights_of(cfg) -> Dict[str, float]:
-    """Loss -> the weight that a config gives it.
+    """Loss, "<teacher>/<loss>" with several teachers -> the weight that a config gives it.
 
     Raises:
         ConfigError: nothing is distilled.
     """
-    if isinstance(cfg, CfgNode):
-        node = cfg.MODEL.DISTILL
-        losses = [build_loss(name, node) for name in node.LOSSES]
-    else:
-        losses = [instantiate(node) for node in lazy_losses(cfg.model.get("distiller"))]
-    weights = {loss.name: loss.weight for loss in losses}
+    lazy = not isinstance(cfg, CfgNode)
+    distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
+    pairs: Any = distiller.named() if isinstance(distiller, Distillers) else [("", distiller)]
+    weights = {
+        f"{teacher}/{loss.name}".lstrip("/"): loss.weight
+        for teacher, one in pairs
+        for loss in (one.losses.values() if one is not None else ())
+    }
     if not any(weights.values()):
         raise ConfigError(
             "MODEL.DISTILL.LOSSES (lazy: model.distiller.losses) names no loss of a weight above 0"
         )
     return weights
+
+
+def watching(cfg) -> List[str]:
+    """Overrides of a config that log the gradients; of several teachers one says it for all."""
+    if isinstance(cfg, CfgNode):
+        return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
+    node = cfg.model.distiller
+    teachers = [f"{name}." for name in node if isinstance(node[name], Mapping)]
+    name = "" if "losses" in node else teachers[0]
+    return [f"model.distiller.{name}log_gradients={PERIOD}"]
 
 
 def probe(
@@ -73,9 +84,8 @@ def probe(
         ConfigError: the training ends before.
     """
     with tempfile.TemporaryDirectory() as folder:
-        own = ["OUTPUT_DIR", folder, "MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
-        if config.endswith(".py"):
-            own = [f"train.output_dir={folder}", f"model.distiller.log_gradients={PERIOD}"]
+        lazy = config.endswith(".py")
+        own = [f"train.output_dir={folder}"] if lazy else ["OUTPUT_DIR", folder]
         command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config]
         command += ["--num-gpus", str(num_gpus), *flags, *opts, *own]
         output, metrics = Path(folder, "output.txt"), Path(folder, "metrics.json")
@@ -163,8 +173,9 @@ def main() -> None:
         parser.error("--ratio must be above 0")
     flags = [TRUST] if args.trust_checkpoint else []
     with exit_in_one_line(args.debug):
-        weights = weights_of(load_config(args.config_file, args.opts))
-        rows = probe(args.config_file, args.iters, args.num_gpus, args.opts, flags)
+        cfg = load_config(args.config_file, args.opts)
+        weights, opts = weights_of(cfg), [*args.opts, *watching(cfg)]
+        rows = probe(args.config_file, args.iters, args.num_gpus, opts, flags)
         print(report(weights, medians(rows), args.ratio))
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import contextmanager
 from typing import (
     Any,
     Dict,
@@ -23,12 +22,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .distiller_options import check_level_weights, check_names, check_numbers
-from .errors import ConfigError
+from .distiller_options import check_level_weights, check_names, check_values
+from .errors import ConfigError, wrong_input
 from .levels import as_float, check_cells, crop_to_common, match_levels
 from .losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from .teacher import Rules, Teacher
-from .teacher_spec import TeacherSpec, check_switch
+from .teacher_spec import TeacherSpec
 
 logger = logging.getLogger(__name__)
 # Arguments of a Distiller that stand, in capitals, in MODEL.DISTILL itself.
@@ -85,14 +84,14 @@ class Distiller(nn.Module):
         skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
-        check_numbers(
+        check_values(
+            mask_padding,
+            loss_weight,
             warmup_iters=warmup_iters,
-            loss_weight=loss_weight,
             check_images=check_images,
             log_gradients=log_gradients,
             skip_nonfinite_steps=skip_nonfinite_steps,
         )
-        check_switch("MASK_PADDING", mask_padding)
         check_names(adapter, losses, in_features, inherit)
         try:
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -288,15 +287,6 @@ class Distiller(nn.Module):
         if not self.skip_nonfinite_steps:
             raise FloatingPointError(text)
         logger.warning(text)  # the gradient tells the other processes, see `finite.py`
-
-
-@contextmanager
-def wrong_input() -> Iterator[None]:
-    """Around a loss, which knows no configs: its ValueError is a ConfigError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def explain(name: str, level: str, value: float, student, teacher) -> str:

@@ -1,23 +1,20 @@
 """What the options of a Distiller may be; an error names the key of `MODEL.DISTILL`."""
 
-import math
-from numbers import Integral, Real
-from typing import Dict, Sequence
+from typing import Any, Dict, Sequence
 
-from .errors import ConfigError
+from .checks import check_coefficients, check_integers, check_switches
+from .errors import ConfigError, wrong_input
 from .losses import KDLoss
 
 ADAPTERS = ("none", "conv1x1")
 
 
-def check_numbers(**options: float) -> None:
-    """Raises ConfigError unless every option is a finite number >= 0, whole unless a weight."""
-    for name, value in options.items():
-        weight = name.endswith(("weight", "weights"))
-        kind, number = (Real, "a finite number") if weight else (Integral, "an integer")
-        if not (isinstance(value, kind) and 0 <= value < math.inf):
-            key = "TEACHER.LOSS_WEIGHT" if name == "loss_weight" else name.upper()
-            raise ConfigError(f"MODEL.DISTILL.{key} must be {number} >= 0, got {value!r}")
+def check_values(mask_padding: bool, loss_weight: float, **integers: Any) -> None:
+    """Raises ConfigError unless they are a truth value, a finite number and integers, >= 0."""
+    with wrong_input():
+        check_switches(**{"MODEL.DISTILL.MASK_PADDING": mask_padding})
+        check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
+        check_integers(**{f"MODEL.DISTILL.{k.upper()}": value for k, value in integers.items()})
 
 
 def check_names(
@@ -45,6 +42,7 @@ def check_level_weights(weights: Sequence[float], levels: Sequence[str]) -> Dict
             f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(weights)} numbers for the {len(levels)} levels "
             f"of IN_FEATURES, {', '.join(levels)}"
         )
-    for weight in weights:
-        check_numbers(level_weights=weight)
+    with wrong_input():
+        for weight in weights:
+            check_coefficients(**{"MODEL.DISTILL.LEVEL_WEIGHTS": weight})
     return dict(zip(levels, map(float, weights)))

@@ -73,13 +73,13 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """As Detectron2's."""
+        """Detectron2's; a failure names SOLVER."""
         with building("SOLVER"):
             return super().build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        """As Detectron2's."""
+        """Detectron2's; a failure names SOLVER."""
         with building("SOLVER"):
             return super().build_lr_scheduler(cfg, optimizer)
 
@@ -142,7 +142,7 @@ class DistillTrainer(DefaultTrainer):
         return build_writers(cfg.OUTPUT_DIR, self.max_iter, batch_size, project)
 
     def export(self):
-        """Writes the student for stock Detectron2."""
+        """Completes the checkpoints and writes the student for stock Detectron2."""
         self.checkpointer.complete()
         export_student(self.cfg, unwrap(self.model).state_dict(), self.cfg.OUTPUT_DIR)
 

@@ -69,6 +69,15 @@ def writing(what: str) -> ContextManager[None]:
 
 
 @contextmanager
+def wrong_input() -> Iterator[None]:
+    """Around what knows no configs, such as a loss: its ValueError is a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
 def building(what: str) -> Iterator[None]:
     """Around a part of a run that settings describe: its failure is a ConfigError that names them.
 

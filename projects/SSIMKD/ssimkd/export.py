@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import tempfile
 from typing import Any, Dict, Tuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .checkpoint_file import CheckpointReader
 from .checkpointer import whole_file
 from .config import OWN_KEYS
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .lazy import target_of
 from .meta_arch import DistillMixin
 
@@ -35,7 +36,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
         `DefaultPredictor`, a DictConfig one for `LazyConfig.load`.
 
     Raises:
-        ConfigError: the weights are not exactly those of the parent detector.
+        ConfigError: the weights are not exactly those of the parent detector; or, once they are
+            written, see :func:`check_exportable`.
     """
     weights = {k: v.detach().cpu() for k, v in state_dict.items() if not k.startswith(PREFIX)}
     paths = os.path.join(folder, "student.pth"), os.path.join(folder, "student.yaml")
@@ -45,27 +47,34 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     # Written beside and renamed: an interrupted export leaves what was there.
     with whole_file(paths[0]) as file:
         torch.save({"model": weights, "__author__": "SSIMKD"}, file)
-    draft = os.path.join(folder, "student.tmp.yaml")
-    if isinstance(plain, CfgNode):
-        with open(draft, "w") as f:
-            f.write(plain.dump())
-    else:
-        LazyConfig.save(plain, draft)
-        check_loadable(draft)
-    os.replace(draft, paths[1])
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
+        os.replace(write_config(plain, draft), paths[1])
     logger.info("Student for stock Detectron2: %s and %s", *paths)
     return paths
 
 
-def check_loadable(path: str) -> None:
-    """Raises ConfigError unless LazyConfig reads the file that it wrote."""
+def check_exportable(cfg) -> None:
+    """Raises ConfigError where a config holds what `student.yaml` could not, such as a lambda."""
+    with tempfile.TemporaryDirectory() as draft:
+        write_config(plain_config(cfg, ""), draft)
+
+
+def write_config(plain, folder: str) -> str:
+    """Writes `student.yaml`, which is read once; returns its path."""
+    path = os.path.join(folder, "student.yaml")
+    if isinstance(plain, CfgNode):
+        with open(path, "w") as f:
+            f.write(plain.dump())
+        return path
+    LazyConfig.save(plain, path)
     try:
         LazyConfig.load(path)
     except Exception as error:
         raise ConfigError(
-            f"{path}: the model's config holds what YAML cannot express, such as a lambda; "
-            "student.pth is complete, build its model from the config that trained it"
+            "model: student.yaml cannot be written: YAML cannot express what the node holds, such "
+            f"as a lambda; import it by a name from a module instead ({one_line(error)})"
         ) from error
+    return path
 
 
 def plain_config(cfg, weights: str):
@@ -83,14 +92,16 @@ def plain_config(cfg, weights: str):
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
     plain.model = copy.deepcopy(cfg.model)
     plain.model._target_ = parent_of(target_of(plain.model))
-    plain.model.pop("distiller", None)
+    for key in ("distiller", "image_format"):
+        plain.model.pop(key, None)
     plain.train.init_checkpoint = weights
     return plain
 
 
-def parent_of(meta_arch: type) -> type:
-    """The detector that a student class distils; a plain detector is its own parent."""
-    return next(cls for cls in meta_arch.__mro__ if not issubclass(cls, DistillMixin))
+def parent_of(meta_arch: Any) -> Any:
+    """The detector that a student class distils; anything else that builds one is its own."""
+    classes = getattr(meta_arch, "__mro__", ())
+    return next((cls for cls in classes if not issubclass(cls, DistillMixin)), meta_arch)
 
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
+from .errors import MENDABLE, one_line
 from .loader import ResumableLoader
 from .random_state import get_random_state, set_random_state
 
@@ -31,7 +32,7 @@ class ExactResume(HookBase):
         self.states: List[Dict[str, Any]] = []
 
     def before_train(self) -> None:
-        """Restores this process's generators, now that everything is built."""
+        """Restores this process's generators and the model's running numbers, once all is built."""
         if not self.states:
             if self.trainer.start_iter > 0:
                 logger.warning("The checkpoint has no random state: this resume is not exact")
@@ -49,7 +50,7 @@ class ExactResume(HookBase):
         vars(self.model).update(state.get("model", {}))
 
     def after_step(self) -> None:
-        """Collects the generators of all processes where a checkpoint is about to be written."""
+        """Collects the state of all processes where a checkpoint is about to be written."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
             self.collect()
@@ -78,18 +79,26 @@ class ExactResume(HookBase):
 class AfterTraining(HookBase):
     """Calls a function on the main process once training has come to its end.
 
+    Its failure is an error of the log and no more: the evaluation behind it must not be lost.
+
     Args:
-        function (callable): takes nothing.
+        function (callable): takes nothing; the log calls it by its name.
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.function = function
 
     def after_train(self) -> None:
-        """Not after a failure."""
+        """Calls it, but not after a failure of the training."""
         # only a run that succeeded counts up to max_iter
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            self.function()
+            try:
+                self.function()
+            except Exception as error:
+                mendable = isinstance(error, (*MENDABLE, OSError))
+                logger.error(
+                    "%s failed: %s", self.function.__name__, one_line(error), exc_info=not mendable
+                )
 
 
 class EvalHook(hooks.EvalHook):
@@ -100,6 +109,6 @@ class EvalHook(hooks.EvalHook):
     """
 
     def after_train(self) -> None:
-        """Not after a failure."""
+        """Evaluates, but not after a failure of the training."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
 from .errors import ConfigError, building, naming
+from .export import check_exportable
 from .image_format import check_format
 from .settings import key_of, setting, value_of
 
@@ -210,3 +211,5 @@ def check_lazy(cfg: DictConfig) -> None:
             built = instantiate(distiller)
         if not isinstance(built, (Distiller, Distillers)):
             raise ConfigError(f"model.distiller must be a Distiller or Distillers, got {built!r}")
+    with building("model"):
+        check_exportable(cfg)

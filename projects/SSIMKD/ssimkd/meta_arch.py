@@ -32,6 +32,8 @@ class DistillMixin:
     Args:
         distiller (Distiller, Distillers or None): what compares the maps with the teacher's, or
             with several teachers'; None: the plain detector.
+        image_format (str or None): channel order of the images, for a parent that keeps none as
+            `input_format`.
         kwargs: the parent's arguments.
     """
 
@@ -40,19 +42,24 @@ class DistillMixin:
 
     @configurable
     def __init__(
-        self, *, distiller: Optional[Union[Distiller, Distillers]] = None, **kwargs
+        self,
+        *,
+        distiller: Optional[Union[Distiller, Distillers]] = None,
+        image_format: Optional[str] = None,
+        **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         if distiller is not None:
             distiller.attach(self.backbone.output_shape())
         self.distiller = distiller
+        if not getattr(self, "input_format", None):
+            self.input_format = image_format
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
-        """The parent's arguments and the distiller of `cfg.MODEL.DISTILL`."""
+        """The parent's arguments, the distiller of `cfg.MODEL.DISTILL` and the images' format."""
         ret = super().from_config(cfg)  # type: ignore[misc]
-        ret["distiller"] = build_distiller(cfg)
-        return ret
+        return {**ret, "distiller": build_distiller(cfg), "image_format": cfg.INPUT.FORMAT}
 
     @cached_property
     def rules(self) -> Rules:

@@ -17,7 +17,7 @@ from .distiller import Distiller
 from .distillers import distillers_of, naming_teacher
 from .errors import ConfigError, naming, one_line
 from .inherit import inherit
-from .meta_arch import image_format_of
+from .meta_arch import image_format_of, output_of
 from .random_state import preserve_random_state
 from .teacher import as_seen, rules_of, trained_format
 
@@ -97,8 +97,8 @@ def check_pair(
 
 def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
     """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
-    failure = f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} cannot run here"
-    with naming(failure, (ImportError, NotImplementedError)):  # operators that Detectron2 compiles
+    what = f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here"
+    with naming(what, (ImportError, NotImplementedError)):  # operators that Detectron2 compiles
         student, _ = paired_maps(model, distiller, batch)
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
 
@@ -107,13 +107,17 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
 def paired_maps(
     model: Any, distiller: Distiller, batch: List[Dict]
 ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-    """The maps of a student in evaluation mode and of its teacher: :meth:`Distiller.pair`."""
+    """The maps of a student in evaluation mode and of its teacher: :meth:`Distiller.pair`.
+
+    They are taken as in training, while the student's own forward runs.
+    """
     training = model.training
     model.eval()  # batch statistics must not move
     try:
-        images = model.preprocess_image(batch).tensor
+        with output_of(model.backbone) as backbone:
+            model(batch)
         rules = rules_of(model, image_format_of(model))
-        return distiller.pair(batch, model.backbone(images), images, rules)
+        return distiller.pair(batch, backbone["maps"], backbone["images"], rules)
     finally:
         model.train(training)
 

@@ -13,18 +13,13 @@ from omegaconf import ListConfig, OmegaConf
 
 from .checkpoint import load_teacher
 from .checkpoint_file import fetch
+from .checks import check_switches
 from .compat import model_zoo
 from .config import add_ssimkd_config
 from .data import lazy_use_own_data, use_own_data
-from .errors import ConfigError, naming
+from .errors import ConfigError, naming, wrong_input
 from .teacher_network import PRECISIONS
 from .yaml_file import merge_yaml
-
-
-def check_switch(key: str, value: Any) -> None:
-    """Raises ConfigError unless a key of MODEL.DISTILL is True or False."""
-    if not isinstance(value, bool):  # "no" would be true
-        raise ConfigError(f"MODEL.DISTILL.{key} must be True or False, got {value!r}")
 
 
 @dataclass
@@ -60,7 +55,8 @@ class TeacherSpec:
                 f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
                 f"{', '.join(PRECISIONS)}"
             )
-        check_switch("TEACHER.COMPILE", self.compile)
+        with wrong_input():
+            check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
         if not self.cache_gib > 0:
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"

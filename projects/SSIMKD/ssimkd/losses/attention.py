@@ -17,9 +17,3 @@ def channel_attention(maps: Tensor, temperature: float) -> Tensor:
     """C softmax(mean over cells of |F| / temperature): (n, C, 1, 1), of mean 1 per image."""
     activity = maps.abs().mean(dim=(2, 3), keepdim=True)
     return maps.shape[1] * (activity / temperature).softmax(dim=1)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless it is positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}")

@@ -17,6 +17,7 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from ..checks import check_coefficients
 from ..normalize import check_options, inside_of, normalize_maps
 
 KD_LOSS_REGISTRY = Registry("KD_LOSS")
@@ -89,13 +90,6 @@ class Context:
                 [(m if whole else m[images])[..., :h, :w] for m in maps],
                 len(images) / len(self.image_sizes),
             )
-
-
-def check_coefficients(**coefficients: float) -> None:
-    """Raises ValueError, naming the option, where one is negative or not finite."""
-    for name, value in coefficients.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 class KDLoss(nn.Module):

@@ -1,10 +1,9 @@
 """CWD: each channel as a distribution over cells (Shu et al., ICCV 2021)."""
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_positive
 from .base import MapLoss, register_loss
 
 
@@ -26,8 +25,7 @@ class CWDLoss(MapLoss):
 
     def __init__(self, weight: float = 10.0, tau: float = 1.0) -> None:
         super().__init__(weight, normalize="none", normalize_scope="image")
-        if not (math.isfinite(tau) and tau > 0):
-            raise ValueError(f"tau must be a finite number > 0, got {tau!r}")
+        check_positive(tau=tau)
         self.tau = float(tau)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

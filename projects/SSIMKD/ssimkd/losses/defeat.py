@@ -1,11 +1,11 @@
 """DeFeat: objects and background weighted apart (Guo et al., CVPR 2021)."""
 
-import math
 from typing import Dict, List
 
 import torch
 from torch import Tensor
 
+from ..checks import check_coefficients
 from .base import Context, KDLoss, Maps, register_loss
 
 # Pixels: a box of side (root of its area) below twice this goes to the finest level, below four
@@ -35,9 +35,7 @@ class DeFeatLoss(KDLoss):
         self, weight: float = 1.0, foreground_weight: float = 3.0, background_weight: float = 12.0
     ) -> None:
         super().__init__(weight)
-        for name, value in dict(foreground=foreground_weight, background=background_weight).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}_weight must be a finite number >= 0, got {value!r}")
+        check_coefficients(foreground_weight=foreground_weight, background_weight=background_weight)
         self.foreground_weight = float(foreground_weight)
         self.background_weight = float(background_weight)
 

@@ -5,8 +5,9 @@ from typing import Dict, Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import channel_attention, check_temperature, spatial_attention
-from .base import Context, KDLoss, Maps, check_coefficients, register_loss
+from ..checks import check_coefficients, check_positive
+from .attention import channel_attention, spatial_attention
+from .base import Context, KDLoss, Maps, register_loss
 from .blocks import ContextBlock
 
 
@@ -45,7 +46,7 @@ class FGDLoss(KDLoss):
         relation: float = 5e-7,
     ) -> None:
         super().__init__(weight)
-        check_temperature(temperature)
+        check_positive(temperature=temperature)
         check_coefficients(
             foreground=foreground, background=background, attention=attention, relation=relation
         )

@@ -5,8 +5,9 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .attention import channel_attention, check_temperature, spatial_attention
-from .base import Context, KDLoss, Maps, check_coefficients, register_loss
+from ..checks import check_coefficients, check_positive, check_switches
+from .attention import channel_attention, spatial_attention
+from .base import Context, KDLoss, Maps, register_loss
 from .blocks import NonLocal
 
 
@@ -48,8 +49,9 @@ class FKDLoss(KDLoss):
         pool_sizes: Sequence[int] = (8, 4, 2),
     ) -> None:
         super().__init__(weight)
-        check_temperature(temperature)
+        check_positive(temperature=temperature)
         check_coefficients(feature=feature, channel=channel, spatial=spatial, non_local=non_local)
+        check_switches(channel_attention=channel_attention)
         if not pool_sizes or not all(isinstance(n, int) and n > 0 for n in pool_sizes):
             raise ValueError(f"pool_sizes must be positive integers, got {pool_sizes!r}")
         self.temperature, self.channel_attention = temperature, channel_attention

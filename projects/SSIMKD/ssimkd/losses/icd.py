@@ -15,6 +15,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..checks import check_coefficients, check_integers
 from ..normalize import TINY
 from .base import Context, KDLoss, Maps, register_loss
 
@@ -181,18 +182,13 @@ class ICDLoss(KDLoss):
         detach_iters: int = 1000,
     ) -> None:
         super().__init__(weight)
-        for name, value, least, most in (
-            ("aux_weight", aux_weight, 0, math.inf),
-            ("aux_clip", aux_clip, 0, math.inf),
-            ("num_classes", num_classes, 1, math.inf),
-            ("heads", heads, 1, math.inf),
-            ("fake_ratio", fake_ratio, 0, math.inf),
-            ("max_queries", max_queries, 1, math.inf),
-            ("jitter", jitter, 0, 0.5),  # beyond, a centre may lie outside of its box
-            ("detach_iters", detach_iters, 0, math.inf),
-        ):
-            if not (math.isfinite(value) and least <= value <= most):
-                raise ValueError(f"{name} must be a number from {least} to {most}, got {value!r}")
+        check_coefficients(
+            aux_weight=aux_weight, aux_clip=aux_clip, fake_ratio=fake_ratio, jitter=jitter
+        )
+        check_integers(1, num_classes=num_classes, heads=heads, max_queries=max_queries)
+        check_integers(detach_iters=detach_iters)
+        if jitter > 0.5:  # beyond, a centre may lie outside of its box
+            raise ValueError(f"jitter must be at most 0.5, got {jitter!r}")
         self.aux_weight, self.aux_clip = aux_weight, aux_clip
         self.num_classes, self.heads = num_classes, heads
         self.fake_ratio, self.max_queries, self.jitter = fake_ratio, max_queries, jitter

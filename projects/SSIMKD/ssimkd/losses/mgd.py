@@ -5,7 +5,8 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
-from .base import Context, KDLoss, Maps, check_coefficients, register_loss
+from ..checks import check_coefficients
+from .base import Context, KDLoss, Maps, register_loss
 
 
 @register_loss("mgd")

@@ -6,6 +6,7 @@ from typing import Any, Dict, Sequence
 from torch import Tensor
 
 from .. import ssim, ssim_fast, ssim_gpu
+from ..checks import check_switches
 from ..normalize import NORMALIZATIONS
 from .base import Context, MapLoss, register_loss
 
@@ -41,6 +42,7 @@ class SSIMLoss(MapLoss):
         compile: bool = True,
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
+        check_switches(fast=fast, compile=compile)
         self.fast, self.compiled = fast, compile
         self.options: Dict[str, Any] = dict(
             window_size=window_size,

@@ -48,10 +48,18 @@ class Report:
         self.inputs = [x for _, x in self.samples]
         pairs = sum(distiller.enabled for _, distiller in distillers_of(self.model))
         loaded = sum(d.teaches for d in self.detectors)
-        self.levels = measure_levels(self.model, self.inputs) if loaded == pairs else {}
+        adapted = any(len(distiller.adapters) for _, distiller in distillers_of(self.model))
+        lost = adapted and run.weights == run.student
+        compared = loaded == pairs and not lost
+        self.levels = measure_levels(self.model, self.inputs) if compared else {}
         self.colour = charts.colours([d.label for d in self.detectors])
         if self.model is not None and not pairs:
             self.notes.append("This run has no teacher: what compares it with one is left out.")
+        if lost:
+            self.notes.append(
+                "Maps are not compared: of the run's checkpoints only student.pth is there, which "
+                "has no adapters."
+            )
         if not run.results:
             self.notes.append("This run was not evaluated: there is no results.json.")
         if run.training and run.training[-1] is not run.record[-1]:

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..checkpoint_file import CheckpointReader
+from ..checkpoint import load_teacher
 from ..cli import load_config
 from ..data import lazy_use_own_data
 from ..detector import device_of
@@ -111,13 +111,18 @@ class Run:
 
     @property
     def weights(self) -> str:
-        """The checkpoint to look at: the last one, the exported student, or what was evaluated."""
+        """The checkpoint to look at: the last one, the exported student, or what was evaluated.
+
+        "" where a training left none: what it started from is not what it trained.
+        """
         last = self.path("last_checkpoint")
         if os.path.isfile(last):
             with open(last) as f:
                 return self.path(os.path.basename(f.read().strip()))
         if os.path.isfile(self.student):
             return self.student
+        if not self.only_evaluated:
+            return ""
         return self.cfg.train.init_checkpoint if self.lazy else self.cfg.MODEL.WEIGHTS
 
     @property
@@ -177,8 +182,8 @@ class Run:
         """The detector with its weights, in evaluation mode, its distiller without teacher.
 
         Raises:
-            ConfigError: there is no checkpoint, it is not one of this config, or a class that the
-                config names is not to be found, as one that its own file defines.
+            ConfigError: there is no checkpoint, it does not hold all of the detector, or a class
+                that the config names is not to be found, as one that its own file defines.
         """
         try:
             if self.lazy:
@@ -196,7 +201,9 @@ class Run:
             path = PathManager.get_local_path(self.weights)
         except Exception as error:
             raise ConfigError(f"cannot fetch {self.weights}: {one_line(error)}") from error
-        CheckpointReader(model).load(path)
+        absent = load_teacher(model, path, "its checkpoint")  # as strict as it is with teachers
+        if absent:
+            raise ConfigError(f"{path} does not hold {absent[0]} as its config has it")
         return model.eval()
 
     def samples(self, count: int) -> List[Tuple[Dict[str, Any], Dict[str, Any]]]:

@@ -1,0 +1,38 @@
+"""What an option may be; a ValueError names the one that is not."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_switches(**options: Any) -> None:
+    """Raises ValueError unless every option is True or False: "no" would be true."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integers(least: int = 0, /, **options: Any) -> None:
+    """Raises ValueError unless every option is an integer of at least so much."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_coefficients(**options: Any) -> None:
+    """Raises ValueError unless every option is a finite number >= 0."""
+    for name, value in options.items():
+        if not (is_finite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_positive(**options: Any) -> None:
+    """Raises ValueError unless every option is a finite number > 0."""
+    for name, value in options.items():
+        if not (is_finite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and neither infinite nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
