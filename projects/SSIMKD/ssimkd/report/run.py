@@ -12,14 +12,14 @@ from typing import Any, Dict, List, Optional, Tuple
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import load_teacher
+from ..checkpoint_file import fetch
 from ..cli import load_config
 from ..data import lazy_use_own_data
 from ..detector import device_of
-from ..errors import ConfigError, building, naming, one_line
+from ..errors import ConfigError, building, naming
 from ..run_record import in_words, read_json, read_record
 from ..settings import names_of, setting
 
@@ -123,7 +123,7 @@ class Run:
             return self.student
         if not self.only_evaluated:
             return ""
-        return self.cfg.train.init_checkpoint if self.lazy else self.cfg.MODEL.WEIGHTS
+        return setting(self.cfg, "weights")
 
     @property
     def student(self) -> str:
@@ -185,7 +185,7 @@ class Run:
             ConfigError: there is no checkpoint, it does not hold all of the detector, or a class
                 that the config names is not to be found, as one that its own file defines.
         """
-        try:
+        with naming("its model cannot be built", Exception):  # a class of the user's may raise any
             if self.lazy:
                 model = instantiate(self.cfg.model).to(self.device)
             else:
@@ -193,14 +193,9 @@ class Run:
                 cfg.defrost()
                 cfg.MODEL.DEVICE = self.device
                 model = build_model(cfg)
-        except Exception as error:  # whatever a class of the user's may raise
-            raise ConfigError(f"its model cannot be built: {one_line(error)}") from error
         if not self.weights:
             raise ConfigError("there is no checkpoint")
-        try:
-            path = PathManager.get_local_path(self.weights)
-        except Exception as error:
-            raise ConfigError(f"cannot fetch {self.weights}: {one_line(error)}") from error
+        path = fetch(self.weights)
         absent = load_teacher(model, path, "its checkpoint")  # as strict as it is with teachers
         if absent:
             raise ConfigError(f"{path} does not hold {absent[0]} as its config has it")
