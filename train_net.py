@@ -19,9 +19,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch, lazy_engine
 from ssimkd.checkpoint_file import trust_checkpoints
-from ssimkd.cli import argument_parser, check_config, load_arguments, writing_to
-from ssimkd.errors import traceback_in_log_only
+from ssimkd.cli import argument_parser, check_config, load_arguments
+from ssimkd.errors import traceback_in_log_only, writing
 from ssimkd.run_record import record_run
+from ssimkd.settings import setting
 from ssimkd.writers import quiet_terminal
 
 
@@ -29,14 +30,13 @@ def main(args) -> None:
     """One process of a run."""
     cfg = load_arguments(args)
     trust_checkpoints(args.trust_checkpoint)
-    lazy = not isinstance(cfg, CfgNode)
-    folder = cfg.train.output_dir if lazy else cfg.OUTPUT_DIR
-    with writing_to("train.output_dir" if lazy else "OUTPUT_DIR", folder):
+    folder = setting(cfg, "output")
+    with writing(f"write to {folder}"):
         if args.quiet:
             quiet_terminal(folder, comm.get_rank())
         default_setup(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
-    if not lazy:
+    if isinstance(cfg, CfgNode):
         run = engine.evaluate if args.eval_only else engine.train
     else:
         run = lazy_engine.lazy_evaluate if args.eval_only else lazy_engine.lazy_train

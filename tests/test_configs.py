@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.cli import load_config
 from ssimkd.compat import FCOS, has_compiled_ops, model_zoo
+from ssimkd.distillers import distillers_of
 from ssimkd.inherit import inherit
 from ssimkd.levels import match_levels
-from ssimkd.preflight import distillers_of
 from ssimkd.teacher import TeacherSpec
 
 PATHS = sorted(

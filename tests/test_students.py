@@ -1,6 +1,7 @@
 """Every family of the zoo as a student and as a teacher."""
 
 import pytest
+import ssimkd
 import torch
 from conftest import narrow_opts, rich_batch, save_teacher, zoo_cfg
 from detectron2.config import instantiate
@@ -234,7 +235,7 @@ def test_an_fcos_student_learns_from_retinanet(tmp_path):
     name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
     weights = save_teacher(zoo_cfg(name), tmp_path / "teacher.pth")
     cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
-    cfg._target_ = meta_arch.DistillFCOS
+    cfg._target_ = ssimkd.DistillFCOS
     cfg.distiller = Distiller(
         teacher=dict(config=name, weights=weights, opts=narrow_opts(name)),
         losses=[SSIMLoss()],

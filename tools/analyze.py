@@ -22,17 +22,16 @@ import cv2
 import numpy as np
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 import torch
-from benchmark_measure import interleave
+from benchmark_measure import interleave, markdown
 from detectron2.config import CfgNode, instantiate
 from detectron2.utils.logger import setup_logger
-from fvcore.nn import FlopCountAnalysis
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, load_config
 from ssimkd.detector import device_of, image_reader, load_detector
-from ssimkd.distillers import Distillers, build_distiller
+from ssimkd.distillers import build_distiller
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.export import build_plain, plain_config
-from ssimkd.graph import OneImage
+from ssimkd.report.detector import flop_counter
 from torch import Tensor
 
 logger = logging.getLogger("ssimkd.analyze")
@@ -57,9 +56,8 @@ def teachers_of(cfg) -> Iterator[Tuple[str, Any]]:
         distiller: Any = build_distiller(cfg)
     else:
         distiller = instantiate(cfg.model.get("distiller"))
-    named = distiller.named() if isinstance(distiller, Distillers) else [("", distiller)]
-    for name, one in named:
-        if one is not None and one.spec.config:
+    for name, one in distiller.named() if distiller else ():
+        if one.spec.config:
             yield f"teacher {name}".rstrip(), one.spec
 
 
@@ -93,9 +91,7 @@ def read_image(cfg, path: str) -> Tensor:
 @torch.no_grad()
 def count_flops(model: Any, image: Tensor) -> Tuple[float, float, Counter]:
     """FLOPs of a detector and of its backbone with neck; how often it runs what is not counted."""
-    flops = FlopCountAnalysis(OneImage(model), image)
-    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    flops.tracer_warnings("none")
+    flops = flop_counter(model, image)
     return flops.total(), flops.by_module()["model.backbone"], flops.unsupported_ops()
 
 
@@ -112,7 +108,7 @@ def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
     detectors = load_all(cfg, weights)
     calls = {name: lambda m=d.model: run(m, image) for name, d in detectors.items()}
     seconds = interleave(calls, repeats, time.perf_counter)
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    rows = []
     uncounted: Counter = Counter()
     for name, (model, trained) in detectors.items():
         total, backbone, missing = count_flops(model, image)
@@ -120,9 +116,9 @@ def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
         parameters = sum(p.numel() for p in model.parameters())
         cells = [name, "trained" if trained else "random", f"{parameters / 1e6:.2f} M"]
         cells += [f"{total / 1e9:.2f}", f"{backbone / 1e9:.2f}", f"{1 / seconds[name]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     operators = ", ".join(f"{name} x {count}" for name, count in sorted(uncounted.items()))
-    return "\n".join([*lines, "", f"Not counted (most per detector): {operators}"])
+    return f"{markdown(HEAD, rows)}\n\nNot counted (most per detector): {operators}"
 
 
 def main() -> None:

@@ -15,8 +15,6 @@ ratios, with the machine. What is not installed is named as absent. Detectors ha
 import argparse
 import importlib.util
 import json
-import os
-import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Dict
@@ -27,20 +25,15 @@ from benchmark_loss import LOSSES, OWN, STRIDES, bench_loss, loss_plot, loss_tab
 from benchmark_step import bench_step, step_plot, step_table
 from ssimkd.errors import building, exit_in_one_line
 from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.run_record import machine
 
 
-def machine(threads: int) -> Dict[str, str]:
+def quoted_with(threads: int) -> Dict[str, str]:
     """What a figure has to be quoted with."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     peers = [name for name in LOSSES if importlib.util.find_spec(name.replace("-", "_"))]
     versions = [f"{name} {metadata.version(name)}" for name in peers if name != OWN]
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
-        **gpu,
-        "cpu": f"{cpu}, {os.cpu_count()} cores, {threads} used",
+        "machine": f"{machine()}, {threads} threads used",
         "versions": ", ".join([f"torch {torch.__version__}", *versions]),
     }
 
@@ -111,7 +104,7 @@ def bench(args: argparse.Namespace) -> None:
     for part in (part for part in PARTS if getattr(args, part)):
         measure, table, plot = PARTS[part]
         results = measure(args)
-        about = machine(args.threads)
+        about = quoted_with(args.threads)
         settings = {k: v for k, v in vars(args).items() if k not in (*PARTS, "out")}
         record = {"machine": about, "settings": settings, "results": results}
         (args.out / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Clock, memory and random detectors for `benchmark.py`."""
+"""Clock, memory and tables of what is measured."""
 
 import statistics
 import time

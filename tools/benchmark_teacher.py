@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
 import torch
-from benchmark_measure import clock_of, interleave
+from benchmark_measure import clock_of, interleave, markdown
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -90,11 +90,11 @@ def bench_forward(args: argparse.Namespace, device: torch.device) -> None:
     seconds = interleave(runs, args.repeats, clock_of(device, cpu_time=True))
     exact = runs["plain"]()
     levels = list(structure(exact, exact))
-    print(f"| | time | {' | '.join(f'1 - SSIM, {level}' for level in levels)} |")
-    print("|---|" + "---|" * (len(levels) + 1))
+    rows = []
     for name, run in runs.items():
         cells = [f"{value:.1e}" for value in structure(run(), exact).values()]
-        print(f"| {name} | {seconds[name] / seconds['plain']:.2f} | {' | '.join(cells)} |")
+        rows.append([name, f"{seconds[name] / seconds['plain']:.2f}", *cells])
+    print(markdown(["", "time", *(f"1 - SSIM, {level}" for level in levels)], rows))
     print(f"\nplain: {1000 * seconds['plain']:.1f} ms, {torch.get_num_threads()} threads, {device}")
 
 
@@ -154,12 +154,13 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> None:
             steps["maps kept, all known"]()  # fills
         seconds = interleave(steps, args.repeats, clock_of(device, cpu_time=True))
         size = sum(x.stat().st_size for x in Path(folder, "known").iterdir())
-    print("| | time of a step | distillation loss of the first |\n|---|---|---|")
-    for name, step in steps.items():
-        share = seconds[name] / seconds["as it is"]
-        print(f"| {name} | {share:.3f} | {step.losses[0]:.6f} |")
-    base = 1000 * seconds["as it is"]
-    print(f"\nas it is: {base:.0f} ms, {torch.get_num_threads()} threads, {device}")
+    base = seconds["as it is"]
+    rows = [
+        [name, f"{seconds[name] / base:.3f}", f"{step.losses[0]:.6f}"]
+        for name, step in steps.items()
+    ]
+    print(markdown(["", "time of a step", "distillation loss of the first"], rows))
+    print(f"\nas it is: {1000 * base:.0f} ms, {torch.get_num_threads()} threads, {device}")
     print(f"maps: {size / sum(map(len, shown)) / 1024:.0f} KiB per image")
 
 

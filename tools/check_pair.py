@@ -31,10 +31,10 @@ from ssimkd import engine, lazy_engine
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags, argument_parser, check_config, load_config
 from ssimkd.data import check_classes
+from ssimkd.distillers import distillers_of
 from ssimkd.errors import ConfigError, exit_in_one_line
-from ssimkd.lazy import lazy_names
 from ssimkd.meta_arch import image_format_of
-from ssimkd.preflight import distillers_of
+from ssimkd.settings import datasets_of, setting
 from ssimkd.student import build_teacher
 from ssimkd.writers import LOGGERS
 
@@ -80,12 +80,9 @@ def build(cfg) -> Any:
     if lazy:
         lazy_engine.check_image_format(cfg, model, "train", "test")
         build_teacher(model)
-        names = {key: found for found, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
-    else:
-        names = {f"DATASETS.{split}": cfg.DATASETS[split] for split in ("TRAIN", "TEST")}
     if not any(distiller.enabled for _, distiller in distillers_of(model)):
         raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
-    check_classes(model, names)
+    check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
     return model
 
 
@@ -117,17 +114,16 @@ def prepared(detector: Any, image_format: str) -> str:
 
 def short(cfg, folder: str, iterations: int, num_gpus: int):
     """The same run, but short, without learning, ramps, evaluations and pictures."""
+    batch = share(setting(cfg, "batch"), num_gpus)
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()
         cfg.defrost()
-        batch = share(cfg.SOLVER.IMS_PER_BATCH, num_gpus)
         cfg.merge_from_list([
             "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (),
             "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", batch, "DATASETS.TEST", (),
             "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "", "MODEL.DISTILL.WARMUP_ITERS", 0,
         ])  # fmt: skip
         return cfg
-    batch = share(cfg.dataloader.train.total_batch_size, num_gpus)
     cfg.dataloader.train.total_batch_size = batch
     cfg.dataloader.pop("evaluator", None)
     cfg.optimizer.lr = 0.0
@@ -199,10 +195,9 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg, argument_parser().parse_args([]))
         rows = list(pair_rows(build(cfg)))
-        lazy = not isinstance(cfg, CfgNode)
-        max_iter = cfg.train.max_iter if lazy else cfg.SOLVER.MAX_ITER
+        iterations = setting(cfg, "iterations")  # before it is made short
         metrics = measure(cfg, folder, args.iterations, args.num_gpus)
-    rows += [*remarks.rows(), *cost_rows(metrics, max_iter)]
+    rows += [*remarks.rows(), *cost_rows(metrics, iterations)]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     sys.exit(any(name == "WARNING" for name, _ in rows))

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+import benchmark_measure
 import matplotlib
 
 matplotlib.use("Agg")
@@ -89,7 +90,7 @@ def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
 
 def markdown(table: Sequence[Row]) -> str:
     """The rows of one budget as a Markdown table; a dash for what was not measured."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    rows = []
     for row in table:
         cells = [row["method"], f"{row['weight']:g}", str(row["seeds"])]
         for metric in METRICS:
@@ -104,8 +105,8 @@ def markdown(table: Sequence[Row]) -> str:
                 cells.append(form.format(**row))
             except KeyError:
                 cells.append("-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return benchmark_measure.markdown(HEAD, rows)
 
 
 def verdict(table: Sequence[Row]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
 
 import torch
 from compare_methods import ROOT
-from ssimkd.errors import ConfigError, one_line
+from ssimkd.errors import ConfigError, naming
 from ssimkd.run_record import commit, machine
 from suggest_weight import medians, read_rows
 from tqdm import tqdm
@@ -89,11 +89,9 @@ def restore(records: Path, out: Path) -> None:
     Raises:
         ConfigError: the file is not there or holds something else.
     """
-    try:
+    with naming(f"--records: {records}", (OSError, ValueError, TypeError)):
         found = json.loads(records.read_text())
         drafts = {out / name / RECORD: json.dumps(found[name], indent=2) for name in found}
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--records: {records}: {one_line(error)}") from error
     for path, text in drafts.items():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

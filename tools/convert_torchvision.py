@@ -29,7 +29,7 @@ from typing import Dict
 import torch
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import add_flags
-from ssimkd.errors import ConfigError, exit_in_one_line, one_line
+from ssimkd.errors import ConfigError, exit_in_one_line, naming
 from ssimkd.export import read_weights
 from torch import Tensor
 from torchvision import models
@@ -44,11 +44,8 @@ def read(architecture: str, path: str) -> Dict[str, Tensor]:
         ConfigError: they cannot be had, or are another network's.
     """
     if not path:
-        try:
+        with naming(f"--weights: cannot download {architecture}, name a file", Exception):
             model = getattr(models, architecture)(weights="IMAGENET1K_V1")
-        except Exception as error:
-            reason = f"cannot download {architecture}, name a file: {one_line(error)}"
-            raise ConfigError(f"--weights: {reason}") from error
         return backbone_of(model.state_dict())
     weights = backbone_of(read_weights(path))
     shapes = {k: v.shape for k, v in weights.items()}

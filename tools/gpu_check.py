@@ -19,6 +19,7 @@ import time
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
+from benchmark_measure import peak_of
 from ssimkd import ssim_triton
 from ssimkd.normalize import normalize_maps
 from ssimkd.ssim import ssim_loss
@@ -191,14 +192,6 @@ def measure(steps: Dict[str, Step], rounds: int) -> Dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak(step: Step) -> float:
-    """Bytes that a step needs at most beside what is there before it."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def time_all(rounds: int) -> Dict[str, Dict[str, float]]:
     """Kernels, with the statistics of min-max and without, against autograd."""
     found = {}
@@ -217,7 +210,9 @@ def time_all(rounds: int) -> Dict[str, Dict[str, float]]:
         ):
             steps[name] = lambda losses=losses, pairs=pairs: gradients(losses, pairs)  # type: ignore[misc]
         bytes_of_maps = sum(x.numel() * x.element_size() for x, _ in pairs)
-        memory = {name: peak(step) / bytes_of_maps for name, step in steps.items()}
+        memory = {
+            name: (peak_of(step, "cuda") or 0) / bytes_of_maps for name, step in steps.items()
+        }
         for name in ("kernels and statistics", "kernels"):
             steps[f"{name}, CUDA graph"] = capture(steps[name])
         found[str(dtype)] = measure(steps, rounds)

@@ -13,6 +13,7 @@ import sys
 from typing import Dict, List, NamedTuple, Sequence
 
 import torch
+from benchmark_measure import markdown
 from detectron2.modeling import build_model
 from ssimkd.cli import load_config
 from ssimkd.distiller import Distiller
@@ -138,16 +139,16 @@ def report(config: str, gpus: Sequence[int], bandwidths: Sequence[float], latenc
         unit = "MB" if value < 1e11 else "GFLOP"
         print(f"- {name}: {value / (1e6 if unit == 'MB' else 1e9):.0f} {unit}")
     print(f"- step {1e3 * step:.0f} ms (of it backward {1e3 * backward:.0f} ms), at most\n")
-    columns = " | ".join(f"{b:g} GB/s" for b in bandwidths)
-    print(f"| GPUs | {columns} | slowest GPU's pixels |")
-    print("|---" * (len(bandwidths) + 2) + "|")
+    rows = []
     for n in gpus:
-        cells = []
+        cells = [f"{n}"]
         for b in bandwidths:
             waits = exposed(work, n, b * 1e9, latency, backward)
             whole = all_reduce(work.gradients, n, b * 1e9, latency)
             cells.append(f"{1e3 * whole:.0f}, waits {1e3 * waits:.0f}: {step / (step + waits):.0%}")
-        print(f"| {n} | {' | '.join(cells)} | {slowest(n):.2f} |")
+        rows.append([*cells, f"{slowest(n):.2f}"])
+    columns = [f"{b:g} GB/s" for b in bandwidths]
+    print(markdown(["GPUs", *columns, "slowest GPU's pixels"], rows))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
+from benchmark_measure import markdown
 from detectron2.modeling import build_model
 from ssimkd.cli import load_config
 
@@ -58,15 +59,15 @@ def parameters(name: str) -> int:
 
 def table(results: Dict[str, List[Dict[str, float]]]) -> str:
     """Markdown table: a row per detector; mean and standard deviation of several runs."""
-    lines = [f"| | {' | '.join(METRICS)} | parameters |", "|---|" + "---|" * (len(METRICS) + 1)]
+    rows = []
     for name, runs in results.items():
-        cells = []
+        cells = [name]
         for metric in METRICS:
             values = [r[metric] for r in runs]
             spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} | {parameters(name) / 1e6:.2f} M |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{parameters(name) / 1e6:.2f} M"])
+    return markdown(["", *METRICS, "parameters"], rows)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from .checkpoint_file import CheckpointReader
-from .errors import ConfigError
+from .errors import ConfigError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,8 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
             not finite.
     """
     checkpointer = _WholeBackbone(model)
-    try:
+    with naming(key):
         checkpointer.load(weights)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
     for name, tensor in model.backbone.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{key}: {weights} holds NaN or infinity in backbone.{name}")

@@ -24,7 +24,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
 
-from .errors import ConfigError, one_line
+from .errors import ConfigError, building, naming, one_line
 
 logger = logging.getLogger(__name__)
 _CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
@@ -192,12 +192,8 @@ class CheckpointReader(DetectionCheckpointer, _Reader):
         """
         if path and "://" in path:
             fetch(path.split("?")[0])
-        try:
+        with building(f"{path} cannot be loaded"), naming(path, sep=" "):
             return super().load(path, *args, **kwargs)
-        except ConfigError as error:
-            raise ConfigError(f"{path} {error}") from error
-        except Exception as error:
-            raise ConfigError(f"{path} cannot be loaded: {one_line(error)}") from error
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):
@@ -220,10 +216,8 @@ def fetch(address: str) -> str:
     Raises:
         ConfigError: it cannot be had, or see :func:`check_download`.
     """
-    try:
+    with naming(f"cannot fetch {address}", Exception):
         path = PathManager.get_local_path(address)
-    except Exception as error:
-        raise ConfigError(f"cannot fetch {address}: {one_line(error)}") from error
     if "://" in address:
         check_download(address, path)
     return path

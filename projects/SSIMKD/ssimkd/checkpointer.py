@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoint import RunCheckpointer
 from .checkpoint_file import NAMED, read_raw
-from .errors import ConfigError, one_line
+from .errors import OUTPUT, ConfigError, naming, one_line, writing
 from .random_state import preserve_random_state, set_random_state
 from .same_run import check_same_run
 
@@ -59,17 +59,14 @@ class WholeCheckpointer(RunCheckpointer):
             ConfigError: it cannot be written; the checkpoints before it are as they were.
         """
         self.source = ""
-        try:
-            super().save(name, **kwargs, **({"run": self.run} if self.run else {}))
-        except (OSError, RuntimeError) as error:
-            # torch's writer ends in an error of its own, on the way from the one that matters
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
+        with writing(f"write {name}.pth to {self.save_dir}"):
+            try:
+                super().save(name, **kwargs, **({"run": self.run} if self.run else {}))
+            except RuntimeError as error:
+                # torch's writer ends in an error of its own, on the way from the one that matters
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
                 raise
-            raise ConfigError(
-                f"OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot write {name}.pth to "
-                f"{self.save_dir}: {one_line(cause)}"
-            ) from error
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to go on from, whole or not."""
@@ -85,9 +82,8 @@ class WholeCheckpointer(RunCheckpointer):
         found = self._last_whole() if resume and self.has_checkpoint() else ""
         if resume and len(set(comm.all_gather(found))) > 1:
             raise ConfigError(
-                f"OUTPUT_DIR (.yaml) or train.output_dir (.py): the processes see different "
-                f"checkpoints in {self.save_dir}, this one {found or 'none'}: it has to be a "
-                "folder that all of them share"
+                f"{OUTPUT}: the processes see different checkpoints in {self.save_dir}, "
+                f"this one {found or 'none'}: it has to be a folder that all of them share"
             )
         self.resuming, self.source = bool(found), found
         if not found:
@@ -131,15 +127,10 @@ class WholeCheckpointer(RunCheckpointer):
         if not names or not self.save_to_disk:
             return
         folder = os.path.join(self.save_dir, f"before-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        try:
+        with writing(f"move the checkpoints of an earlier run to {folder}"):
             os.mkdir(folder)
             for name in sorted(names):  # `last_checkpoint` first
                 os.rename(os.path.join(self.save_dir, name), os.path.join(folder, name))
-        except OSError as error:
-            raise ConfigError(
-                f"OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot move the checkpoints of an "
-                f"earlier run to {folder}: {one_line(error)}"
-            ) from error
         logger.warning("Without --resume: the earlier run's checkpoints are now in %s", folder)
 
     def _load_model(self, checkpoint):
@@ -195,11 +186,8 @@ def check_state(checkpoint: Dict[str, Any]) -> None:
         raise ConfigError("is damaged: its place in the training data is no number")
     with preserve_random_state():
         for state in exact["random"]:
-            try:
+            with naming("is damaged: its random state cannot be restored", Exception):
                 set_random_state(state)
-            except Exception as error:
-                reason = f"its random state cannot be restored, {one_line(error)}"
-                raise ConfigError(f"is damaged: {reason}") from error
 
 
 class WholeFiles:

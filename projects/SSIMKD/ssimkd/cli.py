@@ -3,8 +3,7 @@
 import argparse
 import os
 import re
-from contextlib import contextmanager
-from typing import Any, Iterator, List, Sequence
+from typing import Any, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -15,9 +14,9 @@ from .checkpoint_file import TRUST
 from .checkpointer import checkpoints_in
 from .config import add_ssimkd_config
 from .data import check_datasets, lazy_use_own_data, use_own_data
-from .errors import ConfigError, one_line
-from .lazy import lazy_names
+from .errors import ConfigError, building
 from .limits import check_limits
+from .settings import datasets_of, key_of, setting
 from .yaml_file import merge_yaml
 
 SPLITS = ("TRAIN", "TEST")
@@ -101,7 +100,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
         )
     if not os.path.isfile(path) or not path.endswith((".py", ".yaml", ".yml")):
         raise ConfigError(f"--config-file: {path} is no file that ends in .yaml or .py")
-    try:
+    with building(f"{path} with {' '.join(overrides)}" if overrides else path):
         if path.endswith(".py"):
             cfg = LazyConfig.load(path)
             check_overrides(cfg, overrides)
@@ -111,11 +110,6 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
             add_ssimkd_config(cfg)
             merge_yaml(cfg, path)
             merge_overrides(cfg, overrides)
-    except ConfigError:
-        raise
-    except Exception as error:
-        extra = f" with {' '.join(overrides)}" if overrides else ""
-        raise ConfigError(f"{path}{extra}: {one_line(error)}") from error
     if isinstance(cfg, CfgNode):
         use_own_data(cfg, splits)
         cfg.freeze()
@@ -154,15 +148,6 @@ def check_overrides(cfg, overrides: Sequence[str]) -> None:
             node = OmegaConf.select(node, part)
 
 
-@contextmanager
-def writing_to(key: str, folder: str) -> Iterator[None]:
-    """Around the first writing to a run's folder: that it cannot is a ConfigError with the key."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot write to {folder}: {one_line(error)}") from error
-
-
 def check_config(cfg, args: argparse.Namespace) -> str:
     """Raises ConfigError for what would fail later and less clearly: settings, files, devices.
 
@@ -174,28 +159,20 @@ def check_config(cfg, args: argparse.Namespace) -> str:
         str: the config's device, such as "cuda" or "cpu".
     """
     check_limits(cfg, args.eval_only)
-    if isinstance(cfg, CfgNode):
-        used = {"DATASETS.TEST": cfg.DATASETS.TEST, "DATASETS.TRAIN": cfg.DATASETS.TRAIN}
-        device, use_cpu = cfg.MODEL.DEVICE, "MODEL.DEVICE cpu"
-        amp, amp_key = cfg.SOLVER.AMP.ENABLED, "SOLVER.AMP.ENABLED"
-        weights, weights_key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
-        folder = cfg.OUTPUT_DIR
-    else:
-        used = {key: names for names, key in (lazy_names(cfg, s) for s in ("TEST", "TRAIN"))}
-        device, use_cpu = str(cfg.train.device), "train.device=cpu"
-        amp, amp_key = cfg.train.amp.enabled, "train.amp.enabled"
-        weights, weights_key = cfg.train.init_checkpoint, "train.init_checkpoint"
-        folder = cfg.train.output_dir
-    needed = list(used)[0 if args.eval_only else 1]
+    splits = ("TEST",) if args.eval_only else ("TEST", "TRAIN")
+    used = datasets_of(cfg, *splits)
+    *_, needed = used
     if not used[needed]:
         raise ConfigError(f"{needed} is empty: name at least one data set")
-    for key, names in list(used.items())[: 1 if args.eval_only else 2]:
-        check_datasets(names or (), key)
-    resumes = args.resume and bool(checkpoints_in(folder))
-    check_weights(weights_key, weights, resumes, args.eval_only)
-    check_processes(args, device, use_cpu)
-    if amp and not torch.cuda.is_available() and not args.eval_only:
-        raise ConfigError(f"{amp_key}: Detectron2 trains with mixed precision on a GPU only")
+    for key, names in used.items():
+        check_datasets(names, key)
+    resumes = args.resume and bool(checkpoints_in(setting(cfg, "output")))
+    check_weights(key_of(cfg, "weights"), setting(cfg, "weights"), resumes, args.eval_only)
+    device = str(setting(cfg, "device"))
+    check_processes(args, device, key_of(cfg, "device"))
+    if setting(cfg, "amp") and not torch.cuda.is_available() and not args.eval_only:
+        key = key_of(cfg, "amp")
+        raise ConfigError(f"{key}: Detectron2 trains with mixed precision on a GPU only")
     return device
 
 
@@ -209,7 +186,7 @@ def check_weights(key: str, weights: str, resumes: bool, needed: bool) -> None:
         raise ConfigError(f"{key}: there is no file {weights}")
 
 
-def check_processes(args: argparse.Namespace, device: str, use_cpu: str) -> None:
+def check_processes(args: argparse.Namespace, device: str, device_key: str) -> None:
     """Raises ConfigError for processes that cannot be, or a device that this machine lacks."""
     for flag, value, least in (
         ("--num-gpus", args.num_gpus, 0),
@@ -233,5 +210,6 @@ def check_processes(args: argparse.Namespace, device: str, use_cpu: str) -> None
         )
     if cuda and max(args.num_gpus, 1) > gpus:
         raise ConfigError(
-            f"--num-gpus is {args.num_gpus}, this machine has {gpus}; without any: {use_cpu}"
+            f"--num-gpus is {args.num_gpus}, this machine has {gpus}; without any, set "
+            f"{device_key} to cpu"
         )

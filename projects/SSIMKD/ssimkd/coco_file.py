@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any, Dict, List, Tuple
 
-from .errors import ConfigError, one_line
+from .errors import ConfigError, naming
 
 logger = logging.getLogger(__name__)
 MOST = 1e9  # pixels of a side, beyond which a number is none
@@ -40,11 +40,8 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
     Raises:
         ConfigError: what is wrong with the file, to be put after its name.
     """
-    try:
-        with open(json_file) as f:
-            content = json.load(f)
-    except (OSError, RecursionError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {one_line(error)}") from error
+    with naming("cannot be read", (OSError, RecursionError, ValueError)), open(json_file) as f:
+        content = json.load(f)
     parts = ("images", "annotations", "categories")
     for part in parts:
         if not (isinstance(content, dict) and isinstance(content.get(part), list)):

@@ -9,9 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from .coco_file import read_coco
-from .errors import ConfigError
-from .lazy import lazy_losses, lazy_names, target_of
+from .errors import ConfigError, naming
+from .lazy import lazy_losses, target_of
 from .losses import ICDLoss
+from .settings import key_of, names_of
 from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
@@ -33,7 +34,7 @@ def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     Raises:
         ConfigError: a file is missing or is not in COCO's format.
     """
-    names = {split: cfg.DATASETS[split] or () for split in splits or ("TRAIN",)}
+    names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
     count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
     if not isinstance(cfg.DATASETS.COCO, (list, tuple)):  # yacs takes None for anything
         raise ConfigError(f"DATASETS.COCO must be a list of mappings, got {cfg.DATASETS.COCO}")
@@ -41,7 +42,7 @@ def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
         register_coco(cfg.DATASETS.COCO, list(chain(*names.values())), names.get("TEST", ()))
     if count:
         split = next(iter(names))
-        classes = count_classes(names[split], f"DATASETS.{split}")
+        classes = count_classes(names[split], key_of(cfg, split))
         for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.DISTILL.ICD):
             node.NUM_CLASSES = classes
         cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
@@ -53,7 +54,7 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
     known = {"coco", "num_classes_from_data"}
     if not isinstance(node, Mapping) or set(node) - known:
         raise ConfigError(f"datasets: there are the keys {', '.join(sorted(known))}, got {node}")
-    names = {split: lazy_names(cfg, split) for split in splits or ("TRAIN",)}
+    names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
     count = node.get("num_classes_from_data", False)
     if splits or count:
         listed = node.get("coco", [])
@@ -63,10 +64,10 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
             {k.upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
             for entry in listed
         ]
-        scored, _ = names.get("TEST", ((), ""))
-        register_coco(entries, list(chain(*(found for found, _ in names.values()))), scored)
+        register_coco(entries, list(chain(*names.values())), names.get("TEST", ()))
     if count:
-        classes = count_classes(*next(iter(names.values())))
+        split = next(iter(names))
+        classes = count_classes(names[split], key_of(cfg, split))
         head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
         head.num_classes = classes
         for loss in lazy_losses(cfg.model.get("distiller")):
@@ -101,10 +102,8 @@ def register_coco(
             continue
         if not os.path.isdir(images):
             raise ConfigError(f"{key}: {name}: there is no folder {images}")
-        try:
+        with naming(f"{key}: {name}: {json_file}", sep=" "):
             metadata = read_coco(json_file, images, name in scored)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {name}: {json_file} {error}") from error
         if name not in DatasetCatalog:
             register_coco_instances(name, metadata, json_file, images)
         found = MetadataCatalog.get(name)

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from .checkpoint import load_teacher
-from .errors import ConfigError, one_line
+from .errors import ConfigError, naming
 from .export import build_plain, plain_config
-from .lazy import lazy_names
 from .random_state import preserve_random_state
+from .settings import names_of, setting
 
 READABLE = 480  # pixels: below it, labels cover what they name
 
@@ -36,8 +36,7 @@ def load_detector(cfg, weights: str = "") -> nn.Module:
     Raises:
         ConfigError: no weights are named, they cannot be read or are not all of the detector's.
     """
-    lazy = not isinstance(cfg, CfgNode)
-    weights = weights or (cfg.train.init_checkpoint if lazy else cfg.MODEL.WEIGHTS)
+    weights = weights or setting(cfg, "weights")
     if not weights:
         raise ConfigError("--weights: name the detector's checkpoint; its config has none")
     with torch.random.fork_rng(devices=[]):
@@ -50,8 +49,7 @@ def load_detector(cfg, weights: str = "") -> nn.Module:
 
 def device_of(cfg) -> torch.device:
     """The device of a config, or the CPU where there is no GPU."""
-    device = cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.get("device", "cuda")
-    return torch.device(device if torch.cuda.is_available() else "cpu")
+    return torch.device((setting(cfg, "device") or "cuda") if torch.cuda.is_available() else "cpu")
 
 
 def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
@@ -70,18 +68,16 @@ def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
         raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
 
     def read(path: str) -> Dict[str, Any]:
-        try:
+        with naming(f"{path} cannot be read as an image", (OSError, ValueError)):
             return mapper({"file_name": path})
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as an image: {one_line(error)}") from error
 
     return read
 
 
 def metadata_of(cfg) -> Metadata:
     """Detectron2's metadata of a config's first test set, with the names of the classes."""
-    names = cfg.DATASETS.TEST if isinstance(cfg, CfgNode) else lazy_names(cfg, "TEST")[0]
-    return MetadataCatalog.get(names[0] if len(names) else "__unused")
+    names = names_of(cfg, "TEST")
+    return MetadataCatalog.get(names[0] if names else "__unused")
 
 
 def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:

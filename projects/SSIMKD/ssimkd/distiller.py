@@ -2,7 +2,19 @@
 
 import logging
 import math
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, cast
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    cast,
+)
 
 import torch
 from detectron2.config import configurable
@@ -18,6 +30,11 @@ from .teacher import Rules, Teacher
 from .teacher_spec import TeacherSpec
 
 logger = logging.getLogger(__name__)
+# Arguments of a Distiller that stand, in capitals, in MODEL.DISTILL itself.
+OPTIONS = (
+    "in_features", "level_weights", "adapter", "mask_padding", "warmup_iters", "inherit",
+    "check_images", "log_gradients", "skip_nonfinite_steps",
+)  # fmt: skip
 
 
 class Distiller(nn.Module):
@@ -106,33 +123,22 @@ class Distiller(nn.Module):
         for name, _ in KD_LOSS_REGISTRY:
             if name.upper() in node:
                 build_loss(name, node)  # a wrong setting is wrong whether it is used or not
+        spec = {key.lower(): value for key, value in node.TEACHER.items()}
         return {
-            "teacher": TeacherSpec(
-                node.TEACHER.CONFIG,
-                node.TEACHER.WEIGHTS,
-                tuple(node.TEACHER.OPTS),
-                node.TEACHER.PRECISION,
-                node.TEACHER.COMPILE,
-                node.TEACHER.CACHE,
-                node.TEACHER.CACHE_GIB,
-            ),
+            **{option: node[option.upper()] for option in OPTIONS},
+            "loss_weight": spec.pop("loss_weight"),
+            "teacher": TeacherSpec(**spec),
             "losses": [build_loss(name, node) for name in node.LOSSES],
-            "in_features": node.IN_FEATURES,
-            "level_weights": node.LEVEL_WEIGHTS,
-            "adapter": node.ADAPTER,
-            "mask_padding": node.MASK_PADDING,
-            "warmup_iters": node.WARMUP_ITERS,
-            "loss_weight": node.TEACHER.LOSS_WEIGHT,
-            "inherit": node.INHERIT,
-            "check_images": node.CHECK_IMAGES,
-            "log_gradients": node.LOG_GRADIENTS,
-            "skip_nonfinite_steps": node.SKIP_NONFINITE_STEPS,
         }
 
     @property
     def enabled(self) -> bool:
         """Whether there is anything to distil."""
         return len(self.losses) > 0
+
+    def named(self) -> Iterator[Tuple[str, "Distiller"]]:
+        """As of several teachers: the teacher's name, "" of a single one, with this distiller."""
+        yield self.name, self
 
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
         """Fits this distiller to a student's backbone; makes the adapters.

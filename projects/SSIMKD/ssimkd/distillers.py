@@ -1,7 +1,6 @@
 """Several teachers at once: a Distiller for each."""
 
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Tuple, Union, cast
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -9,14 +8,10 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .distiller import Distiller
-from .errors import ConfigError
+from .errors import ConfigError, naming
 from .teacher import Rules
 
-# What an entry of MODEL.DISTILL.TEACHERS may hold: TEACHER's keys, and those of a pair.
-TEACHER_KEYS = (
-    "CONFIG", "WEIGHTS", "OPTS", "LOSS_WEIGHT", "PRECISION", "COMPILE", "CACHE", "CACHE_GIB",
-)  # fmt: skip
-NUMBERS = ("LOSS_WEIGHT", "CACHE_GIB")
+# What an entry of MODEL.DISTILL.TEACHERS may hold beside TEACHER's keys.
 PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 
 
@@ -91,15 +86,16 @@ class Distillers(nn.ModuleDict):
         return losses
 
 
-@contextmanager
-def naming_teacher(name: str) -> Iterator[None]:
+def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
+    """Each teacher's name and Distiller, of a student; a single one has no name."""
+    distiller = getattr(model, "distiller", None)
+    if isinstance(distiller, (Distiller, Distillers)):
+        yield from distiller.named()
+
+
+def naming_teacher(name: str) -> ContextManager[None]:
     """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
-    try:
-        yield
-    except ConfigError as error:
-        if not name:
-            raise
-        raise ConfigError(f"MODEL.DISTILL.TEACHERS: {name}: {error}") from error
+    return naming(name and f"MODEL.DISTILL.TEACHERS: {name}")
 
 
 def build_distiller(cfg) -> Union[Distiller, Distillers]:
@@ -140,19 +136,20 @@ def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
             f"MODEL.DISTILL.TEACHERS: an entry is a mapping such as {{CONFIG: ...}}, got {entry!r}"
         )
     settings: List[Any] = ["MODEL.DISTILL.TEACHER.WEIGHTS", "", "MODEL.DISTILL.TEACHER.OPTS", []]
+    teacher = cfg.MODEL.DISTILL.TEACHER
     for key, value in entry.items():
         if value is None:  # yacs takes it in place of any value
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
             )
-        if key in TEACHER_KEYS:
-            if key in NUMBERS and isinstance(value, int):
+        if key in teacher:
+            if isinstance(teacher[key], float) and isinstance(value, int):
                 value = float(value)  # 1 is as good as 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
         elif key in PAIR_KEYS:
             settings += [f"MODEL.DISTILL.{key}", value]
         elif key != "NAME":
-            known = ", ".join(("NAME", *TEACHER_KEYS, *PAIR_KEYS))
+            known = ", ".join(("NAME", *teacher, *PAIR_KEYS))
             raise ConfigError(f"MODEL.DISTILL.TEACHERS: unknown key {key}; there are {known}")
     one = cfg.clone()
     one.defrost()

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from .bad_images import CountSkipped, NamingMapper
 from .checkpointer import WholeCheckpointer
 from .data import check_classes
-from .errors import building, loading
+from .errors import building, naming
 from .evaluation import build_evaluator, save_results
 from .export import export_student
 from .finite import FiniteSteps
@@ -99,7 +99,7 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
         resumed = resume and self.checkpointer.has_checkpoint()
-        with loading("--resume" if resumed else "MODEL.WEIGHTS"):
+        with naming("--resume" if resumed else "MODEL.WEIGHTS"):
             super().resume_or_load(resume=resume)
         model = unwrap(self.model)
         data = self.cfg.DATASETS
@@ -187,7 +187,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
     checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
-    with loading("--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"):
+    with naming("--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():

@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 from contextlib import contextmanager
-from typing import Iterator
+from typing import ContextManager, Iterator, Tuple, Type, Union
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +22,8 @@ class ConfigError(ValueError):
         super().__init__(" ".join(lines))
 
 
+# The folder of a run, as errors name it.
+OUTPUT = "OUTPUT_DIR (.yaml) or train.output_dir (.py)"
 # What a user can mend: a FloatingPointError says which loss or map is not finite.
 MENDABLE = (ConfigError, FloatingPointError, OmegaConfBaseException)
 
@@ -40,12 +42,30 @@ def in_user_terms(error: BaseException) -> str:
 
 
 @contextmanager
-def loading(key: str) -> Iterator[None]:
-    """Around the loading of a model: the ConfigError names the key that named the file."""
+def naming(
+    what: str,
+    failures: Union[Type[Exception], Tuple[Type[Exception], ...]] = ConfigError,
+    sep: str = ": ",
+) -> Iterator[None]:
+    """Around what may fail: the failure is a ConfigError that says of what.
+
+    Args:
+        what (str): the key to change, and what cannot be done; "" leaves the failure as it is.
+        failures (type or tuple): of a ConfigError its text follows, of others :func:`one_line`.
+        sep (str): between the two.
+    """
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
+    except failures as error:
+        if not what:
+            raise
+        text = str(error) if isinstance(error, ConfigError) else one_line(error)
+        raise ConfigError(f"{what}{sep}{text}") from error
+
+
+def writing(what: str) -> ContextManager[None]:
+    """Around a change of a run's folder, in words: that it cannot be made is a ConfigError."""
+    return naming(f"{OUTPUT}: cannot {what}", OSError)
 
 
 @contextmanager

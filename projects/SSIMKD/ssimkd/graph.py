@@ -18,7 +18,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
-from .errors import ConfigError, one_line
+from .errors import ConfigError, building, naming
 
 SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}  # of the formats
 # Masks, boxes and scores of graph and detector may differ by this; boxes are in pixels.
@@ -94,18 +94,11 @@ def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: s
     os.makedirs(folder, exist_ok=True)
     write, read = WAYS[kind]
     try:
-        try:
-            with traceable(), warnings.catch_warnings():
-                # of values that became constants: whether it matters is compared below
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)
-                write(detector, images[0], list(expected[0]), path + ".tmp")
-        except ConfigError:
-            raise
-        except Exception as error:
-            name = type(model).__name__
-            raise ConfigError(
-                f"--format {kind}: this {name} cannot be traced: {one_line(error)}"
-            ) from error
+        failure = f"--format {kind}: this {type(model).__name__} cannot be traced"
+        with building(failure), traceable(), warnings.catch_warnings():
+            # of values that became constants: whether it matters is compared below
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            write(detector, images[0], list(expected[0]), path + ".tmp")
         compare(read(path + ".tmp"), images, expected, kind)
         os.replace(path + ".tmp", path)
     finally:
@@ -123,16 +116,15 @@ def compare(
     """Raises ConfigError unless a graph finds in every image what the detector finds."""
     if not any(len(tensor) for found in expected for tensor in found.values()):
         raise ConfigError("--images: nothing is found in them: there is nothing to compare")
+    failure = (
+        f"--format {kind}: nothing is written, since the graph does not agree with the detector"
+    )
     for number, (image, fields) in enumerate(zip(images, expected), start=1):
-        try:
+        # a graph that is wrong may fail anywhere
+        with naming(f"{failure} on image {number}", Exception):
             outputs = graph(image)
             for (name, tensor), output in zip(fields.items(), outputs):
                 torch.testing.assert_close(output, tensor, rtol=RTOL, atol=ATOL, msg=name)
-        except Exception as error:  # of any kind: a graph that is wrong may fail anywhere
-            raise ConfigError(
-                f"--format {kind}: nothing is written, since the graph does not agree with the "
-                f"detector on image {number}: {one_line(error)}"
-            ) from error
 
 
 def write_script(detector: OneImage, image: Tensor, names: List[str], path: str) -> None:

@@ -1,21 +1,13 @@
 """Reading LazyConfigs."""
 
-from typing import Any, Iterator, List, Mapping, Tuple
+from typing import Any, Iterator, Mapping
 
 from detectron2.utils.registry import locate
-from omegaconf import ListConfig, OmegaConf
 
 
 def target_of(node) -> Any:
     """What a lazy node calls; a config that was saved names it by a string."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_
-
-
-def lazy_names(cfg, split: str) -> Tuple[List[str], str]:
-    """Names of the data sets of a LazyConfig's split ("TRAIN" or "TEST"), and their key."""
-    key = f"dataloader.{split.lower()}.dataset.names"
-    names = OmegaConf.select(cfg, key) or []
-    return list(names) if isinstance(names, (ListConfig, list, tuple)) else [names], key
 
 
 def lazy_losses(distiller) -> Iterator[Any]:

@@ -20,12 +20,12 @@ from .bad_images import CountSkipped, NamingMapper
 from .checkpointer import WholeCheckpointer
 from .compat import create_ddp_model
 from .data import check_classes
-from .errors import ConfigError, building, loading
+from .errors import ConfigError, building, naming
 from .evaluation import build_lazy_evaluator, save_results
 from .export import export_student
 from .finite import FiniteSteps
 from .hooks import AfterTraining, EvalHook, ExactResume
-from .lazy import lazy_names, target_of
+from .lazy import target_of
 from .loader import ResumableLoader
 from .meta_arch import DistillMixin
 from .pictures import build_pictures
@@ -33,6 +33,7 @@ from .preemption import StopOnSignal, leave_to_parent
 from .preflight import prepare
 from .random_state import preserve_random_state
 from .same_run import describe_run
+from .settings import datasets_of, names_of
 from .student import build_teacher, steps_to_skip, unwrap
 from .writers import build_writers
 
@@ -100,17 +101,16 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             EvalHook(cfg.train.eval_period, test),
             build_pictures(
                 unwrap(model),
-                lazy_names(cfg, "TEST")[0],
+                names_of(cfg, "TEST"),
                 lambda: instantiate(cfg.dataloader.test).dataset,
             ),
             writer,
         ]
     )
     resumed = resume and checkpointer.has_checkpoint()
-    with loading("--resume" if resumed else "train.init_checkpoint"):
+    with naming("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    data = {key: names for names, key in (lazy_names(cfg, s) for s in ("TRAIN", "TEST"))}
-    check_classes(unwrap(model), data)
+    check_classes(unwrap(model), datasets_of(cfg, "TRAIN", "TEST"))
     prepare(unwrap(model), loader, resumed=resumed)
     if not resume:
         checkpointer.set_aside()
@@ -155,11 +155,10 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = lazy_model(cfg)
     check_image_format(cfg, model, "test")
     model = create_ddp_model(model)
-    names, key = lazy_names(cfg, "TEST")
-    check_classes(unwrap(model), {key: names})
+    check_classes(unwrap(model), datasets_of(cfg, "TEST"))
     checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
     resumed = resume and checkpointer.has_checkpoint()
-    with loading("--resume" if resumed else "train.init_checkpoint"):
+    with naming("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)
 
@@ -167,7 +166,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
 def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates a model by `cfg.dataloader`, without a trace in the random state."""
     cfg = copy.deepcopy(cfg)
-    if "evaluator" not in cfg.dataloader or not lazy_names(cfg, "TEST")[0]:
+    if "evaluator" not in cfg.dataloader or not names_of(cfg, "TEST"):
         return {}
     folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():

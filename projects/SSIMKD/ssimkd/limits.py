@@ -8,13 +8,14 @@ from typing import Any, Dict, Sequence
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
-from .errors import ConfigError, building, one_line
+from .errors import ConfigError, building, naming
 from .export import check_exportable
 from .image_format import check_format
+from .settings import key_of, setting, value_of
 
 MOST = sys.float_info.max
 FINE = 1e-6  # what a number above 0 is at least
@@ -89,15 +90,6 @@ MAPPERS = (DatasetMapper, "detectron2.data.dataset_mapper.DatasetMapper")  # a s
 ABSENT = object()
 
 
-def value_of(cfg: Any, key: str, default: Any = None) -> Any:
-    """The value of a dotted key in a CfgNode or DictConfig; the default where there is none."""
-    if not isinstance(cfg, CfgNode):
-        return OmegaConf.select(cfg, key, default=default)
-    for part in key.split("."):
-        cfg = cfg.get(part, default) if isinstance(cfg, CfgNode) else default
-    return cfg
-
-
 def check_limits(cfg: Any, eval_only: bool) -> None:
     """Raises ConfigError, naming the key, for settings that cannot work, whatever the machine."""
     lazy = not isinstance(cfg, CfgNode)
@@ -105,17 +97,11 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
         value = value_of(cfg, key, ABSENT)
         if value is not ABSENT and not (value is None and key in NULL):
             check_value(key, value, *(limits if isinstance(limits, tuple) else (limits,)))
-    folder, device = (
-        ("train.output_dir", "train.device") if lazy else ("OUTPUT_DIR", "MODEL.DEVICE")
-    )
-    check_folder(folder, value_of(cfg, folder))
-    weights = "train.init_checkpoint" if lazy else "MODEL.WEIGHTS"
-    if not isinstance(value_of(cfg, weights), str):
-        raise ConfigError(f"{weights} must name a checkpoint, or be empty")
-    try:
-        torch.device(str(value_of(cfg, device)))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{device}: {one_line(error)}") from error
+    check_folder(key_of(cfg, "output"), setting(cfg, "output"))
+    if not isinstance(setting(cfg, "weights"), str):
+        raise ConfigError(f"{key_of(cfg, 'weights')} must name a checkpoint, or be empty")
+    with naming(key_of(cfg, "device"), (RuntimeError, ValueError)):
+        torch.device(str(setting(cfg, "device")))
     check_formats(cfg, ("test",) if eval_only else ("train", "test"))
     if not lazy:
         check_expected(cfg.TEST.EXPECTED_RESULTS)

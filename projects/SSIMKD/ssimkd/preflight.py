@@ -6,7 +6,7 @@ with the student's cell by cell on real images, and it should find the objects i
 
 import logging
 from itertools import chain
-from typing import Any, Dict, Iterator, List, Set, Tuple, Union
+from typing import Any, Dict, List, Set, Tuple
 
 import torch
 from detectron2.structures import Instances, pairwise_iou
@@ -14,10 +14,10 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .distiller import Distiller
-from .distillers import Distillers, naming_teacher
-from .errors import ConfigError, one_line
+from .distillers import distillers_of, naming_teacher
+from .errors import ConfigError, naming, one_line
 from .inherit import inherit
-from .meta_arch import DistillMixin, image_format_of, output_of
+from .meta_arch import image_format_of, output_of
 from .random_state import preserve_random_state
 from .teacher import as_seen, rules_of, trained_format
 
@@ -95,25 +95,11 @@ def check_pair(
     check_detections(who, detector, list(chain(*batches)), shown, wanted)
 
 
-def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
-    """Each teacher's name and Distiller; a single one has no name."""
-    distiller: Union[Distiller, Distillers, None]
-    distiller = model.distiller if isinstance(model, DistillMixin) else None
-    if isinstance(distiller, Distillers):
-        yield from distiller.named()
-    elif distiller is not None:
-        yield "", distiller
-
-
 def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
     """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
-    try:
+    what = f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here"
+    with naming(what, (ImportError, NotImplementedError)):  # operators that Detectron2 compiles
         student, _ = paired_maps(model, distiller, batch)
-    except (ImportError, NotImplementedError) as error:  # operators that Detectron2 compiles
-        raise ConfigError(
-            f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run "
-            f"here: {one_line(error)}"
-        ) from error
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
 
 

@@ -18,7 +18,7 @@ import torch
 from detectron2.utils import comm
 
 from .checkpointer import whole_file
-from .errors import ConfigError, one_line
+from .errors import ConfigError, one_line, writing
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
@@ -47,7 +47,7 @@ def record_run(folder: str) -> Iterator[None]:
     }
     old, path = read_record(folder), os.path.join(folder, FILE)
     entries = [*old, entry]
-    with writing(folder):
+    with writing(f"write {FILE} to {folder}"):
         if not old and os.path.exists(path):  # unreadable
             os.replace(path, f"{path}.unreadable")
     write(folder, entries)
@@ -95,20 +95,8 @@ def in_words(time: Optional[str]) -> str:
 
 def write(folder: str, entries: List[Dict[str, Any]]) -> None:
     """Replaces `run.json` at once: an interruption leaves the former one."""
-    with writing(folder), whole_file(os.path.join(folder, FILE), "w") as f:
+    with writing(f"write {FILE} to {folder}"), whole_file(os.path.join(folder, FILE), "w") as f:
         json.dump(entries, f, indent=2)
-
-
-@contextmanager
-def writing(folder: str) -> Iterator[None]:
-    """Around a change of `run.json`: that it cannot be made is a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot write {FILE} to {folder}: "
-            f"{one_line(error)}"
-        ) from error
 
 
 def now() -> str:

@@ -3,14 +3,14 @@
 import hashlib
 import logging
 import re
-from typing import Any, Dict, Iterator, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
 
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 from torch import nn
 
+from .distillers import distillers_of
 from .errors import ConfigError
-from .preflight import distillers_of
 
 logger = logging.getLogger(__name__)
 # Settings that may change without another word: where a run lies, and how fast it reads.
@@ -91,7 +91,9 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[Tupl
             yield key, before, now
 
 
-def flatten(node: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
+def flatten(
+    node: Any, prefix: str = "", words: Callable[[Any], str] = repr
+) -> Iterator[Tuple[str, str]]:
     """Nested settings as pairs of a dotted key and the value in words."""
     if isinstance(node, Mapping) and node:
         items: Any = node.items()
@@ -99,11 +101,11 @@ def flatten(node: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
         items = enumerate(node)
     else:
         # functions and objects: their name, not where in memory they lie
-        text = getattr(node, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(node))
+        text = getattr(node, "__qualname__", None) or re.sub(r" at 0x\w+", "", words(node))
         yield prefix, text
         return
     for key, value in items:
-        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), words)
 
 
 def sha256(path: str) -> str:

@@ -19,9 +19,10 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from torch import Tensor
 
+from .distillers import distillers_of
 from .losses import Context, SSIMLoss
 from .normalize import normalize_maps
-from .preflight import distillers_of, paired_maps
+from .preflight import paired_maps
 from .ssim import ssim_map
 
 SIMILARITIES = {"l": (1.0, 0.0, 0.0), "c": (0.0, 1.0, 0.0), "s": (0.0, 0.0, 1.0)}  # exponents

@@ -3,9 +3,9 @@
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .distillers import distillers_of
 from .errors import ConfigError
 from .meta_arch import DistillMixin
-from .preflight import distillers_of
 
 
 def unwrap(model: nn.Module) -> nn.Module:

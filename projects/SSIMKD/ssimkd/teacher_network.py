@@ -12,7 +12,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .errors import ConfigError, one_line
+from .errors import naming
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -59,13 +59,12 @@ class TeacherNetwork:
         Raises:
             ConfigError: torch.compile fails here.
         """
-        try:
+        failure = (
+            "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
+            "machine; set it to False"
+        )
+        with naming(failure, torch._dynamo.exc.TorchDynamoException):
             maps = self.run(images.to(self.dtype, memory_format=self.layout))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ConfigError(
-                "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
-                f"machine; set it to False: {one_line(error)}"
-            ) from error
         return {
             level: x.to(images.dtype, memory_format=torch.contiguous_format)
             for level, x in maps.items()

@@ -1,9 +1,8 @@
 """What names a teacher: a config, a checkpoint, overrides."""
 
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, cast
+from typing import Any, ContextManager, Dict, List, Sequence, Tuple, cast
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -18,7 +17,7 @@ from .checks import check_switches
 from .compat import model_zoo
 from .config import add_ssimkd_config
 from .data import lazy_use_own_data, use_own_data
-from .errors import ConfigError, one_line, wrong_input
+from .errors import ConfigError, naming, wrong_input
 from .teacher_network import PRECISIONS
 from .yaml_file import merge_yaml
 
@@ -70,7 +69,8 @@ class TeacherSpec:
             ConfigError: no such file or zoo name, or an override that does not apply.
         """
         path = self._find_config()
-        try:
+        key = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
+        with naming(f"{key}: cannot load {self.config}", Exception):
             if path.endswith(".py"):
                 cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
                 lazy_use_own_data(cfg, ())  # it may take its number of classes from its data
@@ -81,9 +81,6 @@ class TeacherSpec:
             cfg.merge_from_list(list(self.opts))
             use_own_data(cfg, ())
             return cfg
-        except Exception as error:
-            keys = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
-            raise ConfigError(f"{keys}: cannot load {self.config}: {one_line(error)}") from error
 
     def find_weights(self) -> str:
         """Local path of the checkpoint, downloaded if need be.
@@ -92,10 +89,8 @@ class TeacherSpec:
             ConfigError: none is named and the zoo has none, or it cannot be read.
         """
         weights = self.weights or self._zoo_weights()
-        try:
+        with naming("MODEL.DISTILL.TEACHER.WEIGHTS"):
             path = fetch(weights)
-        except ConfigError as error:
-            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: {error}") from error
         if not os.path.isfile(path):
             raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
         return path
@@ -141,13 +136,8 @@ class TeacherSpec:
                 )
         return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
 
-    @contextmanager
-    def _building(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            reason = f"cannot build {self.config}: {one_line(error)}"
-            raise ConfigError(f"MODEL.DISTILL.TEACHER.CONFIG: {reason}") from error
+    def _building(self) -> ContextManager[None]:
+        return naming(f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception)
 
     def _find_config(self) -> str:
         if not self.config:

@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -12,10 +13,10 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from ..checkpoint_file import read_checkpoint
+from ..distillers import distillers_of
 from ..errors import ConfigError
 from ..export import PREFIX
 from ..graph import OneImage
-from ..preflight import distillers_of
 from ..teacher import as_seen, trained_format
 from .run import Run
 
@@ -63,7 +64,10 @@ class Detector:
             named = self.model.named_parameters()
             parameters = sum(p.numel() for n, p in named if not n.startswith(PREFIX)) / 1e6
         if self.model is not None and inputs:
-            flops = count_flops(self.model, inputs[0]["image"])
+            # tracing is more particular than running
+            with suppress(Exception), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                flops = flop_counter(self.model, inputs[0]["image"]).total() / 1e9
         return {"parameters": parameters, "flops": flops, "checkpoint": size}
 
     def file(self) -> str:
@@ -99,17 +103,11 @@ def speeds(
     return {label: 1 / statistics.median(found) for label, found in taken.items() if found}
 
 
-def count_flops(model: nn.Module, image: Tensor) -> Optional[float]:
-    """fvcore's count for one image, a multiply and add as one, in billions; None: not traceable."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        counter = FlopCountAnalysis(OneImage(model), (image,))
-        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        counter.tracer_warnings("none")
-        try:
-            return counter.total() / 1e9
-        except Exception:  # tracing is more particular than running
-            return None
+def flop_counter(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
+    """fvcore's for one image, a multiply and add as one; it runs the model when it is asked."""
+    counter = FlopCountAnalysis(OneImage(model), image)
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return counter.tracer_warnings("none")
 
 
 def teachers_of(model: nn.Module, notes: List[str]) -> List[Detector]:

@@ -12,29 +12,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import add_ssimkd_config
 from ..errors import ConfigError
+from ..same_run import flatten
 from ..yaml_file import merge_yaml
 from .run import Run
 
 ABSENT = "-"
 
 
-def flat(node: Any, prefix: str = "") -> Dict[str, str]:
+def flat(node: Any) -> Dict[str, str]:
     """A config as "A.B.C" -> its value in words; of a list of nodes as "A.0.B"."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=False)
-    if isinstance(node, (list, tuple)) and any(isinstance(item, Mapping) for item in node):
-        node = dict(enumerate(node))
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: str(as_list(node))}
-    settings: Dict[str, str] = {}
-    for key, value in node.items():
-        settings.update(flat(value, f"{prefix}.{key}".lstrip(".")))
-    return settings
+    return dict(flatten(with_lists(node), words=str))
 
 
-def as_list(value: Any) -> Any:
+def with_lists(node: Any) -> Any:
     """Tuples as lists, at any depth: a config that was saved has either."""
-    return [as_list(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(node, Mapping):
+        return {key: with_lists(value) for key, value in node.items()}
+    return [with_lists(item) for item in node] if isinstance(node, (list, tuple)) else node
 
 
 def config_file(run: Run) -> str:

@@ -9,11 +9,12 @@ from typing import Any, Dict, List, Mapping, Optional
 import jinja2
 import numpy as np
 import torch
+from detectron2.data.detection_utils import convert_image_to_rgb
 from PIL import Image
 from torch import nn
 
+from ..distillers import distillers_of
 from ..meta_arch import image_format_of
-from ..preflight import distillers_of
 from ..run_record import in_words, machine, now
 from ..similarity_maps import NAMES, gradient, render, similarity_maps
 from . import charts, pictures
@@ -245,7 +246,7 @@ class Report:
         ret = []
         for index in dict.fromkeys([chosen[0], least]):
             record, x = self.samples[index]
-            image = pictures.as_rgb(x, self.shown)
+            image = convert_image_to_rgb(x["image"].permute(1, 2, 0), self.shown)
             drawn, scale = pictures.draw_maps(similarity_maps(self.model, x))
             ret.append(
                 {
@@ -381,7 +382,7 @@ class Report:
             found["detections.png"] = np.vstack(rows[:SHOWN])
         if self.levels:
             x = self.inputs[0]
-            image = pictures.as_rgb(x, self.shown)
+            image = convert_image_to_rgb(x["image"].permute(1, 2, 0), self.shown)
             found["similarity.png"] = render(similarity_maps(self.model, x), image)
         paths = [os.path.join(folder, name) for name in found]
         for path, picture in zip(paths, found.values()):

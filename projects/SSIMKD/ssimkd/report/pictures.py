@@ -77,12 +77,6 @@ def name_of(names: Sequence[str], category: int) -> str:
     return names[category] if category < len(names) else str(category)
 
 
-def as_rgb(x: Mapping[str, Any], shown: str) -> Picture:
-    """The image that a model takes, whose channel order is `shown`."""
-    image = x["image"].permute(1, 2, 0).numpy().astype(np.uint8)
-    return np.ascontiguousarray(image[..., ::-1] if shown == "BGR" else image)
-
-
 def draw_maps(
     maps: Mapping[str, Mapping[str, np.ndarray]],
 ) -> Tuple[Dict[str, Dict[str, Picture]], Dict[str, Tuple[float, float]]]:

@@ -9,19 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import load_teacher
+from ..checkpoint_file import fetch
 from ..cli import load_config
 from ..data import lazy_use_own_data
-from ..errors import ConfigError, one_line
-from ..lazy import lazy_names
+from ..detector import device_of
+from ..errors import ConfigError, building, naming
 from ..run_record import in_words, read_json, read_record
+from ..settings import names_of, setting
 
 Series = Tuple[List[int], List[float]]  # iterations and values
 
@@ -42,7 +42,7 @@ class Run:
         path = self.path("config.yaml")
         if not os.path.isfile(path):
             raise ConfigError(f"{folder}: there is no config.yaml: is it the folder of a run?")
-        try:
+        with building(path):
             with open(path) as f:
                 lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
             if lazy:
@@ -50,10 +50,6 @@ class Run:
                 lazy_use_own_data(self.cfg, ("TEST",))
             else:
                 self.cfg = load_config(path, [], ("TEST",))
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{path}: {one_line(error)}") from error
         self.record = read_record(self.folder)
 
     def path(self, *parts: str) -> str:
@@ -68,7 +64,7 @@ class Run:
     @property
     def dataset(self) -> str:
         """The data set that the run evaluates on, the last one of several; "" where none."""
-        names = lazy_names(self.cfg, "TEST")[0] if self.lazy else self.cfg.DATASETS.TEST
+        names = names_of(self.cfg, "TEST")
         return names[-1] if names else ""
 
     @cached_property
@@ -127,7 +123,7 @@ class Run:
             return self.student
         if not self.only_evaluated:
             return ""
-        return self.cfg.train.init_checkpoint if self.lazy else self.cfg.MODEL.WEIGHTS
+        return setting(self.cfg, "weights")
 
     @property
     def student(self) -> str:
@@ -156,19 +152,14 @@ class Run:
     @property
     def seen(self) -> str:
         """Iterations times images of each, in words; the former as far as it was logged."""
-        batch = (
-            self.cfg.dataloader.train.total_batch_size
-            if self.lazy
-            else self.cfg.SOLVER.IMS_PER_BATCH
-        )
+        batch = setting(self.cfg, "batch")
         iterations = self.scalars.get("total_loss", ([], []))[0]
         return f"{iterations[-1] + 1} x {batch} images" if iterations else "not known"
 
     @property
     def trained_on(self) -> str:
         """Names of the data sets of the training; "nothing" where it has none."""
-        names = lazy_names(self.cfg, "TRAIN")[0] if self.lazy else self.cfg.DATASETS.TRAIN
-        return ", ".join(names) or "nothing"
+        return ", ".join(names_of(self.cfg, "TRAIN")) or "nothing"
 
     @property
     def training_time(self) -> str:
@@ -185,8 +176,7 @@ class Run:
     @property
     def device(self) -> str:
         """The run's device where this machine has it, else the CPU."""
-        device = self.cfg.train.device if self.lazy else self.cfg.MODEL.DEVICE
-        return device if torch.cuda.is_available() else "cpu"
+        return str(device_of(self.cfg))
 
     def build(self) -> nn.Module:
         """The detector with its weights, in evaluation mode, its distiller without teacher.
@@ -195,7 +185,7 @@ class Run:
             ConfigError: there is no checkpoint, it does not hold all of the detector, or a class
                 that the config names is not to be found, as one that its own file defines.
         """
-        try:
+        with naming("its model cannot be built", Exception):  # a class of the user's may raise any
             if self.lazy:
                 model = instantiate(self.cfg.model).to(self.device)
             else:
@@ -203,14 +193,9 @@ class Run:
                 cfg.defrost()
                 cfg.MODEL.DEVICE = self.device
                 model = build_model(cfg)
-        except Exception as error:  # whatever a class of the user's may raise
-            raise ConfigError(f"its model cannot be built: {one_line(error)}") from error
         if not self.weights:
             raise ConfigError("there is no checkpoint")
-        try:
-            path = PathManager.get_local_path(self.weights)
-        except Exception as error:
-            raise ConfigError(f"cannot fetch {self.weights}: {one_line(error)}") from error
+        path = fetch(self.weights)
         absent = load_teacher(model, path, "its checkpoint")  # as strict as it is with teachers
         if absent:
             raise ConfigError(f"{path} does not hold {absent[0]} as its config has it")
@@ -225,15 +210,11 @@ class Run:
         records = DatasetCatalog.get(self.dataset) if self.dataset else []
         chosen = records[:: max(1, len(records) // count)][:count]
         mapper: Any
-        try:
+        with naming(f"{self.folder}: its mapper cannot be built", Exception):
             if self.lazy:
                 mapper = instantiate(self.cfg.dataloader.test.mapper)
             else:
                 mapper = DatasetMapper(self.cfg, is_train=False)
-        except Exception as error:  # whatever a class of the user's may raise
-            raise ConfigError(
-                f"{self.folder}: its mapper cannot be built: {one_line(error)}"
-            ) from error
         return [(record, mapper(record)) for record in chosen]
 
     def _json(self, *parts: str) -> Any:

@@ -1,0 +1,47 @@
+"""A run's settings by one name, whichever kind of config holds them: .yaml or .py."""
+
+from typing import Any, Dict, List
+
+from detectron2.config import CfgNode
+from omegaconf import ListConfig, OmegaConf
+
+KEYS = {  # name -> key in a CfgNode, and in a DictConfig
+    "amp": ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
+    "batch": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "device": ("MODEL.DEVICE", "train.device"),
+    "iterations": ("SOLVER.MAX_ITER", "train.max_iter"),
+    "output": ("OUTPUT_DIR", "train.output_dir"),
+    "TEST": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    "TRAIN": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
+    "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
+}
+
+
+def key_of(cfg: Any, name: str) -> str:
+    """The key of a setting in a config, for :func:`value_of` and for errors."""
+    return KEYS[name][not isinstance(cfg, CfgNode)]
+
+
+def setting(cfg: Any, name: str) -> Any:
+    """The value of a setting; None where the config has none."""
+    return value_of(cfg, key_of(cfg, name))
+
+
+def names_of(cfg: Any, split: str) -> List[str]:
+    """Names of the data sets of a split, "TRAIN" or "TEST"."""
+    names = setting(cfg, split) or []
+    return list(names) if isinstance(names, (ListConfig, list, tuple)) else [names]
+
+
+def datasets_of(cfg: Any, *splits: str) -> Dict[str, List[str]]:
+    """Key -> the names of :func:`names_of`."""
+    return {key_of(cfg, split): names_of(cfg, split) for split in splits}
+
+
+def value_of(cfg: Any, key: str, default: Any = None) -> Any:
+    """The value of a dotted key; the default where there is none."""
+    if not isinstance(cfg, CfgNode):
+        return OmegaConf.select(cfg, key, default=default)
+    for part in key.split("."):
+        cfg = cfg.get(part, default) if isinstance(cfg, CfgNode) else default
+    return cfg
