@@ -22,6 +22,7 @@ from typing import Dict
 import torch
 from benchmark_growth import bench_growth, growth_plot, growth_table
 from benchmark_loss import LOSSES, OWN, STRIDES, bench_loss, loss_plot, loss_table
+from benchmark_measure import positive
 from benchmark_step import bench_step, step_plot, step_table
 from ssimkd.errors import building, exit_in_one_line
 from ssimkd.losses import KD_LOSS_REGISTRY
@@ -44,14 +45,6 @@ PARTS = {
     "step": (bench_step, step_table, step_plot),
     "growth": (bench_growth, growth_table, growth_plot),
 }
-
-
-def positive(text: str) -> int:
-    """A number of things, at least one."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def parse(argv=None) -> argparse.Namespace:

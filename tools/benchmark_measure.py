@@ -1,5 +1,6 @@
-"""Clock, memory and tables of what is measured."""
+"""Command line, clock, memory and tables of what is measured."""
 
+import argparse
 import statistics
 import time
 from pathlib import Path
@@ -8,6 +9,14 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
 import torch
 
 Call = Callable[[], object]
+
+
+def positive(text: str) -> int:
+    """A number of things on a command line, at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def clock_of(device: Union[str, torch.device], cpu_time: bool = False) -> Callable[[], float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
+from benchmark_measure import positive
 
 # package -> modules of COCO and of COCOeval, and the latter's name
 PACKAGES = {
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--images", type=positive, default=5000)
     parser.add_argument("--packages", nargs="+", choices=OTHERS, default=OTHERS)
     args = parser.parse_args()
     truth, found = draw(args.images)

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
 import torch
-from benchmark_measure import clock_of, interleave, markdown
+from benchmark_measure import clock_of, interleave, markdown, positive
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from ssimkd.cli import load_config
 from ssimkd.engine import DistillTrainer
+from ssimkd.errors import exit_in_one_line
 from ssimkd.normalize import normalize_maps
 from ssimkd.ssim import ssim_map
 from ssimkd.teacher import Teacher
@@ -202,18 +203,21 @@ def main() -> None:
     )
     parser.add_argument("--config", help="a teacher's, as MODEL.DISTILL.TEACHER.CONFIG")
     parser.add_argument("--weights", default="", help="of --config; else random: no SSIM to go by")
-    parser.add_argument("--size", type=int, nargs=2, default=(96, 96), help="image, in pixels")
-    parser.add_argument("--images", type=int, default=8, help="images of a batch")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--size", type=positive, nargs=2, default=(96, 96), help="image, in pixels")
+    parser.add_argument("--images", type=positive, default=8, help="images of a batch")
+    parser.add_argument("--repeats", type=positive, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of torch")
     parser.add_argument("--compile", action="store_true", help="time torch.compile, too")
     parser.add_argument("--step", action="store_true", help="time training steps instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.config:
         args.config, args.weights = "configs/shapes/teacher.yaml", "configs/shapes/teacher.pth"
-    (bench_step if args.step else bench_forward)(args, torch.device(args.device))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    with exit_in_one_line():
+        (bench_step if args.step else bench_forward)(args, torch.device(args.device))
 
 
 if __name__ == "__main__":
