@@ -100,7 +100,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
         )
     if not os.path.isfile(path) or not path.endswith((".py", ".yaml", ".yml")):
         raise ConfigError(f"--config-file: {path} is no file that ends in .yaml or .py")
-    with building(f"{path} with {' '.join(overrides)}" if overrides else path):
+    with building(" ".join([path, "with", *map(str, overrides)]) if overrides else path):
         if path.endswith(".py"):
             cfg = LazyConfig.load(path)
             check_overrides(cfg, overrides)
