@@ -89,6 +89,14 @@ def test_a_rival_that_wins_is_named():
     )
 
 
+def test_without_ssim_the_first_method_is_compared_with():
+    table = report.summarise([run for run in RUNS if run["method"] != "ssim"], [])
+    assert "| AP less rival's: mean" in report.markdown(table)
+    assert report.verdict(table) == (
+        "Best mean AP: rival. Not told apart from rival: twin. Worse than rival: poor."
+    )
+
+
 def test_budgets_are_not_mixed():
     table = report.summarise([*RUNS, row("ssim", 1, 50.0, budget=1000)], [])
     assert [(r["budget"], r["method"]) for r in table][-1] == (1000, "ssim")

@@ -17,8 +17,9 @@ that alone, without distillation. A weight is searched by factors of four around
 gradient at the maps is nearest to RATIO times the detector's (short runs with the default weight
 tell it), further where the best lies at the edge, at the shortest budget on a fifth of the training
 images that the search's students do not see. Variants that --ablation names take the weight of
-ssim. In --out: table.md, table.csv (a row per budget and method), runs.csv (a row per run),
-weights.json, plot.png, records.json (every finished run, for --records).
+ssim. Differences are taken to ssim, or where it is left out to the first of --methods. In --out:
+table.md, table.csv (a row per budget and method), runs.csv (a row per run), weights.json, plot.png,
+records.json (every finished run, for --records).
 """
 
 import argparse
@@ -240,9 +241,10 @@ def write_report(
         text += [f"### {budget} iterations", report.markdown(part), report.verdict(part)]
     text.append(
         "AP: box AP in percent on ssimkd_shapes_val, mean +- sample standard deviation over seeds. "
-        f"Differences to {REFERENCE} are paired by seed; each 95 % interval (Student's t) "
-        "is that of one comparison. Seconds per iteration (one thread, data included) and peak "
-        "memory (of the process; of the GPU where one is used) are medians of solo runs."
+        f"Differences to {table[0]['reference']} are paired by seed; each 95 % interval "
+        "(Student's t) is that of one comparison. Seconds per iteration (one thread, data "
+        "included) and peak memory (of the process; of the GPU where one is used) are medians of "
+        "solo runs."
     )
     text += [searched] if searched else []
     command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])

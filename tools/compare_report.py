@@ -24,7 +24,7 @@ Row = Dict[str, Any]
 METRICS = ("AP", "AP50", "AP75")
 COSTS = ("seconds", "peak_mib")
 HEAD = (
-    "method", "weight", "seeds", *METRICS, f"AP less {REFERENCE}'s: mean, standard error, 95 %",
+    "method", "weight", "seeds", *METRICS, "AP less {reference}'s: mean, standard error, 95 %",
     "s/iteration", f"of {PLAIN}'s", "peak MiB", f"of {PLAIN}'s",
 )  # fmt: skip
 
@@ -62,14 +62,21 @@ def costs(solo: Sequence[Row]) -> Dict[str, Row]:
     return medians
 
 
+def reference_of(methods: Sequence[str]) -> str:
+    """The method that others are compared with: ssim, or the first where it is not among them."""
+    return REFERENCE if REFERENCE in methods else methods[0]
+
+
 def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
     """A row per budget and method, the best mean AP of each budget first."""
+    reference = reference_of([row["method"] for row in runs])
     samples: Dict[Any, Dict[int, Row]] = defaultdict(dict)
     for row in runs:
         samples[row["budget"], row["method"]][row["seed"]] = row
     table, cost = [], costs(solo)
     for (budget, method), by_seed in samples.items():
         line: Row = {"budget": budget, "method": method, "seeds": len(by_seed)}
+        line["reference"] = reference
         for row in by_seed.values():
             line["weight"] = row["weight"]
         for metric in METRICS:
@@ -77,12 +84,12 @@ def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
             line[metric] = statistics.mean(values)
             if len(values) > 1:
                 line[f"{metric}_sd"] = statistics.stdev(values)
-        ours, reference = (
+        ours, others = (
             {seed: row["AP"] for seed, row in samples.get((budget, name), {}).items()}
-            for name in (method, REFERENCE)
+            for name in (method, reference)
         )
-        difference = paired(ours, reference)
-        if difference and method != REFERENCE:
+        difference = paired(ours, others)
+        if difference and method != reference:
             line.update({f"difference_{k}": v for k, v in difference._asdict().items()})
         table.append({**line, **cost.get(method, {})})
     return sorted(table, key=lambda line: (line["budget"], -line["AP"]))
@@ -106,7 +113,8 @@ def markdown(table: Sequence[Row]) -> str:
             except KeyError:
                 cells.append("-")
         rows.append(cells)
-    return benchmark_measure.markdown(HEAD, rows)
+    head = [text.format(reference=table[0]["reference"]) for text in HEAD]
+    return benchmark_measure.markdown(head, rows)
 
 
 def verdict(table: Sequence[Row]) -> str:
@@ -120,7 +128,7 @@ def verdict(table: Sequence[Row]) -> str:
     ):
         names = [row["method"] for row in compared if belongs(row)]
         if names:
-            parts.append(f"{text} {REFERENCE}: {', '.join(names)}.")
+            parts.append(f"{text} {table[0]['reference']}: {', '.join(names)}.")
     return " ".join(parts)
 
 
