@@ -5,12 +5,14 @@ with the student's cell by cell on real images, and it should find the objects i
 """
 
 import logging
+from contextlib import suppress
 from itertools import chain
 from typing import Any, Dict, List, Set, Tuple
 
 import torch
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from .distiller import Distiller
@@ -97,27 +99,43 @@ def check_pair(
 
 def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
     """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
-    what = f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here"
-    with naming(what, (ImportError, NotImplementedError)):  # operators that Detectron2 compiles
+    what = (
+        f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here, an "
+        "operator that Detectron2 compiles is missing"
+    )
+    with naming(what, (ImportError, NotImplementedError)):
         student, _ = paired_maps(model, distiller, batch)
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
+
+
+class _Taken(BaseException):  # which no `except Exception` of a student stops
+    """Ends a student's forward: its maps are there."""
+
+
+def _end(*_: Any) -> None:
+    raise _Taken
 
 
 @torch.no_grad()
 def paired_maps(
     model: Any, distiller: Distiller, batch: List[Dict]
 ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-    """The maps of a student in evaluation mode and of its teacher: :meth:`Distiller.pair`.
+    """The maps of a student's modules in evaluation mode and of its teacher's.
 
-    They are taken as in training, while the student's own forward runs.
+    They are taken while the student's own forward starts, in training that of training and else
+    its inference, for which the images are; it ends with the backbone: the heads do not run.
+
+    Returns:
+        (dict, dict): see :meth:`Distiller.pair`.
     """
-    training = model.training
+    training, hook = model.training, model.backbone.register_forward_hook
     model.eval()  # batch statistics must not move
+    model.training = training  # of the detector alone
     try:
-        with output_of(model.backbone) as backbone:
+        with output_of(model.backbone) as taken, hook(_end), EventStorage(), suppress(_Taken):
             model(batch)
         rules = rules_of(model, image_format_of(model))
-        return distiller.pair(batch, backbone["maps"], backbone["images"], rules)
+        return distiller.pair(batch, taken["maps"], taken["images"], rules)
     finally:
         model.train(training)
 
