@@ -4,13 +4,15 @@ import pytest
 import ssimkd
 import torch
 from conftest import narrow_opts, rich_batch, save_teacher, zoo_cfg
-from detectron2.config import instantiate
+from detectron2.config import configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, ProposalNetwork, build_model
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 from ssimkd import ConfigError, Distiller, DistillMixin, meta_arch
 from ssimkd.compat import FCOS, model_zoo
-from ssimkd.export import parent_of
+from ssimkd.export import parent_of, plain_config
 from ssimkd.losses import SSIMLoss
+from ssimkd.meta_arch import image_format_of
 from ssimkd.preflight import paired_maps, prepare
 from ssimkd.teacher import TeacherSpec
 
@@ -172,6 +174,36 @@ def test_a_c4_student_is_told_its_map():
 @META_ARCH_REGISTRY.register()
 class DistillProposalNetwork(DistillMixin, ProposalNetwork):
     """A student in two lines: its parent prepares images by itself and keeps no format of them."""
+
+
+@META_ARCH_REGISTRY.register()
+class Stylized(ProposalNetwork):
+    """A detector with an argument of its own that is called as a mapper's."""
+
+    @configurable
+    def __init__(self, *, image_format, **kwargs):
+        super().__init__(**kwargs)
+        self.style = image_format
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {**super().from_config(cfg), "image_format": "cubist"}
+
+
+@META_ARCH_REGISTRY.register()
+class DistillStylized(DistillMixin, Stylized):
+    """A student of it."""
+
+
+def test_a_student_adds_no_argument_but_its_distiller():
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    meta_arch = ("MODEL.META_ARCHITECTURE", "DistillStylized")
+    model = student_of(name, FPN, name, "", *meta_arch, "INPUT.FORMAT", "RGB")
+    assert model.style == "cubist" and image_format_of(model) == "RGB"
+    args = Stylized.from_config(zoo_cfg(name))
+    node = {"model": {"_target_": f"{__name__}.DistillStylized", **dict.fromkeys(args, 1)}}
+    plain = plain_config(OmegaConf.create(node), "").model
+    assert set(plain) == {"_target_", *args}
 
 
 class Loader:

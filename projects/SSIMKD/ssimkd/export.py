@@ -92,8 +92,7 @@ def plain_config(cfg, weights: str):
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
     plain.model = copy.deepcopy(cfg.model)
     plain.model._target_ = parent_of(target_of(plain.model))
-    for key in ("distiller", "image_format"):
-        plain.model.pop(key, None)
+    plain.model.pop("distiller", None)
     plain.train.init_checkpoint = weights
     return plain
 

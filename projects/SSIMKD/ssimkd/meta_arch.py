@@ -32,8 +32,6 @@ class DistillMixin:
     Args:
         distiller (Distiller, Distillers or None): what compares the maps with the teacher's, or
             with several teachers'; None: the plain detector.
-        image_format (str or None): channel order of the images, for a parent that keeps none as
-            `input_format`.
         kwargs: the parent's arguments.
     """
 
@@ -42,24 +40,20 @@ class DistillMixin:
 
     @configurable
     def __init__(
-        self,
-        *,
-        distiller: Optional[Union[Distiller, Distillers]] = None,
-        image_format: Optional[str] = None,
-        **kwargs,
+        self, *, distiller: Optional[Union[Distiller, Distillers]] = None, **kwargs
     ) -> None:
         super().__init__(**kwargs)
         if distiller is not None:
             distiller.attach(self.backbone.output_shape())
         self.distiller = distiller
-        if not getattr(self, "input_format", None):
-            self.input_format = image_format
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
-        """The parent's arguments, the distiller of `cfg.MODEL.DISTILL` and the images' format."""
+        """The parent's arguments and the distiller of `cfg.MODEL.DISTILL`."""
         ret = super().from_config(cfg)  # type: ignore[misc]
-        return {**ret, "distiller": build_distiller(cfg), "image_format": cfg.INPUT.FORMAT}
+        ret["distiller"] = build_distiller(cfg)
+        ret["distiller"].student_format = cfg.INPUT.FORMAT
+        return ret
 
     @cached_property
     def rules(self) -> Rules:
@@ -80,8 +74,12 @@ class DistillMixin:
 
 
 def image_format_of(detector: Any) -> str:
-    """Channel order of a detector's images: BGR, Detectron2's own, where it does not say."""
-    return getattr(detector, "input_format", None) or "BGR"
+    """Channel order of a detector's images: BGR, Detectron2's own, where nothing says it.
+
+    Not every student keeps one as `input_format`; its distiller knows that of a YAML config.
+    """
+    found: Any = getattr(detector, "input_format", None)
+    return found or getattr(getattr(detector, "distiller", None), "student_format", "BGR")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ..distillers import distillers_of
 from ..errors import ConfigError
 from ..export import PREFIX
 from ..graph import OneImage
+from ..meta_arch import image_format_of
 from ..teacher import as_seen, trained_format
 from .run import Run
 
@@ -169,7 +170,7 @@ def twin_label(run: Run, model: Optional[nn.Module], twins: bool) -> str:
 def of_run(label: str, run: Run, model: Optional[nn.Module]) -> Detector:
     """The detector that a run trained."""
     weights = run.student if os.path.isfile(run.student) else run.weights
-    return Detector(label, run, model, weights, getattr(model, "input_format", None) or "BGR")
+    return Detector(label, run, model, weights, image_format_of(model))
 
 
 def distils(model: Optional[nn.Module]) -> bool:
