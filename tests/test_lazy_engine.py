@@ -44,6 +44,16 @@ def test_a_student_that_does_not_say_takes_the_mappers_format():
     assert model.input_format == "BGR"
 
 
+def test_mappers_that_disagree_are_both_named():
+    test = "dataloader.test.mapper.image_format"
+    cfg = load_config("configs/ssimkd_R50.py", [f"{test}=RGB", "train.device=cpu"])
+    model = lazy_model(cfg)
+    model.input_format = None  # as FCOS
+    message = f"{test} is RGB, dataloader.train.mapper.image_format BGR"
+    with pytest.raises(ConfigError, match=message):
+        check_image_format(cfg, model, "train", "test")
+
+
 def test_a_model_that_yaml_cannot_express_is_refused_before_training(tmp_path):
     opts = ["train.device=cpu", f"train.output_dir={tmp_path}"]
     cfg = load_config("configs/vanilla_R50.py", opts)

@@ -138,13 +138,14 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
         model (nn.Module): a student; another model is left alone.
         splits (str): "train", "test".
     """
+    source = "model.input_format"
     for split in splits if isinstance(model, DistillMixin) else ():
         key = f"dataloader.{split}.mapper.image_format"
         expected = getattr(model, "input_format", None)
         found = OmegaConf.select(cfg, key) or expected
         if expected and found != expected:
-            raise ConfigError(f"{key} is {found}, model.input_format {expected}: make them equal")
-        model.input_format = found
+            raise ConfigError(f"{key} is {found}, {source} {expected}: make them equal")
+        model.input_format, source = found, source if expected else key
 
 
 def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
