@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, shapes_cfg
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
@@ -27,10 +27,11 @@ from ssimkd.data import use_own_data
 from ssimkd.graph import OneImage
 from ssimkd.report import pictures
 from ssimkd.report.detection_errors import KINDS, detection_errors
-from ssimkd.report.differences import differences
-from ssimkd.report.page import Report
+from ssimkd.report.differences import differences, flat
+from ssimkd.report.page import Report, adapters_in
 from ssimkd.report.run import Run
 from ssimkd.run_record import in_words, read_record, record_run
+from ssimkd.same_run import flatten
 from ssimkd.shapes import FOLDER
 
 TEACHER = "configs/shapes/teacher.pth"  # a trained one
@@ -280,6 +281,11 @@ def test_what_a_run_started_from_is_not_its_detector(folder, tmp_path):
     record[0]["command"] += " --eval-only"
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert Run(str(tmp_path)).build() is not None
+    (tmp_path / "run.json").unlink()  # as of other code: its files tell whether it trained
+    assert Run(str(tmp_path)).build() is not None
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        Run(str(tmp_path)).build()
 
 
 @pytest.mark.parametrize("left", ["backbone.bottom_up.", "backbone."])
@@ -295,9 +301,47 @@ def test_a_checkpoint_without_all_of_the_detector_is_refused(folder, tmp_path, l
 def test_without_its_adapters_a_students_maps_are_not_compared(folder, tmp_path):
     shutil.copytree(folder / "student", tmp_path / "student")
     (tmp_path / "student/last_checkpoint").unlink()
-    report = Report(Run(str(tmp_path / "student")), [])
-    assert report.model is not None and not report.levels
-    assert any("student.pth is there, which has no adapters" in note for note in report.notes)
+    config = yaml.safe_load((folder / "student/config.yaml").read_text())
+    config["MODEL"]["WEIGHTS"] = str(folder / "student/student.pth")
+    (tmp_path / "evaluated").mkdir()
+    (tmp_path / "evaluated/config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("student", "evaluated"):
+        report = Report(Run(str(tmp_path / name)), [])
+        assert report.model is not None and not report.levels
+        assert any("student.pth does not hold the adapters" in note for note in report.notes)
+
+
+def test_adapters_are_found_in_one_teachers_and_in_several_teachers_weights():
+    zero = torch.zeros(2)
+    names = ["distiller.adapters.p2.bias", "distiller.x.adapters.p2.bias"]
+    others = ["distiller.x.losses.fgd.bias", "backbone.adapters.p2.bias"]
+    found = adapters_in(dict.fromkeys([*names, *others], zero))
+    assert found == {(name, zero.shape) for name in names}
+
+
+class Bare(torch.nn.Module):
+    """A detector without a `.backbone`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 2)
+
+
+def test_a_detector_without_a_backbone_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "Bare", Bare)
+    config = yaml.safe_load((folder / "twin/config.yaml").read_text())
+    config["MODEL"]["META_ARCHITECTURE"] = "Bare"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    state = Bare(None).state_dict()
+    torch.save({"model": state}, tmp_path / "student.pth")
+    found = Run(str(tmp_path)).build().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    torch.save({"model": {**state, "net.bias": torch.full((2,), np.nan)}}, tmp_path / "student.pth")
+    with pytest.raises(ConfigError, match=r"holds NaN or infinity in net\.bias"):
+        Run(str(tmp_path)).build()
+    torch.save({"model": {"net.bias": state["net.bias"]}}, tmp_path / "student.pth")
+    with pytest.raises(ConfigError, match=r"does not hold net\.weight"):
+        Run(str(tmp_path)).build()
 
 
 def test_it_says_what_was_trained_and_how_to_do_it_again(page, folder):
@@ -395,6 +439,14 @@ def test_settings_that_differ_between_runs_come_first(folder):
     assert "MODEL.DISTILL.ADAPTER" in keys[: sum(differ)]
     assert not any(key.startswith("MODEL.DISTILL.ICD.") for key in keys)
     assert "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS" not in keys  # its tuples became lists
+
+
+def test_lists_of_nodes_alone_are_split():
+    node = {"SIZES": [[32], [64]], "RATIOS": [(0.5, 1.0)], "COCO": [{"NAME": "a"}, {"NAME": "b"}]}
+    split = {"COCO.0.NAME": "a", "COCO.1.NAME": "b"}
+    assert flat(node) == {"SIZES": "[[32], [64]]", "RATIOS": "[[0.5, 1.0]]", **split}
+    kept = {"SIZES.0": "[32]", "SIZES.1": "[64]", "RATIOS": "[(0.5, 1.0)]"}  # of checkpoints
+    assert dict(flatten(node)) == {**kept, **{key: repr(x) for key, x in split.items()}}
 
 
 def test_a_file_that_was_cut_off(folder, tmp_path):

@@ -96,7 +96,7 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
     """Loads a checkpoint that must hold the whole backbone.
 
     Args:
-        model (nn.Module): a detector with a `.backbone`.
+        model (nn.Module): a detector; all of it must be finite where it has no `.backbone`.
         weights (str): path of the checkpoint.
         key (str): what names it, for the errors.
 
@@ -110,8 +110,9 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
     checkpointer = _WholeBackbone(model)
     with naming(key):
         checkpointer.load(weights)
-    for name, tensor in model.backbone.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise ConfigError(f"{key}: {weights} holds NaN or infinity in backbone.{name}")
+    part = "backbone." if hasattr(model, "backbone") else ""
+    for name, tensor in model.state_dict().items():
+        if name.startswith(part) and not torch.isfinite(tensor).all():
+            raise ConfigError(f"{key}: {weights} holds NaN or infinity in {name}")
     logger.info("Weights: %s", weights)
     return checkpointer.absent

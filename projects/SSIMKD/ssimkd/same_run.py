@@ -92,12 +92,22 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[Tupl
 
 
 def flatten(
-    node: Any, prefix: str = "", words: Callable[[Any], str] = repr
+    node: Any,
+    prefix: str = "",
+    words: Callable[[Any], str] = repr,
+    split: Tuple[type, ...] = (Mapping, list),
 ) -> Iterator[Tuple[str, str]]:
-    """Nested settings as pairs of a dotted key and the value in words."""
+    """Nested settings as pairs of a dotted key and the value in words.
+
+    Args:
+        node (mapping or any): the settings.
+        prefix (str): of the keys.
+        words (callable): a value -> it in words.
+        split (tuple[type]): a list that holds one of these has a pair for each item.
+    """
     if isinstance(node, Mapping) and node:
         items: Any = node.items()
-    elif isinstance(node, (list, tuple)) and any(isinstance(x, (Mapping, list)) for x in node):
+    elif isinstance(node, (list, tuple)) and any(isinstance(x, split) for x in node):
         items = enumerate(node)
     else:
         # functions and objects: their name, not where in memory they lie
@@ -105,7 +115,7 @@ def flatten(
         yield prefix, text
         return
     for key, value in items:
-        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), words)
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), words, split)
 
 
 def sha256(path: str) -> str:

@@ -23,7 +23,7 @@ def flat(node: Any) -> Dict[str, str]:
     """A config as "A.B.C" -> its value in words; of a list of nodes as "A.0.B"."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=False)
-    return dict(flatten(with_lists(node), words=str))
+    return dict(flatten(with_lists(node), words=str, split=(Mapping,)))
 
 
 def with_lists(node: Any) -> Any:

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from functools import cached_property
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import jinja2
 import numpy as np
@@ -13,7 +13,9 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from PIL import Image
 from torch import nn
 
+from ..checkpoint_file import fetch
 from ..distillers import distillers_of
+from ..export import read_weights
 from ..meta_arch import image_format_of
 from ..run_record import in_words, machine, now
 from ..similarity_maps import NAMES, gradient, render, similarity_maps
@@ -27,6 +29,7 @@ from .similarity import measure_levels
 SAMPLE = 24  # validation images that are looked at
 SHOWN = 3  # of them, at equal distances, and as many that are the least similar
 BOOKKEEPING = re.compile(r"^(iteration|eta_seconds|(rank_)?(data_)?time|images_per_second)$")
+ADAPTER = re.compile(r"distiller\.([^.]+\.)?adapters\.")  # one, or of several teachers
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 
@@ -48,8 +51,8 @@ class Report:
         self.inputs = [x for _, x in self.samples]
         pairs = sum(distiller.enabled for _, distiller in distillers_of(self.model))
         loaded = sum(d.teaches for d in self.detectors)
-        adapted = any(len(distiller.adapters) for _, distiller in distillers_of(self.model))
-        lost = adapted and run.weights == run.student
+        adapters = adapters_in(self.model.state_dict()) if self.model is not None else set()
+        lost = bool(adapters) and not adapters <= adapters_in(read_weights(fetch(run.weights)))
         compared = loaded == pairs and not lost
         self.levels = measure_levels(self.model, self.inputs) if compared else {}
         self.colour = charts.colours([d.label for d in self.detectors])
@@ -57,8 +60,7 @@ class Report:
             self.notes.append("This run has no teacher: what compares it with one is left out.")
         if lost:
             self.notes.append(
-                "Maps are not compared: of the run's checkpoints only student.pth is there, which "
-                "has no adapters."
+                f"Maps are not compared: the checkpoint {run.weights} does not hold the adapters."
             )
         if not run.results:
             self.notes.append("This run was not evaluated: there is no results.json.")
@@ -389,6 +391,11 @@ class Report:
             small = Image.fromarray(picture).quantize(256, Image.Quantize.FASTOCTREE)
             small.save(path, optimize=True)
         return paths
+
+
+def adapters_in(weights: Mapping[str, torch.Tensor]) -> Set[Tuple[str, torch.Size]]:
+    """Names and shapes of the distillers' adapters among a student's tensors by name."""
+    return {(name, x.shape) for name, x in weights.items() if ADAPTER.match(name)}
 
 
 def gap(results: Mapping[str, Mapping[str, Any]], key: str) -> Dict[str, Optional[float]]:

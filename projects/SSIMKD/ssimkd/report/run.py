@@ -113,7 +113,8 @@ class Run:
     def weights(self) -> str:
         """The checkpoint to look at: the last one, the exported student, or what was evaluated.
 
-        "" where a training left none: what it started from is not what it trained.
+        "" where a training left none: what it started from is not what it trained. metrics.json
+        tells of one, too.
         """
         last = self.path("last_checkpoint")
         if os.path.isfile(last):
@@ -121,9 +122,8 @@ class Run:
                 return self.path(os.path.basename(f.read().strip()))
         if os.path.isfile(self.student):
             return self.student
-        if not self.only_evaluated:
-            return ""
-        return setting(self.cfg, "weights")
+        trained = self.training or os.path.isfile(self.path("metrics.json"))
+        return "" if trained else setting(self.cfg, "weights")
 
     @property
     def student(self) -> str:
