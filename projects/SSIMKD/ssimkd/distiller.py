@@ -137,7 +137,10 @@ class Distiller(nn.Module):
         return len(self.losses) > 0
 
     def named(self) -> Iterator[Tuple[str, "Distiller"]]:
-        """As of several teachers: the teacher's name, "" of a single one, with this distiller."""
+        """As :meth:`Distillers.named`: one pair, of the teacher's name and this distiller.
+
+        The name is "" where this teacher is the only one.
+        """
         yield self.name, self
 
     def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
