@@ -20,7 +20,7 @@ from .bad_images import CountSkipped, NamingMapper
 from .checkpointer import WholeCheckpointer
 from .compat import create_ddp_model
 from .data import check_classes
-from .errors import ConfigError, building, naming
+from .errors import ConfigError, building, naming, writing
 from .evaluation import build_lazy_evaluator, save_results
 from .export import export_student
 from .finite import FiniteSteps
@@ -51,6 +51,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         dict: metrics of the last evaluation, on the main process.
     """
     original, cfg = cfg, copy.deepcopy(cfg)
+    folder = cfg.train.output_dir
     model = lazy_model(cfg)
     logger.info("Model:\n%s", model)
     check_image_format(cfg, model, "train", "test")
@@ -66,7 +67,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     run = describe_run(original, unwrap(model))
-    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
+    checkpointer = WholeCheckpointer(model, folder, run=run, trainer=trainer)
     exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
     results: Dict[str, Any] = {}
 
@@ -75,8 +76,11 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         return results
 
     def export() -> None:
-        checkpointer.complete()
-        export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
+        with writing(f"write the student to {folder}"):
+            checkpointer.complete()
+            export_student(original, unwrap(model).state_dict(), folder)
+
+    exporting = AfterTraining(export)
 
     with building("lr_multiplier"):
         scheduler = instantiate(cfg.lr_multiplier)
@@ -86,7 +90,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
         batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
         project = cfg.train.get("wandb_project", "")
-        writers = build_writers(cfg.train.output_dir, cfg.train.max_iter, batch_size, project)
+        writers = build_writers(folder, cfg.train.max_iter, batch_size, project)
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
@@ -95,7 +99,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             hooks.LRScheduler(scheduler=scheduler),
             exact,
             checkpoints,
-            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
+            exporting,  # before the last evaluation, whose failure must not cost it
             StopOnSignal(exact.collect, checkpointer),
             CountSkipped(loader),
             EvalHook(cfg.train.eval_period, test),
@@ -115,6 +119,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     if not resume:
         checkpointer.set_aside()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    exporting.raise_failure()
     return results
 
 
