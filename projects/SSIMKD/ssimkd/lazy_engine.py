@@ -22,7 +22,7 @@ from .compat import create_ddp_model
 from .data import check_classes
 from .errors import ConfigError, building, naming, writing
 from .evaluation import build_lazy_evaluator, save_results
-from .export import export_student
+from .export import export_student, warn_unless_exportable
 from .finite import FiniteSteps
 from .hooks import AfterTraining, EvalHook, ExactResume
 from .lazy import target_of
@@ -53,6 +53,9 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder = cfg.train.output_dir
     model = lazy_model(cfg)
+    if comm.is_main_process():
+        with writing(f"write to {folder}"):
+            warn_unless_exportable(original, folder)
     logger.info("Model:\n%s", model)
     check_image_format(cfg, model, "train", "test")
     build_teacher(model)
