@@ -20,9 +20,9 @@ from detectron2.utils.logger import setup_logger
 from ssimkd import engine, launch, lazy_engine
 from ssimkd.checkpoint_file import trust_checkpoints
 from ssimkd.cli import argument_parser, check_config, load_arguments
-from ssimkd.errors import traceback_in_log_only, writing
+from ssimkd.errors import naming, traceback_in_log_only
 from ssimkd.run_record import record_run
-from ssimkd.settings import setting
+from ssimkd.settings import key_of, setting
 from ssimkd.writers import quiet_terminal
 
 
@@ -31,7 +31,7 @@ def main(args) -> None:
     cfg = load_arguments(args)
     trust_checkpoints(args.trust_checkpoint)
     folder = setting(cfg, "output")
-    with writing(f"write to {folder}"):
+    with naming(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
         if args.quiet:
             quiet_terminal(folder, comm.get_rank())
         default_setup(cfg, args)

@@ -276,16 +276,18 @@ def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
 
 def test_an_export_that_fails_does_not_cost_the_last_evaluation(caplog):
     def export():
-        raise OSError(28, "No space left on device")
+        raise ConfigError("OUTPUT_DIR: no space left on device")
 
-    evaluated = []
+    evaluated, exporting = [], AfterTraining(export)
     trainer = TrainerBase()
     trainer.run_step = lambda: None
-    trainer.register_hooks([AfterTraining(export), EvalHook(0, lambda: evaluated.append(1))])
+    trainer.register_hooks([exporting, EvalHook(0, lambda: evaluated.append(1))])
     trainer.train(0, 1)
     assert evaluated == [1]
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert error == "export failed: OSError: [Errno 28] No space left on device"
+    assert error == "export failed: OUTPUT_DIR: no space left on device"
+    with pytest.raises(ConfigError, match="^OUTPUT_DIR: no space"):
+        exporting.raise_failure()
 
 
 def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(tmp_path):

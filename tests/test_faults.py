@@ -249,6 +249,20 @@ def test_evaluation_changes_nothing(yaml, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_failed_export_costs_the_status_and_not_the_evaluation(reference, tmp_path):
+    (tmp_path / "student.pth").mkdir()  # no file can take its place
+    assert reference.finish(tmp_path, max_iter=1, eval_period=0) == 1
+    text = reference.said(tmp_path)
+    last = text.splitlines()[-1]
+    assert last.startswith("error: OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot write the")
+    assert str(tmp_path) in last and "Is a directory" in last
+    assert "export failed: OUTPUT_DIR" in text and "Traceback" not in text
+    assert (tmp_path / "results.json").exists() and (tmp_path / "model_final.pth").exists()
+    (tmp_path / "student.pth").rmdir()
+    assert reference.finish(tmp_path, max_iter=1, eval_period=0, resume=True) == 0
+    assert (tmp_path / "student.pth").is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_named(yaml, tmp_path):
     (tmp_path / "file").write_text("")
     assert finish(yaml_words(tmp_path / "file" / "out"), tmp_path / "out.txt") == 1

@@ -1,12 +1,13 @@
 """What the LazyConfig driver alone does; what both do is in test_engine.py."""
 
+import threading
 from functools import partial
 
 import pytest
 import torch
 from ssimkd import ConfigError
 from ssimkd.cli import load_config
-from ssimkd.export import export_student, parent_of
+from ssimkd.export import export_student, parent_of, warn_unless_exportable
 from ssimkd.lazy_engine import check_image_format, lazy_evaluate, lazy_model
 from ssimkd.limits import check_limits
 
@@ -54,20 +55,45 @@ def test_mappers_that_disagree_are_both_named():
         check_image_format(cfg, model, "train", "test")
 
 
-def test_a_model_that_yaml_cannot_express_is_refused_before_training(tmp_path):
-    opts = ["train.device=cpu", f"train.output_dir={tmp_path}"]
-    cfg = load_config("configs/vanilla_R50.py", opts)
-    check_limits(cfg, eval_only=False)
+class Locked:
+    """A norm that no file can hold."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, channels):
+        return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("norm", [lambda channels: torch.nn.Identity(), Locked()])
+def test_a_model_that_yaml_cannot_express_is_said_and_costs_student_yaml_alone(
+    norm, tmp_path, caplog
+):
+    cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"])
     cfg.model.backbone.norm = partial(torch.nn.GroupNorm, 32)
+    warn_unless_exportable(cfg, str(tmp_path))
+    assert not caplog.records and not any(tmp_path.iterdir())
+    cfg.model.backbone.norm = norm
     check_limits(cfg, eval_only=False)
-    cfg.model.backbone.norm = lambda channels: torch.nn.Identity()
-    check_limits(cfg, eval_only=True)
-    with pytest.raises(ConfigError, match="model: .* YAML cannot express"):
-        check_limits(cfg, eval_only=False)
-    # the tool writes what it can, and leaves no draft behind
-    with pytest.raises(ConfigError, match="YAML cannot express"):
-        export_student(cfg, lazy_model(cfg).state_dict(), str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]
+    (tmp_path / "student.yaml").write_text("of an earlier run")
+    warn_unless_exportable(cfg, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["student.yaml"]
+    export_student(cfg, lazy_model(cfg).state_dict(), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]  # and no draft
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and all("YAML cannot express" in message for message in messages)
+    assert "student.pth will be written, student.yaml will not: " in messages[0]
+
+
+def test_a_full_disk_is_not_taken_for_a_model_that_yaml_cannot_express(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("detectron2.config.lazy.yaml.dump", full)
+    cfg = load_config("configs/vanilla_R50.py", ["train.device=cpu"])
+    with pytest.raises(OSError, match="No space left"):
+        warn_unless_exportable(cfg, str(tmp_path))
+    assert not any(tmp_path.iterdir())
 
 
 def build_somehow():

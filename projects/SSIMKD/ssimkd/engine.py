@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from .bad_images import CountSkipped, NamingMapper
 from .checkpointer import WholeCheckpointer
 from .data import check_classes
-from .errors import building, naming
+from .errors import building, naming, writing
 from .evaluation import build_evaluator, save_results
 from .export import export_student
 from .finite import FiniteSteps
@@ -118,6 +118,7 @@ class DistillTrainer(DefaultTrainer):
         )
         ret = super().build_hooks()
         exact = ExactResume(self.data_loader, model, period)
+        self.exporting = AfterTraining(self.export)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
         tests = self.cfg.DATASETS.TEST
@@ -126,7 +127,7 @@ class DistillTrainer(DefaultTrainer):
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
         ret[place] = EvalHook(self.cfg.TEST.EVAL_PERIOD, ret[place]._func)
         ret[place:place] = [
-            AfterTraining(self.export),
+            self.exporting,
             StopOnSignal(exact.collect, self.checkpointer),
             CountSkipped(self.data_loader),
             build_pictures(
@@ -143,8 +144,10 @@ class DistillTrainer(DefaultTrainer):
 
     def export(self):
         """Completes the checkpoints and writes the student for stock Detectron2."""
-        self.checkpointer.complete()
-        export_student(self.cfg, unwrap(self.model).state_dict(), self.cfg.OUTPUT_DIR)
+        folder = self.cfg.OUTPUT_DIR
+        with writing(f"write the student to {folder}"):
+            self.checkpointer.complete()
+            export_student(self.cfg, unwrap(self.model).state_dict(), folder)
 
     def state_dict(self):
         """Optimizer and loss scale as well, which Detectron2 before 2022 left out."""
@@ -175,6 +178,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
     if not resume:
         trainer.checkpointer.set_aside()
     trainer.train()
+    trainer.exporting.raise_failure()
     return getattr(trainer, "_last_eval_results", {})
 
 

@@ -47,7 +47,7 @@ def naming(
     failures: Union[Type[Exception], Tuple[Type[Exception], ...]] = ConfigError,
     sep: str = ": ",
 ) -> Iterator[None]:
-    """Around what may fail: the failure is a ConfigError that says of what.
+    """Around what may fail: the failure is a ConfigError that says what failed.
 
     Args:
         what (str): the key to change, and what cannot be done; "" leaves the failure as it is.

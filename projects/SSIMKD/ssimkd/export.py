@@ -3,8 +3,8 @@
 import copy
 import logging
 import os
-import tempfile
-from typing import Any, Dict, Tuple
+from contextlib import suppress
+from typing import Any, Dict, List, Tuple
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -26,6 +26,8 @@ PREFIX = "distiller."
 def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
     """Writes `student.pth` and `student.yaml`, which plain Detectron2 reads.
 
+    Where YAML cannot express a LazyConfig, a warning says so and there is no `student.yaml`.
+
     Args:
         cfg (CfgNode or DictConfig): the config of the distilled run, or of a plain detector.
         state_dict (dict[str, Tensor]): its model's.
@@ -36,8 +38,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
         `DefaultPredictor`, a DictConfig one for `LazyConfig.load`.
 
     Raises:
-        ConfigError: the weights are not exactly those of the parent detector; or, once they are
-            written, see :func:`check_exportable`.
+        ConfigError: the weights are not exactly those of the parent detector.
+        OSError: the folder cannot be written.
     """
     weights = {k: v.detach().cpu() for k, v in state_dict.items() if not k.startswith(PREFIX)}
     paths = os.path.join(folder, "student.pth"), os.path.join(folder, "student.yaml")
@@ -47,34 +49,80 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     # Written beside and renamed: an interrupted export leaves what was there.
     with whole_file(paths[0]) as file:
         torch.save({"model": weights, "__author__": "SSIMKD"}, file)
-    with tempfile.TemporaryDirectory(dir=folder) as draft:
-        os.replace(write_config(plain, draft), paths[1])
-    logger.info("Student for stock Detectron2: %s and %s", *paths)
+    reason = write_config(plain, folder)
+    if reason:
+        logger.warning("Student: %s, without a student.yaml: %s", paths[0], reason)
+    else:
+        logger.info("Student for stock Detectron2: %s and %s", *paths)
     return paths
 
 
-def check_exportable(cfg) -> None:
-    """Raises ConfigError where a config holds what `student.yaml` could not, such as a lambda."""
-    with tempfile.TemporaryDirectory() as draft:
-        write_config(plain_config(cfg, ""), draft)
+def warn_unless_exportable(cfg, folder: str) -> None:
+    """Warns of a LazyConfig for which no `student.yaml` will be written; tries it in `folder`."""
+    reason = write_config(plain_config(cfg, ""), folder, trial=True)
+    if reason:
+        logger.warning("student.pth will be written, student.yaml will not: %s", reason)
 
 
-def write_config(plain, folder: str) -> str:
-    """Writes `student.yaml`, which is read once; returns its path."""
-    path = os.path.join(folder, "student.yaml")
-    if isinstance(plain, CfgNode):
-        with open(path, "w") as f:
-            f.write(plain.dump())
-        return path
-    LazyConfig.save(plain, path)
+def write_config(plain, folder: str, trial: bool = False) -> str:
+    """Writes `student.yaml` and reads it back.
+
+    Args:
+        plain (CfgNode or DictConfig): of :func:`plain_config`.
+        folder (str): where it goes.
+        trial (bool): leave what is there as it is.
+
+    Returns:
+        str: why YAML cannot express the config, so that none is there, nor an older one; "" if
+        it can.
+    """
+    path, draft = (os.path.join(folder, name) for name in ("student.yaml", "student.tmp.yaml"))
     try:
-        LazyConfig.load(path)
+        if isinstance(plain, CfgNode):
+            with open(draft, "w") as f:
+                f.write(plain.dump())
+            reason = ""
+        else:
+            reason = save_lazy(plain, draft)
+        if not trial:
+            remove(path) if reason else os.replace(draft, path)
+        return reason
+    finally:
+        remove(draft)
+        remove(f"{draft}.pkl")  # Detectron2's, in place of what YAML cannot express
+
+
+def remove(path: str) -> None:
+    """Removes a file, if it is there."""
+    with suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def save_lazy(plain, path: str) -> str:
+    """LazyConfig.save, read back; returns why YAML cannot express the model, "" if it can."""
+    failures: List[Any] = []
+
+    def take(record: logging.LogRecord) -> bool:  # Detectron2 logs a failure and raises none
+        failures.extend(record.exc_info[1:2] if record.exc_info else ())
+        return False
+
+    upstream = logging.getLogger("detectron2.config.lazy")
+    upstream.addFilter(take)
+    try:
+        LazyConfig.save(plain, path)
+        if failures:
+            raise failures[0]
+        LazyConfig.load(path, "model")
+    except OSError:
+        raise
     except Exception as error:
-        raise ConfigError(
-            "model: student.yaml cannot be written: YAML cannot express what the node holds, such "
-            f"as a lambda; import it by a name from a module instead ({one_line(error)})"
-        ) from error
-    return path
+        return (
+            "YAML cannot express what the node model holds, such as a lambda; import it by a name "
+            f"from a module instead ({one_line(error)})"
+        )
+    finally:
+        upstream.removeFilter(take)
+    return ""
 
 
 def plain_config(cfg, weights: str):

@@ -1,13 +1,13 @@
 """What both drivers add to Detectron2's training loop."""
 
 import logging
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from .errors import MENDABLE, one_line
+from .errors import MENDABLE, in_user_terms
 from .loader import ResumableLoader
 from .random_state import get_random_state, set_random_state
 
@@ -79,7 +79,8 @@ class ExactResume(HookBase):
 class AfterTraining(HookBase):
     """Calls a function on the main process once training has come to its end.
 
-    Its failure is an error of the log and no more: the evaluation behind it must not be lost.
+    Its failure is an error of the log and waits for :meth:`raise_failure`: the evaluation behind it
+    must not be lost.
 
     Args:
         function (callable): takes nothing; the log calls it by its name.
@@ -87,6 +88,7 @@ class AfterTraining(HookBase):
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.function = function
+        self.failure: Optional[Exception] = None
 
     def after_train(self) -> None:
         """Calls it, but not after a failure of the training."""
@@ -95,10 +97,14 @@ class AfterTraining(HookBase):
             try:
                 self.function()
             except Exception as error:
-                mendable = isinstance(error, (*MENDABLE, OSError))
-                logger.error(
-                    "%s failed: %s", self.function.__name__, one_line(error), exc_info=not mendable
-                )
+                self.failure = error
+                name, mendable = self.function.__name__, isinstance(error, MENDABLE)
+                logger.error("%s failed: %s", name, in_user_terms(error), exc_info=not mendable)
+
+    def raise_failure(self) -> None:
+        """Raises what the function raised, for the status of a run whose other hooks are done."""
+        if self.failure is not None:
+            raise self.failure
 
 
 class EvalHook(hooks.EvalHook):

@@ -20,9 +20,9 @@ from .bad_images import CountSkipped, NamingMapper
 from .checkpointer import WholeCheckpointer
 from .compat import create_ddp_model
 from .data import check_classes
-from .errors import ConfigError, building, naming
+from .errors import ConfigError, building, naming, writing
 from .evaluation import build_lazy_evaluator, save_results
-from .export import export_student
+from .export import export_student, warn_unless_exportable
 from .finite import FiniteSteps
 from .hooks import AfterTraining, EvalHook, ExactResume
 from .lazy import target_of
@@ -51,7 +51,11 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         dict: metrics of the last evaluation, on the main process.
     """
     original, cfg = cfg, copy.deepcopy(cfg)
+    folder = cfg.train.output_dir
     model = lazy_model(cfg)
+    if comm.is_main_process():
+        with writing(f"write to {folder}"):
+            warn_unless_exportable(original, folder)
     logger.info("Model:\n%s", model)
     check_image_format(cfg, model, "train", "test")
     build_teacher(model)
@@ -66,7 +70,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     run = describe_run(original, unwrap(model))
-    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, run=run, trainer=trainer)
+    checkpointer = WholeCheckpointer(model, folder, run=run, trainer=trainer)
     exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
     results: Dict[str, Any] = {}
 
@@ -75,8 +79,11 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         return results
 
     def export() -> None:
-        checkpointer.complete()
-        export_student(original, unwrap(model).state_dict(), cfg.train.output_dir)
+        with writing(f"write the student to {folder}"):
+            checkpointer.complete()
+            export_student(original, unwrap(model).state_dict(), folder)
+
+    exporting = AfterTraining(export)
 
     with building("lr_multiplier"):
         scheduler = instantiate(cfg.lr_multiplier)
@@ -86,7 +93,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
         batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
         project = cfg.train.get("wandb_project", "")
-        writers = build_writers(cfg.train.output_dir, cfg.train.max_iter, batch_size, project)
+        writers = build_writers(folder, cfg.train.max_iter, batch_size, project)
         writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
@@ -95,7 +102,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
             hooks.LRScheduler(scheduler=scheduler),
             exact,
             checkpoints,
-            AfterTraining(export),  # before the last evaluation, whose failure must not cost it
+            exporting,  # before the last evaluation, whose failure must not cost it
             StopOnSignal(exact.collect, checkpointer),
             CountSkipped(loader),
             EvalHook(cfg.train.eval_period, test),
@@ -115,6 +122,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     if not resume:
         checkpointer.set_aside()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    exporting.raise_failure()
     return results
 
 

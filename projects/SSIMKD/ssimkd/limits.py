@@ -13,7 +13,6 @@ from omegaconf import DictConfig, ListConfig
 from .distiller import Distiller
 from .distillers import Distillers, build_distiller
 from .errors import ConfigError, building, naming
-from .export import check_exportable
 from .image_format import check_format
 from .settings import key_of, setting, value_of
 
@@ -201,7 +200,7 @@ def check_expected(results: Sequence[Any]) -> None:
 
 
 def check_lazy(cfg: DictConfig) -> None:
-    """What only a `.py` config holds, of the training."""
+    """What only a `.py` config holds, of the training: its nodes and its distiller."""
     for key in NODES:
         if not isinstance(value_of(cfg, key), DictConfig):
             raise ConfigError(f"{key} must be a node, got {value_of(cfg, key)!r}")
@@ -211,5 +210,3 @@ def check_lazy(cfg: DictConfig) -> None:
             built = instantiate(distiller)
         if not isinstance(built, (Distiller, Distillers)):
             raise ConfigError(f"model.distiller must be a Distiller or Distillers, got {built!r}")
-    with building("model"):
-        check_exportable(cfg)
