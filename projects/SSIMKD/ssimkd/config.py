@@ -18,9 +18,9 @@ OWN_KEYS = (
 def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL` and three more keys to a Detectron2 config, in place.
 
-    [paper]: de Rijk et al., NeurIPS 2022. [shapes]: measured here on the embedded data set, see
-    projects/SSIMKD/README.md and docs/comparison.md, which has the weight of every loss there.
-    [authors]: the code of the loss's own authors.
+    [paper]: de Rijk et al., NeurIPS 2022. [authors]: the code of the loss's own authors. [shapes]:
+    measured here on the embedded data set, docs/comparison.md, by `tools/compare.py`; [shapes: x]
+    by its `--ablation x`, three seeds.
     """
     # Your own data in COCO's format: a list of {NAME, JSON, IMAGES}; TRAIN and TEST then use NAME
     cfg.DATASETS.COCO = []
@@ -54,13 +54,17 @@ def add_ssimkd_config(cfg: CN) -> None:
     # LOSSES, INHERIT. TEACHER's WEIGHTS and OPTS are not theirs, its other keys are their defaults
     cfg.MODEL.DISTILL.TEACHERS = []
 
-    # Levels of the student; the teacher's level of equal stride answers
+    # Levels of the student; the teacher's level of equal stride answers. p2 and p3 carry most, p6
+    # adds nothing [shapes: levels]
     cfg.MODEL.DISTILL.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
-    # Factor of each level's part of every loss, in the order of IN_FEATURES; [] = 1
+    # Factor of each level's part of every loss, in the order of IN_FEATURES; [] = 1, and no other
+    # was better [shapes: level_weights]
     cfg.MODEL.DISTILL.LEVEL_WEIGHTS = []
-    # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]
+    # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]; where they are
+    # equal it seems to cost [shapes: adapter]
     cfg.MODEL.DISTILL.ADAPTER = "none"
-    # Leave out the cells that only pad an image to the size of its batch: they show nothing
+    # Leave out the cells that only pad an image to the size of its batch: they show nothing.
+    # False is not told apart from it [shapes: padding]
     cfg.MODEL.DISTILL.MASK_PADDING = True
     # Names in KD_LOSS_REGISTRY; () trains the plain detector, without a teacher
     cfg.MODEL.DISTILL.LOSSES = ("ssim",)
@@ -73,24 +77,27 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.LOG_GRADIENTS = 0
     # Steps with NaN or infinity in a loss or gradient that a run leaves out before it stops
     cfg.MODEL.DISTILL.SKIP_NONFINITE_STEPS = 0
-    # Iterations over which all weights grow linearly from 0; 0 = none
+    # Iterations over which all weights grow linearly from 0; 0 = none, and some were no better
+    # [shapes: warmup]
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
     # Project in Weights & Biases that gets the run's figures and pictures; "" = none
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 
     cfg.MODEL.DISTILL.SSIM = CN()
-    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4; shapes: 64]
-    # "minmax" [paper] | "teacher_range" | "standardize" | "none"; runs: docs/comparison.md
+    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4; shapes: 32 to 256 not told apart]
+    # "minmax" [paper] | "teacher_range" | "standardize" | "none" [shapes: normalize]
     cfg.MODEL.DISTILL.SSIM.NORMALIZE = "minmax"
-    # "channel" | "image" | "batch"; the first two are level [shapes], the paper's is not known
+    # "channel" | "image" | "batch"; the paper's is not known, the first two not told apart [shapes]
     cfg.MODEL.DISTILL.SSIM.NORMALIZE_SCOPE = "channel"
-    # "renormalize" | "reflect" | "valid" | "zero" (level with the first [shapes])
+    # "renormalize" | "reflect" | "valid" | "zero": not told apart [shapes: border]
     cfg.MODEL.DISTILL.SSIM.BORDER = "renormalize"
-    cfg.MODEL.DISTILL.SSIM.WINDOW_SIZE = 11  # cells [paper]
-    cfg.MODEL.DISTILL.SSIM.SIGMA = 1.5  # cells [paper]
+    # Cells; 3 to 15, and a SIGMA of 0.5 to 3, are not told apart [shapes: window, sigma]
+    cfg.MODEL.DISTILL.SSIM.WINDOW_SIZE = 11  # [paper]
+    cfg.MODEL.DISTILL.SSIM.SIGMA = 1.5  # [paper]
     cfg.MODEL.DISTILL.SSIM.K1 = 0.01  # [paper]
     cfg.MODEL.DISTILL.SSIM.K2 = 0.03  # [paper]
-    cfg.MODEL.DISTILL.SSIM.EXPONENTS = (1.0, 1.0, 1.0)  # of luminance, contrast, structure [paper]
+    # Of luminance, contrast, structure [paper]; the last carries the loss [shapes: components]
+    cfg.MODEL.DISTILL.SSIM.EXPONENTS = (1.0, 1.0, 1.0)
     # Faster forms of the same loss: an analytic gradient on CPUs, Triton kernels on GPUs
     cfg.MODEL.DISTILL.SSIM.FAST = True
     # The one for CPUs in C++, built in a second at the start, where there is a C++ compiler
@@ -102,7 +109,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.L1.NORMALIZE_SCOPE = "channel"
 
     cfg.MODEL.DISTILL.L2 = CN()
-    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # level with 6.25, the best [shapes]
+    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # not told apart from 6.25, the best [shapes]
     cfg.MODEL.DISTILL.L2.NORMALIZE = "minmax"
     cfg.MODEL.DISTILL.L2.NORMALIZE_SCOPE = "channel"
 
