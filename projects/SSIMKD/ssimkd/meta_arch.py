@@ -52,7 +52,8 @@ class DistillMixin:
         """The parent's arguments and the distiller of `cfg.MODEL.DISTILL`."""
         ret = super().from_config(cfg)  # type: ignore[misc]
         ret["distiller"] = build_distiller(cfg)
-        ret["distiller"].student_format = cfg.INPUT.FORMAT
+        if "input_format" not in ret:  # a parent that does not keep it
+            ret["distiller"].student_format = cfg.INPUT.FORMAT
         return ret
 
     @cached_property
