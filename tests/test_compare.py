@@ -198,7 +198,7 @@ def executed(monkeypatch):
             except RuntimeError as error:
                 return str(error)
             run.folder.mkdir(parents=True)
-            record = {"settings": [run.config, *run.opts], "commit": "c", "machine": "m"}
+            record = {**run.settings(), "commit": "c", "machine": "m"}
             record.update(bbox={"AP": value, "AP50": value, "AP75": None}, seconds=1, peak_mib=1)
             record.update(more)
             (run.folder / compare_runs.RECORD).write_text(json.dumps(record))
@@ -323,6 +323,27 @@ def test_runs_of_other_settings_are_not_taken_over(tmp_path, executed):
     comparison(tmp_path).compare(weights)
     with pytest.raises(ConfigError, match="--out: .*seed1 holds a run of other settings"):
         comparison(tmp_path, "--", "SOLVER.BASE_LR", "0.1").compare(weights)
+
+
+def test_runs_of_another_config_file_are_not_taken_over(tmp_path, executed, monkeypatch):
+    executed(lambda run: 10.0)
+    weights = {parse_method("vanilla"): 0.0}
+    comparison(tmp_path).compare(weights)
+    monkeypatch.setattr(compare_runs, "digest", lambda config: "edited")
+    with pytest.raises(ConfigError, match="or of another configs/shapes/vanilla.yaml"):
+        comparison(tmp_path).compare(weights)
+
+
+def test_the_digest_is_of_values_in_a_config_and_its_bases(tmp_path):
+    def digest_of(base, text="SEED: 2\n"):
+        (tmp_path / "base.yaml").write_text(base)
+        (tmp_path / "own.yaml").write_text(f"_BASE_: base.yaml\n{text}")
+        compare_runs.digest.cache_clear()
+        return compare_runs.digest(str(tmp_path / "own.yaml"))
+
+    first = digest_of("VERSION: 2\n")
+    assert digest_of("# said\nVERSION:  2\n") == first != digest_of("VERSION: 1\n")
+    assert digest_of("VERSION: 2\n", "SEED: 3\n") != first
 
 
 def test_the_schedule_scales_to_that_of_the_config(tmp_path):

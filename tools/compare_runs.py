@@ -1,5 +1,6 @@
 """Runs of train_net.py for compare.py: a process and a folder each, and none done twice."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
 
 import torch
 from compare_methods import ROOT
+from detectron2.config import CfgNode
 from ssimkd.errors import ConfigError, naming
 from ssimkd.run_record import commit, machine
 from suggest_weight import medians, read_rows
@@ -37,6 +40,10 @@ class Run(NamedTuple):
     config: str
     opts: Tuple[str, ...]
 
+    def settings(self) -> Dict[str, Any]:
+        """What a record must agree with: the overrides, and what the file and its bases say."""
+        return {"settings": [self.config, *self.opts], "config": digest(self.config)}
+
     def record(self) -> Optional[Dict[str, Any]]:
         """What a finished run left; None: it has not finished.
 
@@ -47,11 +54,12 @@ class Run(NamedTuple):
         if not path.exists():
             return None
         record = json.loads(path.read_text())
-        if record["settings"] != [self.config, *self.opts]:
-            raise ConfigError(
-                f"--out: {self.folder} holds a run of other settings, {record['settings']}: "
-                "choose another folder"
-            )
+        for key, value in self.settings().items():
+            if record.get(key) != value:
+                raise ConfigError(
+                    f"--out: {self.folder} holds a run of other settings, {record['settings']}, "
+                    f"or of another {self.config}: choose another folder"
+                )
         return record
 
 
@@ -81,6 +89,13 @@ class Runner:
                     bar.update()
             finally:  # interrupted: start no more
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def digest(config: str) -> str:
+    """Of the values in a file and its bases; comments and defaults of the package do not enter."""
+    values = CfgNode.load_yaml_with_base(str(ROOT / config))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def restore(records: Path, out: Path) -> None:
@@ -120,7 +135,7 @@ def execute(run: Run) -> str:
     draft.chmod(0o755)
     command = [sys.executable, "train_net.py", "--config-file", run.config]
     command += [*run.opts, "OUTPUT_DIR", str(draft)]
-    record: Dict[str, Any] = {"settings": [run.config, *run.opts]}
+    record = run.settings()
     record.update(commit=commit() or "unknown", machine=f"{machine()}, torch {torch.__version__}")
     with open(draft / "output.txt", "w") as stream:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
