@@ -97,6 +97,15 @@ def test_without_luminance(border):
     check(*maps(1, 1, 5, 8), window_size=5, border=border, exponents=(0.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("exponents", [(1.0, 1.0, 1.0), (0.0, 1.0, 1.0)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_within_an_image_reaches_the_loss(which, exponents):
+    student, teacher, *affines = maps(1, 1, 5, 8)
+    (student, teacher)[which][0, 0, 2, 3] = float("nan")
+    loss = ssim_loss_triton(student, teacher, *affines, window_size=3, exponents=exponents)
+    assert loss.isnan().all()
+
+
 @borders
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (4, 7)])
 def test_maps_smaller_than_the_window(size, border):

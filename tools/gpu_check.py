@@ -132,6 +132,17 @@ def check_padding(levels, channels: int, device: str) -> None:
             torch.testing.assert_close(gradient[n], known, rtol=1e-5, atol=known.max().item() / 1e5)
 
 
+def check_nan(levels, channels: int, device: str) -> None:
+    """NaN within an image reaches the loss, with luminance and without."""
+    for x, y in pyramid(levels, channels, device):
+        affines = minmax(x.detach()), minmax(y)
+        for spoiled in range(2):
+            maps = [m.detach().clone() for m in (x, y)]
+            maps[spoiled][0, 0, 0, 0] = float("nan")
+            for exponents in ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0)):
+                assert ssim_loss_triton(*maps, *affines, exponents=exponents)[0].isnan()
+
+
 def check_determinism(levels, channels: int, device: str) -> None:
     """Equal inputs give equal bits."""
     pairs = pyramid(levels, channels, device)
@@ -249,7 +260,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         found["milliseconds"] = sweep(args.rounds)
     else:
         scale = (SMALL, 1, device) if args.small else (LEVELS, 64, device)
-        checks = [check_accuracy, check_types, check_padding, check_determinism]
+        checks = [check_accuracy, check_types, check_padding, check_nan, check_determinism]
         for check in checks + [check_capture] * (device == "cuda"):
             begin = time.perf_counter()
             found[check.__name__] = check(*scale) or "passed"

@@ -140,8 +140,9 @@ def forward_kernel(
         if renormalize and ((center < radius) | (center >= h - radius)):
             weight = by_column / _coverage(center, h, weights, radius)
         bx, by, bs, bq = bx * weight, by * weight, bs * weight, bq * weight
-        s = tl.maximum(bs - bx * bx - by * by, 0.0)
-        q = tl.minimum(tl.maximum(bq - (bx - by) * (bx - by), 0.0), 2.0 * s)
+        s, q = bs - bx * bx - by * by, bq - (bx - by) * (bx - by)
+        s = tl.where(s < 0.0, 0.0, s)  # not tl.maximum, which takes 0 for NaN
+        q = tl.where(q < 0.0, 0.0, tl.where(q > 2.0 * s, 2.0 * s, q))
         per_s = 1.0 / (s + c2)
         lack = q * per_s  # 1 - cs
         ux, uy = bx + x_mean, by + y_mean
