@@ -85,7 +85,7 @@ def test_a_row_per_method_the_best_first():
 def test_a_rival_that_wins_is_named():
     assert report.verdict(report.summarise(RUNS, [])) == (
         "Best mean AP: rival. Better than ssim: rival. Not told apart from ssim: twin. "
-        "Worse than ssim: poor."
+        "Worse than ssim: poor. Intervals: +-0.6 AP at the median."
     )
 
 
@@ -93,8 +93,10 @@ def test_without_ssim_the_first_method_is_compared_with():
     table = report.summarise([run for run in RUNS if run["method"] != "ssim"], [])
     assert "| AP less rival's: mean" in report.markdown(table)
     assert report.verdict(table) == (
-        "Best mean AP: rival. Not told apart from rival: twin. Worse than rival: poor."
+        "Best mean AP: rival. Not told apart from rival: twin. Worse than rival: poor. "
+        "Intervals: +-9.2 AP at the median."
     )
+    assert "Intervals" not in report.verdict([row for row in table if row["method"] == "once"])
 
 
 def test_budgets_are_not_mixed():

@@ -118,7 +118,7 @@ def markdown(table: Sequence[Row]) -> str:
 
 
 def verdict(table: Sequence[Row]) -> str:
-    """Who is best in the rows of one budget, and who is told apart from the reference."""
+    """Who is best in the rows of one budget, who is told apart from the reference, how finely."""
     parts = [f"Best mean AP: {table[0]['method']}."]
     compared = [row for row in table if "difference_mean" in row]
     for text, belongs in (
@@ -129,6 +129,9 @@ def verdict(table: Sequence[Row]) -> str:
         names = [row["method"] for row in compared if belongs(row)]
         if names:
             parts.append(f"{text} {table[0]['reference']}: {', '.join(names)}.")
+    if compared:
+        halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in compared]
+        parts.append(f"Intervals: +-{statistics.median(halves):.1f} AP at the median.")
     return " ".join(parts)
 
 
