@@ -231,8 +231,8 @@ def weight_of(run):
     [
         (4.0, [1, 4, 16], 4.0),  # inside: the three are enough
         (16.0, [1, 4, 16, 64], 16.0),  # an edge: its neighbour
-        (1e6, [1, 4, 16, 64, 256], 256.0),  # at most five
-        (1e-6, [1 / 16, 1 / 4, 1, 4, 16], 1 / 16),
+        (1e6, [4.0**i for i in range(8)], 4.0**7),  # at most eight
+        (1e-6, [4.0**i for i in range(-5, 3)], 4.0**-5),
     ],
 )
 def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, chosen):

@@ -53,7 +53,7 @@ from ssimkd import KD_LOSS_REGISTRY, ConfigError
 from ssimkd.cli import load_config
 from ssimkd.errors import exit_in_one_line
 
-STEP, MOST_WEIGHTS = 4.0, 5  # of the search: from one weight to the next, and how many at most
+STEP, MOST_WEIGHTS = 4.0, 8  # of the search: from one weight to the next, and how many at most
 RATIO = 8.0  # of the gradients, as in tools/suggest_weight.py
 PROBE_ITERS = 100
 PROBE = (
