@@ -85,7 +85,7 @@ def test_a_row_per_method_the_best_first():
 def test_a_rival_that_wins_is_named():
     assert report.verdict(report.summarise(RUNS, [])) == (
         "Best mean AP: rival. Better than ssim: rival. Not told apart from ssim: twin. "
-        "Worse than ssim: poor. Intervals: +-0.6 AP at the median."
+        "Worse than ssim: poor. 95 % intervals of the differences: +-0.6 to +-19.1 AP."
     )
 
 
@@ -94,9 +94,9 @@ def test_without_ssim_the_first_method_is_compared_with():
     assert "| AP less rival's: mean" in report.markdown(table)
     assert report.verdict(table) == (
         "Best mean AP: rival. Not told apart from rival: twin. Worse than rival: poor. "
-        "Intervals: +-9.2 AP at the median."
+        "95 % intervals of the differences: +-0.0 to +-18.4 AP."
     )
-    assert "Intervals" not in report.verdict([row for row in table if row["method"] == "once"])
+    assert "interval" not in report.verdict([row for row in table if row["method"] == "once"])
 
 
 def test_budgets_are_not_mixed():
@@ -334,13 +334,16 @@ def test_runs_of_another_config_file_are_not_taken_over(tmp_path, executed, monk
     monkeypatch.setattr(compare_runs, "digest", lambda config: "edited")
     with pytest.raises(ConfigError, match="or of another configs/shapes/vanilla.yaml"):
         comparison(tmp_path).compare(weights)
+    compare_runs.gather(tmp_path)
+    with pytest.raises(ConfigError, match="--records: .* of another configs/shapes/vanilla"):
+        compare_runs.restore(tmp_path / "records.json", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_digest_is_of_values_in_a_config_and_its_bases(tmp_path):
     def digest_of(base, text="SEED: 2\n"):
         (tmp_path / "base.yaml").write_text(base)
         (tmp_path / "own.yaml").write_text(f"_BASE_: base.yaml\n{text}")
-        compare_runs.digest.cache_clear()
         return compare_runs.digest(str(tmp_path / "own.yaml"))
 
     first = digest_of("VERSION: 2\n")

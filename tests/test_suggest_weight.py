@@ -56,11 +56,11 @@ def test_text_by_hand():
     text = suggest_weight.report({"ssim": 6.0, "l2": 3.0}, suggest_weight.medians(rows), 1.0)
     assert "| ssim_kd/p3 | 0.25 | 8 |\n| ssim_kd/p4 | 0.5 | - |" in text
     assert "ratio is 3;" in text  # the median of 2 and 4, the later half
-    assert "outside of 7 to\n110" in text
-    assert "ssim, now 6: 14 to 2.2e+02; ratio 1 is 2\n" in text
-    assert "l2, now 3: 7 to 1.1e+02; ratio 1 is 1" in text
+    assert "outside of 5 to\n120" in text
+    assert "ssim, now 6: 10 to 2.4e+02; ratio 1 is 2\n" in text
+    assert "l2, now 3: 5 to 1.2e+02; ratio 1 is 1" in text
     inside = suggest_weight.report({"ssim": 6.0}, {"gradient_ratio": 9.0}, 8.0)
-    assert "that is within 7 to" in inside
+    assert "that is within 5 to" in inside
     with pytest.raises(ConfigError, match="--iters"):
         suggest_weight.report({"ssim": 6.0}, {}, 1.0)
 

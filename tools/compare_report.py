@@ -131,7 +131,9 @@ def verdict(table: Sequence[Row]) -> str:
             parts.append(f"{text} {table[0]['reference']}: {', '.join(names)}.")
     if compared:
         halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in compared]
-        parts.append(f"Intervals: +-{statistics.median(halves):.1f} AP at the median.")
+        parts.append(
+            f"95 % intervals of the differences: +-{min(halves):.1f} to +-{max(halves):.1f} AP."
+        )
     return " ".join(parts)
 
 

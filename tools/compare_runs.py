@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
 
@@ -91,9 +90,8 @@ class Runner:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-@cache
 def digest(config: str) -> str:
-    """Of the values in a file and its bases; comments and defaults of the package do not enter."""
+    """Of the values in a file and its bases: not of comments, defaults, nor what the files name."""
     values = CfgNode.load_yaml_with_base(str(ROOT / config))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -102,11 +100,14 @@ def restore(records: Path, out: Path) -> None:
     """Takes over finished runs that :func:`gather` has written elsewhere, but not those in `out`.
 
     Raises:
-        ConfigError: the file is not there or holds something else.
+        ConfigError: the file is not there, or holds something else or runs of other configs.
     """
-    with naming(f"--records: {records}", (OSError, ValueError, TypeError)):
+    with naming(f"--records: {records}", (OSError, ValueError, TypeError, KeyError)):
         found = json.loads(records.read_text())
         drafts = {out / name / RECORD: json.dumps(found[name], indent=2) for name in found}
+        for config, known in {(r["settings"][0], r["config"]) for r in found.values()}:
+            if known != digest(config):
+                raise ValueError(f"its runs are of another {config}")
     for path, text in drafts.items():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
