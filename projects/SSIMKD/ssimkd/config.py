@@ -20,7 +20,7 @@ def add_ssimkd_config(cfg: CN) -> None:
 
     [paper]: de Rijk et al., NeurIPS 2022. [authors]: the code of the loss's own authors. [shapes]:
     measured here on the embedded data set, docs/comparison.md, by `tools/compare.py`; [shapes: x]
-    by its `--ablation x`, three seeds.
+    by its `--ablation x`.
     """
     # Your own data in COCO's format: a list of {NAME, JSON, IMAGES}; TRAIN and TEST then use NAME
     cfg.DATASETS.COCO = []
@@ -84,10 +84,11 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 
     cfg.MODEL.DISTILL.SSIM = CN()
-    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0  # lambda [paper: 2 or 4; shapes: 32 to 256 not told apart]
-    # "minmax" [paper] | "teacher_range" | "standardize" | "none" [shapes: normalize]
+    # lambda [paper: 2 or 4; shapes: 64 and more, of clipped gradients]
+    cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0
+    # "minmax" [paper] | "teacher_range", level | "standardize" | "none", worse [shapes: normalize]
     cfg.MODEL.DISTILL.SSIM.NORMALIZE = "minmax"
-    # "channel" | "image" | "batch"; the paper's is not known, the first two not told apart [shapes]
+    # "channel" | "image", level | "batch", worse [shapes: scope]; the paper's is not known
     cfg.MODEL.DISTILL.SSIM.NORMALIZE_SCOPE = "channel"
     # "renormalize" | "reflect" | "valid" | "zero": not told apart [shapes: border]
     cfg.MODEL.DISTILL.SSIM.BORDER = "renormalize"
@@ -104,12 +105,12 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.SSIM.COMPILE = True
 
     cfg.MODEL.DISTILL.L1 = CN()
-    cfg.MODEL.DISTILL.L1.WEIGHT = 4.0  # as for SSIM [shapes: 16]
+    cfg.MODEL.DISTILL.L1.WEIGHT = 4.0  # as for SSIM [shapes: 256]
     cfg.MODEL.DISTILL.L1.NORMALIZE = "minmax"  # as for SSIM, or "none": raw features
     cfg.MODEL.DISTILL.L1.NORMALIZE_SCOPE = "channel"
 
     cfg.MODEL.DISTILL.L2 = CN()
-    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # not told apart from 6.25, the best [shapes]
+    cfg.MODEL.DISTILL.L2.WEIGHT = 100.0  # the best of 6.25 to 400 [shapes]
     cfg.MODEL.DISTILL.L2.NORMALIZE = "minmax"
     cfg.MODEL.DISTILL.L2.NORMALIZE_SCOPE = "channel"
 
