@@ -61,7 +61,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     # was better [shapes: level_weights]
     cfg.MODEL.DISTILL.LEVEL_WEIGHTS = []
     # "none" | "conv1x1": from the student's channels to the teacher's [paper: phi]; where they are
-    # equal it seems to cost [shapes: adapter]
+    # equal it costs [shapes: adapter]
     cfg.MODEL.DISTILL.ADAPTER = "none"
     # Leave out the cells that only pad an image to the size of its batch: they show nothing.
     # False is not told apart from it [shapes: padding]
@@ -86,9 +86,9 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.SSIM = CN()
     # lambda [paper: 2 or 4; shapes: 64 and more, of clipped gradients]
     cfg.MODEL.DISTILL.SSIM.WEIGHT = 4.0
-    # "minmax" [paper] | "teacher_range", level | "standardize" | "none", worse [shapes: normalize]
+    # "minmax" [paper] | "teacher_range", as good | "standardize", "none", worse [shapes: normalize]
     cfg.MODEL.DISTILL.SSIM.NORMALIZE = "minmax"
-    # "channel" | "image", level | "batch", worse [shapes: scope]; the paper's is not known
+    # "channel" | "image", as good | "batch", worse [shapes: scope]; the paper's is not known
     cfg.MODEL.DISTILL.SSIM.NORMALIZE_SCOPE = "channel"
     # "renormalize" | "reflect" | "valid" | "zero": not told apart [shapes: border]
     cfg.MODEL.DISTILL.SSIM.BORDER = "renormalize"
