@@ -378,10 +378,10 @@ def test_failures_end_with_status_1_after_the_report(tmp_path, executed, monkeyp
 
 
 def test_a_failed_process_leaves_its_last_line_and_no_record(tmp_path):
-    run = compare_runs.Run(tmp_path / "run", "no.yaml", ("SEED", "1"))
-    assert compare_runs.execute(run).startswith("exit status 1: error: --config-file: no.yaml")
+    run = compare_runs.Run(tmp_path / "run", compare.VANILLA, ("MODEL.WEIGHTS", "no.pth"))
+    assert compare_runs.execute(run).startswith("exit status 1: error: MODEL.WEIGHTS: ")
     assert run.record() is None and os.listdir(tmp_path) == ["run"]
-    assert "no.yaml" in (run.folder / "output.txt").read_text()
+    assert "no.pth" in (run.folder / "output.txt").read_text()
 
 
 def test_two_methods_two_seeds(tmp_path, few_shapes):

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_copied(student, spec):
     with pytest.raises(ConfigError, match=f"{KEY}: backbone.bottom_up does not fit") as error:
         inherit(model, detector, ["roi_heads", "backbone.bottom_up"], absent)
     assert (
-        "backbone.bottom_up.stem.conv1.weight is (4, 3, 7, 7) in the student and (16, 3, 7, 7) "
+        "backbone.bottom_up.res2.0.conv1.weight is (4, 16, 1, 1) in the student and (16, 16, 1, 1) "
         "in the teacher" in str(error.value)
     )
     assert not changed(before, model.state_dict())
