@@ -11,7 +11,7 @@ train: $(READY)  ## distil a small student on the embedded data and print the ta
 	$(BIN)/python tools/train_shapes.py
 
 compare: $(READY)  ## train the student with every method and print the table; ARGS="--help" for more
-	$(BIN)/python tools/compare.py $(ARGS)
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 test: lint  ## lint, types and all tests
 	$(BIN)/python -m pytest
@@ -21,7 +21,7 @@ soak: $(READY)  ## the tests of faults and long runs that take minutes each
 
 bench: $(READY)  ## time and memory of the loss and of a training step, and how they grow
 	$(BIN)/pip --disable-pip-version-check install -q -r requirements-bench.txt
-	$(BIN)/python tools/benchmark.py --loss --step --growth --losses $(or $(LOSSES),ssim l1 pkd)
+	$(BIN)/python benchmarks/bench.py --loss --step --growth --losses $(or $(LOSSES),ssim l1 pkd)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

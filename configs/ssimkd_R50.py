@@ -5,8 +5,8 @@
 # The LazyConfig twin of ssimkd_R50.yaml: same model, same losses, same cost.
 from detectron2.config import LazyCall as L
 from ssimkd import Distiller, DistillRCNN
-from ssimkd.compat import model_zoo
 from ssimkd.losses import SSIMLoss
+from ssimkd.utils.compat import model_zoo
 
 optimizer = model_zoo.get_config("common/optim.py").SGD
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x

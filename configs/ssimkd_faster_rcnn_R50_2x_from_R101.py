@@ -5,7 +5,7 @@
 # Cost: 84 GPU-hours for the student alone, at most 39 more for the teacher's backbone (README.md).
 # The zoo has no 2x. In MMDetection, R101 -> R50 at 2x: 38.4 undistilled, FGD 40.4 (its authors),
 # PKD 40.3 (its authors).
-from ssimkd.compat import model_zoo
+from ssimkd.utils.compat import model_zoo
 
 from .ssimkd_faster_rcnn_R50_1x_from_R101 import dataloader, model, optimizer, train  # noqa: F401
 

@@ -4,7 +4,7 @@
 #
 # Cost: 125 GPU-hours for the student alone, at most 58 more for the teacher's backbone (README.md).
 # Undistilled: box AP 40.2 (zoo).
-from ssimkd.compat import model_zoo
+from ssimkd.utils.compat import model_zoo
 
 from .ssimkd_faster_rcnn_R50_1x_from_R101 import dataloader, model, optimizer, train  # noqa: F401
 

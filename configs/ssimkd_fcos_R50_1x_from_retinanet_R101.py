@@ -8,9 +8,9 @@
 # model.distiller.losses=[].
 from detectron2.config import LazyCall as L
 from ssimkd import Distiller
-from ssimkd.compat import model_zoo
 from ssimkd.losses import SSIMLoss
-from ssimkd.meta_arch import DistillFCOS
+from ssimkd.modeling.meta_arch import DistillFCOS
+from ssimkd.utils.compat import model_zoo
 
 _zoo = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py")
 dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model

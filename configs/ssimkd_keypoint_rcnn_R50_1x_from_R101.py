@@ -9,8 +9,8 @@
 from detectron2.config import LazyCall as L
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from ssimkd import Distiller, DistillRCNN
-from ssimkd.compat import model_zoo
 from ssimkd.losses import SSIMLoss
+from ssimkd.utils.compat import model_zoo
 
 _zoo = model_zoo.get_config("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py")
 dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model

@@ -6,8 +6,8 @@
 # Undistilled: box AP 38.6, mask AP 35.2 (zoo).
 from detectron2.config import LazyCall as L
 from ssimkd import Distiller, DistillRCNN
-from ssimkd.compat import model_zoo
 from ssimkd.losses import SSIMLoss
+from ssimkd.utils.compat import model_zoo
 
 _zoo = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
 dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model

@@ -7,8 +7,8 @@
 # Undistilled: box AP 37.6, mask AP 34.7, PQ 39.4 (zoo).
 from detectron2.config import LazyCall as L
 from ssimkd import Distiller, DistillPanopticFPN
-from ssimkd.compat import model_zoo
 from ssimkd.losses import SSIMLoss
+from ssimkd.utils.compat import model_zoo
 
 _zoo = model_zoo.get_config("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.py")
 dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model

@@ -7,8 +7,8 @@
 # MMDetection).
 from detectron2.config import LazyCall as L
 from ssimkd import Distiller, DistillRetinaNet
-from ssimkd.compat import model_zoo
 from ssimkd.losses import SSIMLoss
+from ssimkd.utils.compat import model_zoo
 
 _zoo = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
 dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model

@@ -5,7 +5,7 @@
 # Cost: 82 GPU-hours for the student alone, at most 39 more for the teacher's backbone (README.md).
 # The zoo has no 2x. The paper at 2x: 37.4 -> 40.6 (as reported, MMDetection). FGD, R101 -> R50 at
 # 2x: 37.4 -> 39.6 (its authors, MMDetection).
-from ssimkd.compat import model_zoo
+from ssimkd.utils.compat import model_zoo
 
 from .ssimkd_retinanet_R50_1x_from_R101 import dataloader, model, optimizer, train  # noqa: F401
 

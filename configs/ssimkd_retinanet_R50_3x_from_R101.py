@@ -4,7 +4,7 @@
 #
 # Cost: 123 GPU-hours for the student alone, at most 59 more for the teacher's backbone (README.md).
 # Undistilled: box AP 38.7 (zoo).
-from ssimkd.compat import model_zoo
+from ssimkd.utils.compat import model_zoo
 
 from .ssimkd_retinanet_R50_1x_from_R101 import dataloader, model, optimizer, train  # noqa: F401
 

@@ -12,8 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
-from ssimkd import add_ssimkd_config, shapes
-from ssimkd.compat import model_zoo
+from ssimkd import add_ssimkd_config
+from ssimkd.data import shapes
+from ssimkd.utils.compat import model_zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 os.chdir(ROOT)  # configs name files relative to the repository

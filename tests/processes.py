@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import torch
 import torch.multiprocessing as mp
-from ssimkd import launch
+from ssimkd.engine import launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -12,7 +12,12 @@ from conftest import ROOT
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
-    ["ssimkd.cli", "ssimkd.engine", "ssimkd.lazy_engine", "torch.utils.tensorboard"]
+    [
+        "ssimkd.engine.arguments",
+        "ssimkd.engine.yaml_driver",
+        "ssimkd.engine.lazy_driver",
+        "torch.utils.tensorboard",
+    ]
 )
 SIZES = {"max_iter": 6, "checkpoint_period": 2, "eval_period": 3, "workers": 0}
 
@@ -70,7 +75,7 @@ def lazy_words(out, *opts, resume=False, **sizes):
     """AdamW, adapters and a loss that is trained."""
     n = {**SIZES, **sizes}
     return [
-        "--config-file", "tests/lazy_faults.py", *["--resume"] * resume,
+        "--config-file", "tests/engine/lazy_faults.py", *["--resume"] * resume,
         f"train.output_dir={out}", f"train.max_iter={n['max_iter']}", "+train.seed=1",
         "dataloader.train.total_batch_size=2", f"dataloader.train.num_workers={n['workers']}",
         f"train.checkpointer.period={n['checkpoint_period']}",

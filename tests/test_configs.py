@@ -18,12 +18,12 @@ from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from ssimkd import ConfigError, add_ssimkd_config
-from ssimkd.cli import load_config
-from ssimkd.compat import FCOS, has_compiled_ops, model_zoo
-from ssimkd.distillers import distillers_of
-from ssimkd.inherit import inherit
-from ssimkd.levels import match_levels
-from ssimkd.teacher import TeacherSpec
+from ssimkd.engine.arguments import load_config
+from ssimkd.modeling.levels import match_levels
+from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.teacher.frozen import TeacherSpec
+from ssimkd.teacher.inherit import inherit
+from ssimkd.utils.compat import FCOS, has_compiled_ops, model_zoo
 
 PATHS = sorted(
     path.relative_to(ROOT)

@@ -27,10 +27,10 @@ import re
 from typing import Dict
 
 import torch
-from ssimkd.checkpoint_file import trust_checkpoints
-from ssimkd.cli import add_flags
+from ssimkd.checkpoint.export import read_weights
+from ssimkd.checkpoint.reader import trust_checkpoints
+from ssimkd.engine.arguments import add_flags
 from ssimkd.errors import ConfigError, exit_in_one_line, naming
-from ssimkd.export import read_weights
 from torch import Tensor
 from torchvision import models
 

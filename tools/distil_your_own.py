@@ -15,9 +15,9 @@ import ssimkd.engine
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor, default_setup
-from ssimkd.data import use_own_data
-from ssimkd.run_record import record_run
-from ssimkd.writers import quiet_terminal
+from ssimkd.data.datasets import use_own_data
+from ssimkd.engine.run_record import record_run
+from ssimkd.engine.writers import quiet_terminal
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Dict, List
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from benchmark_measure import markdown
 from detectron2.modeling import build_model
-from ssimkd.cli import load_config
+from ssimkd.engine.arguments import load_config
+from ssimkd.utils.measure import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
@@ -90,7 +90,16 @@ def main() -> None:
     (ROOT / "output/shapes/table.md").write_text(text + "\n")
     print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}\n")
     vanilla, student, teacher = (str(folder(name, args.seeds[0])) for name in CONFIGS)
-    command = ["tools/report.py", "--run", student, "--compare", vanilla, teacher]
+    command = [
+        "-m",
+        "ssimkd.commands.main",
+        "report",
+        "--run",
+        student,
+        "--compare",
+        vanilla,
+        teacher,
+    ]
     sys.exit(subprocess.run([sys.executable, *command], cwd=ROOT).returncode)
 
 

@@ -5,17 +5,22 @@ Importing it registers the meta-architectures, the losses and the embedded data 
 
 from contextlib import suppress
 
-from . import known_warnings  # noqa: F401 (first)
-from .config import add_ssimkd_config
-from .distiller import Distiller
-from .distillers import Distillers
-from .errors import ConfigError
-from .losses import KD_LOSS_REGISTRY
-from .meta_arch import DistillMixin, DistillPanopticFPN, DistillRCNN, DistillRetinaNet
-from .shapes import register_search, register_shapes
+from ssimkd.config import add_ssimkd_config
+from ssimkd.data.shapes import register_search, register_shapes
+from ssimkd.errors import ConfigError
+from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.modeling.distiller import Distiller
+from ssimkd.modeling.meta_arch import (
+    DistillMixin,
+    DistillPanopticFPN,
+    DistillRCNN,
+    DistillRetinaNet,
+)
+from ssimkd.modeling.several_teachers import Distillers
+from ssimkd.utils import known_warnings
 
 with suppress(ImportError):  # Detectron2 v0.5 has no FCOS
-    from .meta_arch import DistillFCOS  # noqa: F401
+    from ssimkd.modeling.meta_arch import DistillFCOS  # noqa: F401
 
 __all__ = [
     "KD_LOSS_REGISTRY",

@@ -19,7 +19,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL` and three more keys to a Detectron2 config, in place.
 
     [paper]: de Rijk et al., NeurIPS 2022. [authors]: the code of the loss's own authors. [shapes]:
-    measured here on the embedded data set, docs/comparison.md, by `tools/compare.py`; [shapes: x]
+    measured here on the embedded data set, docs/comparison.md, by `benchmarks/compare.py`; [shapes: x]
     by its `--ablation x`.
     """
     # Your own data in COCO's format: a list of {NAME, JSON, IMAGES}; TRAIN and TEST then use NAME

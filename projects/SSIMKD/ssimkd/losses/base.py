@@ -17,8 +17,8 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..checks import check_coefficients
-from ..normalize import check_options, inside_of, normalize_maps
+from ssimkd.ssim.normalize import check_options, inside_of, normalize_maps
+from ssimkd.utils.validate import check_coefficients
 
 KD_LOSS_REGISTRY = Registry("KD_LOSS")
 KD_LOSS_REGISTRY.__doc__ = (

@@ -1,6 +1,7 @@
 """A loss from its node in a config."""
 
-from ..errors import ConfigError
+from ssimkd.errors import ConfigError
+
 from .base import KD_LOSS_REGISTRY, KDLoss
 
 

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_positive
+from ssimkd.utils.validate import check_positive
+
 from .base import MapLoss, register_loss
 
 

@@ -5,7 +5,8 @@ from typing import Dict, List
 import torch
 from torch import Tensor
 
-from ..checks import check_coefficients
+from ssimkd.utils.validate import check_coefficients
+
 from .base import Context, KDLoss, Maps, register_loss
 
 # Pixels: a box of side (root of its area) below twice this goes to the finest level, below four

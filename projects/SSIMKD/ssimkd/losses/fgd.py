@@ -5,7 +5,8 @@ from typing import Dict, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_coefficients, check_positive
+from ssimkd.utils.validate import check_coefficients, check_positive
+
 from .attention import channel_attention, spatial_attention
 from .base import Context, KDLoss, Maps, register_loss
 from .blocks import ContextBlock

@@ -15,8 +15,9 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..checks import check_coefficients, check_integers
-from ..normalize import TINY
+from ssimkd.ssim.normalize import TINY
+from ssimkd.utils.validate import check_coefficients, check_integers
+
 from .base import Context, KDLoss, Maps, register_loss
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre

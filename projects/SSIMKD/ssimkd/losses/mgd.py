@@ -5,7 +5,8 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_coefficients
+from ssimkd.utils.validate import check_coefficients
+
 from .base import Context, KDLoss, Maps, register_loss
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ssim
-from ..normalize import NORMALIZATIONS
+from ssimkd.ssim import definition as ssim
+from ssimkd.ssim.normalize import NORMALIZATIONS
+
 from .base import MapLoss, register_loss
 
 # Similarity below which its logarithm continues as its tangent: low enough that such channels are

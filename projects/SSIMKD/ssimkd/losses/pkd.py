@@ -5,7 +5,8 @@ from typing import Dict, Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..normalize import normalize_maps
+from ssimkd.ssim.normalize import normalize_maps
+
 from .base import Context, KDLoss, Maps, register_loss
 
 

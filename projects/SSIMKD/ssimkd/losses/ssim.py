@@ -5,9 +5,12 @@ from typing import Any, Dict, Sequence
 
 from torch import Tensor
 
-from .. import ssim, ssim_fast, ssim_gpu
-from ..checks import check_switches
-from ..normalize import NORMALIZATIONS
+from ssimkd.ssim import analytic as ssim_fast
+from ssimkd.ssim import definition as ssim
+from ssimkd.ssim import gpu as ssim_gpu
+from ssimkd.ssim.normalize import NORMALIZATIONS
+from ssimkd.utils.validate import check_switches
+
 from .base import Context, MapLoss, register_loss
 
 

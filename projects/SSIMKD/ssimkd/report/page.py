@@ -13,18 +13,20 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from PIL import Image
 from torch import nn
 
-from ..checkpoint_file import fetch
-from ..distillers import distillers_of
-from ..export import read_weights
-from ..meta_arch import image_format_of
-from ..run_record import in_words, machine, now
-from ..similarity_maps import NAMES, gradient, render, similarity_maps
-from . import charts, pictures
+from ssimkd.checkpoint.export import read_weights
+from ssimkd.checkpoint.reader import fetch
+from ssimkd.engine.run_record import in_words, machine, now
+from ssimkd.evaluation.similarity import NAMES, gradient, render, similarity_maps
+from ssimkd.modeling.meta_arch import image_format_of
+from ssimkd.modeling.several_teachers import distillers_of
+
+from . import charts
+from . import images as pictures
+from .config_diff import config_file, differences
 from .detection_errors import KINDS, DetectionErrors, detection_errors
-from .detector import TIMED, detectors_of, speeds
-from .differences import config_file, differences
+from .loss_maps import measure_levels
+from .model_cost import TIMED, detectors_of, speeds
 from .run import Run, Series
-from .similarity import measure_levels
 
 SAMPLE = 24  # validation images that are looked at
 SHOWN = 3  # of them, at equal distances, and as many that are the least similar

@@ -14,14 +14,14 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..checkpoint import load_teacher
-from ..checkpoint_file import fetch
-from ..cli import load_config
-from ..data import lazy_use_own_data
-from ..detector import device_of
-from ..errors import ConfigError, building, naming
-from ..run_record import in_words, read_json, read_record
-from ..settings import names_of, setting
+from ssimkd.checkpoint.reader import fetch
+from ssimkd.checkpoint.strict import load_teacher
+from ssimkd.data.datasets import lazy_use_own_data
+from ssimkd.engine.arguments import load_config
+from ssimkd.engine.run_record import in_words, read_json, read_record
+from ssimkd.errors import ConfigError, building, naming
+from ssimkd.evaluation.predictor import device_of
+from ssimkd.utils.config_keys import names_of, setting
 
 Series = Tuple[List[int], List[float]]  # iterations and values
 

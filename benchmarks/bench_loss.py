@@ -1,0 +1,239 @@
+"""Part 1 of `benchmark.py`: the loss alone, against other implementations."""
+
+import argparse
+import math
+import multiprocessing
+from functools import partial
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple, cast
+
+import torch
+from ssimkd import ConfigError
+from ssimkd.errors import building
+from ssimkd.losses import Context, SSIMLoss
+from ssimkd.ssim import compiled as ssim_compiled
+from ssimkd.ssim.definition import ssim_loss
+from ssimkd.ssim.normalize import normalize_maps
+from ssimkd.utils.measure import clock_of, interleave, markdown, peak_of
+from torch import Tensor
+
+Maps = Dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+STRIDES = {f"p{level}": 2**level for level in range(2, 7)}
+OWN = "ssimkd"
+# What times are divided by, if it is there
+BASELINE = "pytorch-msssim"
+
+
+# --- implementations: name -> a loss of two maps in [0, 1], or an import error ---
+
+
+def own(normalize: str, compiled: bool = False) -> Loss:
+    """This package's loss of one level, whose images fill it."""
+    if compiled and ssim_compiled.library() is None:
+        raise ImportError("it needs a C++ compiler")
+    loss = SSIMLoss(normalize=normalize, compile=compiled)
+
+    def compare(student: Tensor, teacher: Tensor) -> Tensor:
+        h, w = student.shape[2:]
+        context = Context([(h, w)] * len(student), {"p0": 1})
+        return loss({"p0": student}, {"p0": teacher}, context)["p0"]
+
+    return compare
+
+
+def pytorch_msssim() -> Loss:
+    """11 x 11 window of sigma 1.5, without border."""
+    from pytorch_msssim import ssim
+
+    return lambda x, y: (1 - ssim(x, y, data_range=1.0)) / 2
+
+
+def kornia() -> Loss:
+    """The same window, reflected border."""
+    from kornia.losses import ssim_loss as kornia_loss
+
+    return lambda x, y: kornia_loss(x, y, 11)
+
+
+def piq() -> Loss:
+    """The same window, not separated; without border, and not scaled down."""
+    from piq import ssim
+
+    return lambda x, y: (1 - cast(Tensor, ssim(x, y, downsample=False))) / 2
+
+
+def torchmetrics() -> Loss:
+    """The same window, reflected border."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    return lambda x, y: (1 - cast(Tensor, ssim(x, y, data_range=1.0))) / 2
+
+
+def normalised() -> Loss:
+    """The baseline behind this package's normalisation."""
+    loss = pytorch_msssim()
+    return lambda x, y: loss(*normalize_maps(x, y, "minmax", "channel", None))
+
+
+def fused_ssim() -> Loss:
+    """The same window in CUDA, zeros around the map; on a GPU alone, which it needs to be built."""
+    from fused_ssim import fused_ssim as ssim
+
+    return lambda x, y: (1 - cast(Tensor, ssim(x, y))) / 2
+
+
+LOSSES: Dict[str, Callable[[], Loss]] = {
+    OWN: lambda: own("none"),
+    f"{OWN}, normalisation included": lambda: own("minmax"),
+    f"{OWN}, compiled": lambda: own("none", True),
+    f"{OWN}, compiled, normalisation included": lambda: own("minmax", True),
+    f"{OWN}, plain autograd": lambda: ssim_loss,
+    BASELINE: pytorch_msssim,
+    f"{BASELINE}, normalisation included": normalised,
+    "kornia": kornia,
+    "piq": piq,
+    "torchmetrics": torchmetrics,
+    "fused-ssim": fused_ssim,
+}
+
+
+def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
+    """The wanted losses (None: all) whose packages are there; names the others.
+
+    Raises:
+        ConfigError: none is there.
+    """
+    found = {}
+    for name in wanted or LOSSES:
+        try:
+            if name == "fused-ssim" and device == "cpu":
+                raise ImportError("it needs --device cuda")
+            found[name] = LOSSES[name]()
+        except ImportError as error:
+            print(f"absent: {name} ({error})")
+    if not found:
+        raise ConfigError("--implementations: none of them is here")
+    return found
+
+
+# --- measuring ---
+
+
+def make_maps(
+    size: Tuple[int, int], images: int, channels: int, levels: List[str], device: str
+) -> Tuple[Maps, Maps]:
+    """Student (with gradient) and teacher maps of an FPN in [0, 1], alike in part.
+
+    The images are padded to multiples of 32 pixels, as an FPN asks for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    student: Maps = {}
+    teacher: Maps = {}
+    for level in levels:
+        h, w = (math.ceil(math.ceil(side / 32) * 32 / STRIDES[level]) for side in size)
+        x, y = torch.randn(2, images, channels, h, w, generator=generator)
+        for maps, m in ((student, x), (teacher, y.add_(x))):
+            m -= m.amin((2, 3), keepdim=True)
+            m /= m.amax((2, 3), keepdim=True)
+            maps[level] = m.to(device)
+        student[level].requires_grad_()
+    return student, teacher
+
+
+def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    """Forward and backward of a loss."""
+    return torch.autograd.grad(loss(student, teacher), student)[0]
+
+
+def deviation(loss: Loss, student: Tensor, teacher: Tensor) -> float:
+    """Largest difference of a gradient to float64's, relative to the largest gradient."""
+    exact = gradient(loss, student.detach().double().requires_grad_(), teacher.double())
+    return float((gradient(loss, student, teacher) - exact).abs().max() / exact.abs().max())
+
+
+def extra_memory(name: str, maps: tuple, threads: int) -> Optional[float]:
+    """Most memory that a step on all levels takes beyond the maps, in sets of maps.
+
+    It is read from the kernel, so this is to be called in a process of its own.
+    """
+    torch.set_num_threads(threads)
+    loss = LOSSES[name]()
+    device = maps[-1]
+    small = torch.rand(1, 16, 32, 32, requires_grad=True, device=device)
+    gradient(loss, small, torch.rand(1, 16, 32, 32, device=device))  # loads the libraries
+    student, teacher = make_maps(*maps)
+
+    def step() -> None:
+        total = torch.stack([loss(student[level], teacher[level]) for level in student]).sum()
+        total.backward()
+
+    peak = peak_of(step, device)
+    return None if peak is None else peak / sum(4 * m.numel() for m in student.values())
+
+
+def bench_loss(args: argparse.Namespace) -> Dict:
+    """Forward and backward of SSIM, per level and in sum."""
+    maps = (tuple(args.size), args.images, args.channels, args.levels, args.device)
+    student, teacher = make_maps(*maps)
+    losses = installed(args.device, args.implementations)
+    results: Dict[str, Dict] = {name: {"seconds": {}, "deviation": 0.0} for name in losses}
+    for level, x in student.items():
+        y = teacher[level]
+        part = slice(0, min(16, args.channels))
+        for name, loss in losses.items():
+            with building(
+                f"--size, --levels: {name} on {level}, {x.shape[2]} x {x.shape[3]} cells"
+            ):
+                value = deviation(loss, x[:1, part].detach().requires_grad_(), y[:1, part])
+            results[name]["deviation"] = max(results[name]["deviation"], value)
+        calls = {name: partial(gradient, f, x, y) for name, f in losses.items()}
+        # the smaller, the more often: a run of a coarse level takes milliseconds
+        repeats = args.repeats * (1 if x.numel() > 2**22 else 5)
+        clock = clock_of(args.device, args.cpu_time)
+        for name, seconds in interleave(calls, repeats, clock).items():
+            results[name]["seconds"][level] = seconds
+        print(f"{level}: {tuple(x.shape)} done", flush=True)
+    del student, teacher
+    for name, result in results.items():
+        result["seconds"]["sum"] = sum(result["seconds"].values())
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            result["sets"] = pool.apply(extra_memory, (name, maps, args.threads))
+    return results
+
+
+def base_of(results: Dict) -> str:
+    """The name of what times are divided by."""
+    return next((name for name in (BASELINE, OWN) if name in results), next(iter(results)))
+
+
+def loss_table(results: Dict) -> str:
+    """Markdown: a row per implementation."""
+    base = results[base_of(results)]["seconds"]
+    columns = list(base)
+    head = [f"speed at {c}" if c != "sum" else "speed in sum" for c in columns]
+    head += ["ms in sum", "extra memory, map sets", "deviation from float64"]
+    rows = []
+    for name, result in results.items():
+        cells = [f"{base[c] / result['seconds'][c]:.2f}" for c in columns]
+        sets = "-" if result["sets"] is None else f"{result['sets']:.1f}"
+        cells += [f"{1000 * result['seconds']['sum']:.0f}", sets, f"{result['deviation']:.0e}"]
+        rows.append([name, *cells])
+    return markdown(["", *head], rows)
+
+
+def loss_plot(results: Dict, path: Path) -> None:
+    """Speed per level and in sum, as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    base = results[base_of(results)]["seconds"]
+    for i, (name, result) in enumerate(results.items()):
+        positions = [j + (i - len(results) / 2) * 0.8 / len(results) for j in range(len(base))]
+        speeds = [base[c] / result["seconds"][c] for c in base]
+        axes.bar(positions, speeds, 0.8 / len(results), label=name, align="edge")
+    axes.set_xticks(range(len(base)), list(base))
+    axes.set_ylabel(f"speed, {base_of(results)} = 1")
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,178 @@
+"""Part 2 of `benchmark.py`: a training step of a student, with each loss and without."""
+
+import argparse
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from ssimkd.engine.arguments import load_config
+from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.modeling.distiller import Distiller
+from ssimkd.teacher.frozen import rules_of
+from ssimkd.utils.measure import Call, clock_of, interleave, markdown, peak_of
+from torch import Tensor
+
+STUDENT, TEACHER = "student alone", "teacher backbone, float32"
+
+
+def make_batch(size: Sequence[int], images: int, classes: int) -> List[Dict[str, Any]]:
+    """Random images of `size` (height, width), eight objects each."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    batch = []
+    for _ in range(images):
+        corners = torch.rand(8, 2, generator=generator) * torch.tensor([width, height]) / 2
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([corners, corners * 2], dim=1))
+        instances.gt_classes = torch.randint(classes, (8,), generator=generator)
+        pixels = (3, height, width)
+        image = torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+class Bench:
+    """A student, its teacher and what distils, all of random weights.
+
+    Args:
+        config (str): of the student, .yaml; it names the teacher's.
+        size, images: of the batch; see :func:`make_batch`.
+        losses (sequence[str]): names in the registry; () for no teacher.
+        device (str): where to run.
+        opts, teacher_opts (sequence): overrides of both configs.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        size: Sequence[int],
+        images: int,
+        losses: Sequence[str],
+        device: str,
+        opts: Sequence = (),
+        teacher_opts: Sequence = (),
+    ) -> None:
+        overrides = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", *opts]
+        self.cfg = load_config(config, overrides, splits=()).clone()
+        self.cfg.defrost()
+        self.cfg.MODEL.DISTILL.TEACHER.OPTS = list(teacher_opts)
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        self.model = build_model(self.cfg).train()
+        self.run = self.model  # or what wraps it
+        self.batch = make_batch(size, images, self.cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        self.distillers = self._distillers(losses) if losses else {}
+        own = [p for n, p in self.model.named_parameters() if not n.startswith("distiller.")]
+        # a rate of 0: the weights stay, the time is the same
+        self.optimizer = torch.optim.SGD([p for p in own if p.requires_grad], 0.0, momentum=0.9)
+
+    def _distillers(self, losses: Sequence[str]) -> Dict[str, Distiller]:
+        node = self.cfg.MODEL.DISTILL
+        spec = Distiller(self.cfg).spec
+        teacher = spec.build(spec.load_config(), self.device)
+        found: Dict[str, Distiller] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            node.TEACHER.WEIGHTS = os.path.join(folder, "teacher.pth")
+            torch.save({"model": teacher.state_dict()}, node.TEACHER.WEIGHTS)
+            for name in losses:
+                node.LOSSES = (name,)
+                distiller = Distiller(self.cfg).to(self.device)
+                distiller.attach(self.model.backbone.output_shape())
+                if found:  # one teacher for all
+                    first = next(iter(found.values()))
+                    distiller.teacher = first.teacher
+                    distiller.teacher_levels = first.teacher_levels
+                else:
+                    distiller.build_teacher(self.device)
+                found[name] = distiller.to(self.device)
+        self.teacher = teacher.eval()
+        return found
+
+    def step(self, loss: str = "") -> None:
+        """A training step, distilled with a loss or not."""
+        self.model.distiller = self.distillers[loss] if loss else None
+        self.optimizer.zero_grad()
+        with EventStorage(0):
+            sum(self.run(self.batch).values()).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def teach(self) -> Dict[str, Tensor]:
+        """The teacher's maps, by the plain detector in float32."""
+        return self.teacher.backbone(self.teacher.preprocess_image(self.batch).tensor)
+
+    @torch.no_grad()
+    def pair(self, loss: str) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+        """Maps of student, with gradient, and teacher, as a loss gets them."""
+        images = self.model.preprocess_image(self.batch).tensor
+        maps, rules = self.model.backbone(images), rules_of(self.model, self.cfg.INPUT.FORMAT)
+        student, teacher = self.distillers[loss].pair(self.batch, maps, images, rules)
+        return {level: m.requires_grad_() for level, m in student.items()}, teacher
+
+    def compare(self, loss: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:
+        """Forward and backward of a loss alone."""
+        distiller = self.distillers[loss]
+        context = distiller._context(self.batch)
+        context.targets = [x.to(self.device) for x in context.targets or ()]
+        for m in student.values():
+            m.grad = None
+        with EventStorage(0):
+            terms = distiller.losses[loss](student, teacher, context)  # type: ignore[operator]
+            torch.stack(list(terms.values())).sum().backward()
+
+
+def bench_step(args: argparse.Namespace) -> Dict:
+    """The step of the student alone, the teacher's backbone, and the step with each loss."""
+    losses = args.losses or sorted(name for name, _ in KD_LOSS_REGISTRY)
+    bench = Bench(args.config, args.size, args.step_images, losses, args.device, args.opts)
+    bench.step()  # makes the optimizer's state
+    calls: Dict[str, Call] = {STUDENT: bench.step, TEACHER: bench.teach}
+    for loss in losses:
+        calls[f"distilled, {loss}"] = partial(bench.step, loss)
+    peaks = {}
+    for name, call in calls.items():
+        peaks[name] = peak_of(call, args.device)
+        print(f"{name}: done once", flush=True)
+    maps = bench.pair(losses[0])
+    for loss in losses:
+        calls[loss] = partial(bench.compare, loss, *maps)
+    clock = clock_of(args.device, args.cpu_time)
+    seconds = interleave(calls, args.step_repeats, clock)
+    whole = seconds[STUDENT] + seconds[TEACHER]
+    results: Dict[str, Dict] = {}
+    for name, peak in peaks.items():
+        results[name] = {"seconds": seconds[name], "peak_bytes": peak}
+        if name.startswith("distilled, "):
+            share = seconds[name.partition(", ")[2]] / seconds[name]
+            results[name].update(share_of_loss=share, ratio=seconds[name] / whole)
+    return results
+
+
+def step_table(results: Dict) -> str:
+    """Markdown: a row per step."""
+    head = ["", "s", "loss's share, %", "ratio to student + teacher", "peak extra memory, GB"]
+    rows = []
+    for name, result in results.items():
+        share = f"{100 * result['share_of_loss']:.1f}" if "ratio" in result else "-"
+        ratio = f"{result['ratio']:.3f}" if "ratio" in result else "-"
+        peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e9:.2f}"
+        rows.append([name, f"{result['seconds']:.3g}", share, ratio, peak])
+    return markdown(head, rows)
+
+
+def step_plot(results: Dict, path: Path) -> None:
+    """Seconds of each step, as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.4 * len(results) + 1), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(results), [result["seconds"] for result in results.values()])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    figure.savefig(path)

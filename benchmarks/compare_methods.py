@@ -1,0 +1,89 @@
+"""The methods that compare.py knows: every registered loss, and variants of it."""
+
+from pathlib import Path
+from typing import List, NamedTuple, Tuple
+
+from detectron2.config import get_cfg
+from ssimkd import ConfigError, add_ssimkd_config
+from ssimkd.engine.arguments import load_config
+from ssimkd.losses import build_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN, REFERENCE = "vanilla", "ssim"
+HEADS = f"{REFERENCE}:*0"  # the teacher's heads to start from, and nothing distilled
+VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/compare.yaml"
+# Each changes one thing of ssim, by keys of MODEL.DISTILL, or its weight by a factor.
+ABLATIONS = {
+    "components": [
+        f"SSIM.EXPONENTS={e}"
+        for e in ("(1.0,0.0,0.0)", "(0.0,1.0,0.0)", "(0.0,0.0,1.0)", "(0.0,1.0,1.0)")
+    ],
+    "scope": [f"SSIM.NORMALIZE_SCOPE={scope}" for scope in ("image", "batch")],
+    "normalize": [f"SSIM.NORMALIZE={n}" for n in ("teacher_range", "standardize", "none")],
+    "window": [f"SSIM.WINDOW_SIZE={cells}" for cells in (3, 5, 7, 15)],
+    "sigma": [f"SSIM.SIGMA={cells}" for cells in (0.5, 1.0, 3.0)],
+    "border": [f"SSIM.BORDER={border}" for border in ("reflect", "valid", "zero")],
+    "lambda": ["*0.25", "*0.5", "*2", "*4"],
+    "levels": [
+        "IN_FEATURES=['p2','p3','p4','p5','p6']",
+        "IN_FEATURES=['p3','p4','p5']",
+        "IN_FEATURES=['p2','p3']",
+        "IN_FEATURES=['p4','p5']",
+    ],
+    "level_weights": ["LEVEL_WEIGHTS=[1.0,0.5,0.25,0.125]", "LEVEL_WEIGHTS=[0.125,0.25,0.5,1.0]"],
+    "adapter": ["ADAPTER=conv1x1"],
+    "padding": ["MASK_PADDING=False"],
+    "warmup": [f"WARMUP_ITERS={iterations}" for iterations in (100, 250)],
+}
+
+
+class Method(NamedTuple):
+    """What a row of the table trains.
+
+    Attributes:
+        name (str): as on the command line and in the table.
+        loss (str): a name in the registry; "" for the plain student.
+        opts (tuple[str]): further overrides.
+        factor (float): of the weight that was searched.
+        searched_as (str): name of the method whose search gives the weight.
+    """
+
+    name: str
+    loss: str = ""
+    opts: Tuple[str, ...] = ()
+    factor: float = 1.0
+    searched_as: str = ""
+
+
+def parse_method(text: str, searched_as: str = "") -> Method:
+    """A method of the command line: LOSS[:KEY=VALUE | :*FACTOR]..., keys below MODEL.DISTILL.
+
+    Raises:
+        ConfigError: there is no such loss or setting.
+    """
+    if text == PLAIN:
+        return Method(text)
+    loss, *changes = text.split(":")
+    opts: List[str] = []
+    factor, kept = 1.0, [loss]
+    try:
+        for change in changes:
+            if change.startswith("*"):
+                factor *= float(change[1:])
+                continue
+            key, _, value = change.partition("=")
+            if key == f"{loss.upper()}.WEIGHT":
+                raise ConfigError("the weight is searched: write :*FACTOR for a multiple of it")
+            opts += [f"MODEL.DISTILL.{key}", value]
+            kept.append(change)
+        build_loss(loss, load_config(str(ROOT / DISTILLED), opts).MODEL.DISTILL)
+    except ValueError as error:
+        raise ConfigError(f"method {text}: {error}") from error
+    return Method(text, loss, tuple(opts), factor, searched_as or ":".join(kept))
+
+
+def default_weight(loss: str) -> float:
+    """The weight that a loss has in `add_ssimkd_config`; the small configs may have another."""
+    cfg = get_cfg()
+    add_ssimkd_config(cfg)
+    return float(cfg.MODEL.DISTILL[loss.upper()].WEIGHT)

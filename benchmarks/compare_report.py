@@ -1,0 +1,172 @@
+"""Statistics, tables and the plot of compare.py.
+
+A row is a dict. Of a run: budget, method, weight, seed, AP, AP50, AP75 and more; of a solo run, for
+its cost: method, round, seconds (per iteration), peak_mib.
+"""
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import bench_measure
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from compare_methods import PLAIN, REFERENCE
+from scipy.stats import t
+
+Row = Dict[str, Any]
+METRICS = ("AP", "AP50", "AP75")
+COSTS = ("seconds", "peak_mib")
+HEAD = (
+    "method", "weight", "seeds", *METRICS, "AP less {reference}'s: mean, standard error, 95 %",
+    "s/iteration", f"of {PLAIN}'s", "peak MiB", f"of {PLAIN}'s",
+)  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, its standard error and 95 % interval."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Optional[Difference]:
+    """Difference of two methods, seed -> value each, over the seeds they share; None below two."""
+    values = [ours[seed] - others[seed] for seed in ours if seed in others]
+    if len(values) < 2:
+        return None
+    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(t.ppf(0.975, len(values) - 1)) * error
+    return Difference(mean, error, mean - half, mean + half)
+
+
+def costs(solo: Sequence[Row]) -> Dict[str, Row]:
+    """Each method's medians over its solo runs, and their ratios to the plain student's."""
+    medians: Dict[str, Row] = {}
+    for method in dict.fromkeys(row["method"] for row in solo):
+        rows = [row for row in solo if row["method"] == method]
+        medians[method] = {key: statistics.median(row[key] for row in rows) for key in COSTS}
+    plain = medians.get(PLAIN)
+    if plain:
+        ratios = {key: {m: cost[key] / plain[key] for m, cost in medians.items()} for key in COSTS}
+        for method, cost in medians.items():
+            cost.update({f"{key}_ratio": ratios[key][method] for key in COSTS})
+    return medians
+
+
+def reference_of(methods: Sequence[str]) -> str:
+    """The method that others are compared with: ssim, or the first where it is not among them."""
+    return REFERENCE if REFERENCE in methods else methods[0]
+
+
+def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
+    """A row per budget and method, the best mean AP of each budget first."""
+    reference = reference_of([row["method"] for row in runs])
+    samples: Dict[Any, Dict[int, Row]] = defaultdict(dict)
+    for row in runs:
+        samples[row["budget"], row["method"]][row["seed"]] = row
+    table, cost = [], costs(solo)
+    for (budget, method), by_seed in samples.items():
+        line: Row = {"budget": budget, "method": method, "seeds": len(by_seed)}
+        line["reference"] = reference
+        for row in by_seed.values():
+            line["weight"] = row["weight"]
+        for metric in METRICS:
+            values = [row[metric] for row in by_seed.values()]
+            line[metric] = statistics.mean(values)
+            if len(values) > 1:
+                line[f"{metric}_sd"] = statistics.stdev(values)
+        ours, others = (
+            {seed: row["AP"] for seed, row in samples.get((budget, name), {}).items()}
+            for name in (method, reference)
+        )
+        difference = paired(ours, others)
+        if difference and method != reference:
+            line.update({f"difference_{k}": v for k, v in difference._asdict().items()})
+        table.append({**line, **cost.get(method, {})})
+    return sorted(table, key=lambda line: (line["budget"], -line["AP"]))
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The rows of one budget as a Markdown table; a dash for what was not measured."""
+    rows = []
+    for row in table:
+        cells = [row["method"], f"{row['weight']:g}", str(row["seeds"])]
+        for metric in METRICS:
+            spread = f" +- {row[f'{metric}_sd']:.1f}" if f"{metric}_sd" in row else ""
+            cells.append(f"{row[metric]:.1f}{spread}")
+        for form in (
+            "{difference_mean:+.1f}, {difference_error:.1f} "
+            "[{difference_low:+.1f}, {difference_high:+.1f}]",
+            "{seconds:.3f}", "{seconds_ratio:.2f}", "{peak_mib:.0f}", "{peak_mib_ratio:.2f}",
+        ):  # fmt: skip
+            try:
+                cells.append(form.format(**row))
+            except KeyError:
+                cells.append("-")
+        rows.append(cells)
+    head = [text.format(reference=table[0]["reference"]) for text in HEAD]
+    return bench_measure.markdown(head, rows)
+
+
+def verdict(table: Sequence[Row]) -> str:
+    """Who is best in the rows of one budget, who is told apart from the reference, how finely."""
+    parts = [f"Best mean AP: {table[0]['method']}."]
+    compared = [row for row in table if "difference_mean" in row]
+    for text, belongs in (
+        ("Better than", lambda row: row["difference_low"] > 0),
+        ("Not told apart from", lambda row: row["difference_low"] <= 0 <= row["difference_high"]),
+        ("Worse than", lambda row: row["difference_high"] < 0),
+    ):
+        names = [row["method"] for row in compared if belongs(row)]
+        if names:
+            parts.append(f"{text} {table[0]['reference']}: {', '.join(names)}.")
+    if compared:
+        halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in compared]
+        parts.append(
+            f"95 % intervals of the differences: +-{min(halves):.1f} to +-{max(halves):.1f} AP."
+        )
+    return " ".join(parts)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Rows as CSV; nothing where a row lacks a key."""
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(chain(*rows))))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(runs: Sequence[Row], path: Path) -> None:
+    """One dot per seed and a bar at each mean; the best at the largest budget on top."""
+    samples: Dict[Any, List[float]] = defaultdict(list)
+    for row in runs:
+        samples[row["method"], row["budget"]].append(row["AP"])
+    means = {key: statistics.mean(values) for key, values in samples.items()}
+    budgets = sorted({budget for _, budget in samples})
+    methods = sorted(
+        {method for method, _ in samples},
+        key=lambda method: [means.get((method, budget), -1.0) for budget in reversed(budgets)],
+    )
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(methods)), layout="constrained")
+    for (method, budget), values in samples.items():
+        index = budgets.index(budget)
+        height = methods.index(method) + 0.3 * (index - (len(budgets) - 1) / 2)
+        axes.plot(values, [height] * len(values), "o", color=f"C{index}", alpha=0.6, ms=5)
+        axes.plot(means[method, budget], height, "k|", ms=11, mew=1.5)
+    for index, budget in enumerate(budgets):
+        axes.plot([], "o", color=f"C{index}", label=f"{budget} iterations")
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_xlabel("box AP on ssimkd_shapes_val; a dot per seed, a bar at the mean")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

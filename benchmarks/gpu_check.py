@@ -1,0 +1,280 @@
+"""Checks the Triton kernels of SSIM on a GPU: accuracy, determinism, capture; then times them.
+
+    python benchmarks/gpu_check.py --out gpu.json
+    python benchmarks/gpu_check.py --sweep                         # BLOCK and ROWS of ssim_triton.py
+    compute-sanitizer --tool memcheck python benchmarks/gpu_check.py --small
+    compute-sanitizer --tool racecheck python benchmarks/gpu_check.py --small
+    TRITON_INTERPRET=1 python benchmarks/gpu_check.py --small      # without a GPU, minutes, untimed
+
+It ends with an error if a check fails. Times are medians of interleaved rounds, forward and
+backward together, of five levels of two images of 800 x 1333 pixels.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from typing import Callable, Dict, List, Optional, Tuple
+
+import torch
+from ssimkd.ssim import triton_loss as ssim_triton
+from ssimkd.ssim.definition import ssim_loss
+from ssimkd.ssim.normalize import normalize_maps
+from ssimkd.ssim.triton_loss import ssim_loss_triton
+from ssimkd.utils.measure import peak_of
+from torch import Tensor
+
+LEVELS = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+SMALL = [(5, 37), (7, 6)]
+LIMIT = 1e-6  # deviation of a float32 gradient from float64, as a share of its largest element
+TILINGS = list(itertools.product((32, 64, 128), (48, 96, 224)))  # BLOCK, ROWS
+
+Maps = List[Tuple[Tensor, Tensor]]
+Step = Callable[[], Tuple[Tensor, ...]]
+
+
+def pyramid(levels, channels: int, device: str, dtype=torch.float32) -> Maps:
+    """Student and teacher maps of each level, of two images."""
+    generator = torch.Generator(device).manual_seed(0)
+    pairs = []
+    for size in levels:
+        x, noise = (
+            torch.randn(2, channels, *size, device=device, generator=generator) for _ in range(2)
+        )
+        pairs.append((x.to(dtype).requires_grad_(), ((x + noise) / 2).to(dtype)))
+    return pairs
+
+
+def minmax(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Offset and scale, (N, C) each, of "minmax" per channel."""
+    low, high = x.amin((2, 3)).float(), x.amax((2, 3)).float()
+    return low, 1 / (high - low)
+
+
+def kernel_losses(pairs: Maps, **options) -> List[Tensor]:
+    """The levels' losses by the kernels, statistics and their gradient by torch."""
+    return [ssim_loss_triton(x, y, minmax(x), minmax(y), **options).mean() for x, y in pairs]
+
+
+def reference_losses(pairs: Maps, **options) -> List[Tensor]:
+    """The levels' losses by autograd."""
+    return [
+        ssim_loss(*normalize_maps(x, y, "minmax", "channel", None), **options) for x, y in pairs
+    ]
+
+
+def gradients(losses: Callable[..., List[Tensor]], pairs: Maps, **options) -> Tuple[Tensor, ...]:
+    """Losses of the levels and the gradient of their sum by each student map."""
+    values = losses(pairs, **options)
+    return (*values, *torch.autograd.grad(torch.stack(values).sum(), [x for x, _ in pairs]))
+
+
+# --- checks: each returns the figures it found and raises AssertionError ---
+
+
+def check_accuracy(levels, channels: int, device: str) -> Dict[str, float]:
+    """Largest deviation from float64 of loss and gradient, for windows, borders and exponents."""
+    found = {}
+    cases = itertools.product((3, 5, 7, 9, 11), ("renormalize", "zero"), (1.0, 0.0))
+    for window_size, border, alpha in cases:
+        options = dict(window_size=window_size, border=border, exponents=(alpha, 1.0, 1.0))
+        worst = 0.0
+        for pair in pyramid(levels, channels, device):
+            exact = [(pair[0].detach().double().requires_grad_(), pair[1].double())]
+            loss, gradient = gradients(kernel_losses, [pair], **options)
+            known_loss, known = gradients(reference_losses, exact, **options)
+            deviation = (gradient - known).abs().max() / known.abs().max()
+            worst = max(worst, deviation.item(), (loss - known_loss).abs().item())
+        found[f"window {window_size}, {border}, alpha {alpha:g}"] = worst
+    # On a few cells any float32 shows: windows of hardly any variance have their say.
+    assert max(found.values()) <= (LIMIT if levels is LEVELS else 4 * LIMIT), found
+    return found
+
+
+def check_types(levels, channels: int, device: str) -> Dict[str, float]:
+    """Half precision: nothing is lost but the rounding of the gradient."""
+    found: Dict[str, float] = {}
+    for dtype, limit in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
+        for x, y in pyramid(levels, channels, device, dtype):
+            affines = minmax(x.detach().float()), minmax(y.float())
+            z = x.detach().float().requires_grad_()
+            scale = z[0].numel()  # as a GradScaler has it: float16 holds no gradient of a mean
+            (half,) = torch.autograd.grad(ssim_loss_triton(x, y, *affines).sum() * scale, x)
+            single = torch.autograd.grad(ssim_loss_triton(z, y, *affines).sum() * scale, z)[0]
+            deviation = ((half - single).abs().max() / single.abs().max()).item()
+            found[str(dtype)] = max(deviation, found.get(str(dtype), 0.0))
+        assert found[str(dtype)] <= limit, found
+    return found
+
+
+def check_padding(levels, channels: int, device: str) -> None:
+    """An image in a corner of a larger map, beside NaN, costs what it costs alone."""
+    for x, y in pyramid(levels, channels, device):
+        height, width = x.shape[2:]
+        sizes = [((height + 1) // 2, width), (height, (width + 1) // 2)]
+        affines = minmax(x.detach()), minmax(y)
+        padded = [m.detach().clone() for m in (x, y)]
+        for (h, w), *images in zip(sizes, *padded):
+            for image in images:
+                image[:, h:], image[:, :, w:] = float("nan"), float("nan")
+        student = padded[0].requires_grad_()
+        loss = ssim_loss_triton(student, padded[1], *affines, torch.tensor(sizes, device=device))
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        for n, (h, w) in enumerate(sizes):
+            alone = [m[n : n + 1, :, :h, :w].detach().requires_grad_() for m in (x, y)]
+            own = [(low[n : n + 1], scale[n : n + 1]) for low, scale in affines]
+            expected = ssim_loss_triton(alone[0], alone[1], own[0], own[1])
+            known = torch.zeros_like(gradient[n])
+            known[:, :h, :w] = torch.autograd.grad(expected.sum(), alone[0])[0][0]
+            torch.testing.assert_close(loss[n : n + 1], expected)
+            torch.testing.assert_close(gradient[n], known, rtol=1e-5, atol=known.max().item() / 1e5)
+
+
+def check_nan(levels, channels: int, device: str) -> None:
+    """NaN within an image reaches the loss, with luminance and without."""
+    for x, y in pyramid(levels, channels, device):
+        affines = minmax(x.detach()), minmax(y)
+        for spoiled in range(2):
+            maps = [m.detach().clone() for m in (x, y)]
+            maps[spoiled][0, 0, 0, 0] = float("nan")
+            for exponents in ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0)):
+                student = maps[0].requires_grad_()
+                assert ssim_loss_triton(student, maps[1], *affines, exponents=exponents)[0].isnan()
+
+
+def check_determinism(levels, channels: int, device: str) -> None:
+    """Equal inputs give equal bits."""
+    pairs = pyramid(levels, channels, device)
+    first = gradients(kernel_losses, pairs)
+    for _ in range(5):
+        assert all(a.equal(b) for a, b in zip(first, gradients(kernel_losses, pairs)))
+
+
+def check_capture(levels, channels: int, device: str) -> None:
+    """A CUDA graph, replayed on new maps, and torch.compile give what eager steps give."""
+    pairs = pyramid(levels, channels, device)
+    replay = capture(lambda: gradients(kernel_losses, pairs))
+    with torch.no_grad():
+        for x, y in pairs:
+            x.copy_(x.flip(1) * 2), y.copy_(y.roll(1, dims=2))
+    expected = gradients(kernel_losses, pairs)
+    assert all(a.equal(b) for a, b in zip(expected, replay()))
+    compiled = torch.compile(kernel_losses, fullgraph=True, dynamic=True)
+    for a, b in zip(expected, gradients(compiled, pairs)):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6 * a.abs().max().item())
+
+
+def capture(step: Step) -> Step:
+    """A step as a CUDA graph: one launch, the same tensors each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> Tuple[Tensor, ...]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+# --- times ---
+
+
+def measure(steps: Dict[str, Step], rounds: int) -> Dict[str, float]:
+    """Milliseconds of each step, medians of interleaved rounds."""
+    times: Dict[str, List[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    for _, (name, step) in itertools.product(range(rounds), steps.items()):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_all(rounds: int) -> Dict[str, Dict[str, float]]:
+    """Kernels, with the statistics of min-max and without, against autograd."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pairs = pyramid(LEVELS, 256, "cuda", dtype)
+        affines = [[tuple(a.detach() for a in minmax(m)) for m in pair] for pair in pairs]
+
+        def given(pairs, affines=affines) -> List[Tensor]:
+            return [ssim_loss_triton(*p, *a).mean() for p, a in zip(pairs, affines)]
+
+        steps: Dict[str, Step] = {}
+        for name, losses in (
+            ("autograd", reference_losses),
+            ("kernels and statistics", kernel_losses),
+            ("kernels", given),
+        ):
+            steps[name] = lambda losses=losses, pairs=pairs: gradients(losses, pairs)  # type: ignore[misc]
+        bytes_of_maps = sum(x.numel() * x.element_size() for x, _ in pairs)
+        memory = {
+            name: (peak_of(step, "cuda") or 0) / bytes_of_maps for name, step in steps.items()
+        }
+        for name in ("kernels and statistics", "kernels"):
+            steps[f"{name}, CUDA graph"] = capture(steps[name])
+        found[str(dtype)] = measure(steps, rounds)
+        found[f"{dtype}, peak extra memory in map sets"] = memory
+    return found
+
+
+def sweep(rounds: int) -> Dict[str, float]:
+    """Milliseconds of both kernels by BLOCK and ROWS."""
+    found = {}
+    pairs = pyramid(LEVELS, 256, "cuda")
+    for ssim_triton.BLOCK, ssim_triton.ROWS in TILINGS:
+        step = capture(lambda: gradients(kernel_losses, pairs))
+        name = f"BLOCK {ssim_triton.BLOCK}, ROWS {ssim_triton.ROWS}"
+        found.update(measure({name: step}, rounds))
+    return found
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Runs the checks, then the clock; prints and writes what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="JSON file for the figures")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--small", action="store_true", help="checks alone, on small maps")
+    parser.add_argument("--sweep", action="store_true", help="times alone, of other tilings")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.small:
+        sys.exit("there is no GPU here; TRITON_INTERPRET=1 with --small checks without one")
+    found: Dict[str, object] = {"torch": torch.__version__}
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    if args.sweep:
+        found["milliseconds"] = sweep(args.rounds)
+    else:
+        scale = (SMALL, 1, device) if args.small else (LEVELS, 64, device)
+        checks = [check_accuracy, check_types, check_padding, check_nan, check_determinism]
+        for check in checks + [check_capture] * (device == "cuda"):
+            begin = time.perf_counter()
+            found[check.__name__] = check(*scale) or "passed"
+            seconds = time.perf_counter() - begin
+            print(f"{check.__name__}: passed in {seconds:.1f} s", flush=True)
+        if not args.small:
+            found["milliseconds"] = time_all(args.rounds)
+    text = json.dumps(found, indent=2)
+    print(text)
+    if args.out:
+        with open(args.out, "w") as file:
+            file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

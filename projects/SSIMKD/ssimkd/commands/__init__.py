@@ -1,0 +1,1 @@
+"""What `ssimkd <command>` runs, one file each."""

@@ -1,0 +1,209 @@
+#!/usr/bin/env python
+r"""Looks at a student and its teachers before a long run: a table, and status 1 if one should not.
+
+    python tools/check_pair.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
+
+It builds both, makes the checks that every run makes before its first iteration, and then trains
+for --iterations in a temporary folder with a learning rate of 0, so that the losses are those of
+the start. The share of a loss's value is not its pull on the student: tools/suggest_weight.py
+measures that. With --num-gpus one process gets the batch of one GPU. Time is that of the iterations
+alone, without evaluations and without the exchange between GPUs. Only warnings and the table are
+printed.
+
+Status 0: nothing to say against it. Status 1: an error, in one line, or a warning in the table.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, MutableMapping, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+
+import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
+from ssimkd.checkpoint.reader import trust_checkpoints
+from ssimkd.data.datasets import check_classes
+from ssimkd.engine import lazy_driver as lazy_engine
+from ssimkd.engine import yaml_driver as engine
+from ssimkd.engine.arguments import add_flags, argument_parser, check_config, load_config
+from ssimkd.engine.writers import LOGGERS
+from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.modeling.meta_arch import image_format_of
+from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.modeling.student import build_teacher
+from ssimkd.utils.config_keys import datasets_of, setting
+
+Row = Tuple[str, str]
+LEAST = 5  # iterations: Detectron2 times from the fourth one on
+
+
+class Remarks(logging.Handler):
+    """Keeps what the checks say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: List[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by the logger."""
+        self.found.append(record)
+
+    def rows(self) -> Iterator[Row]:
+        """The teachers' checks, and every warning."""
+        for record in self.found:
+            if record.levelno >= logging.WARNING:
+                yield "WARNING", record.getMessage()
+            elif record.name == "ssimkd.engine.preflight":
+                yield "check", record.getMessage()
+
+
+def listen() -> Remarks:
+    """Collects what the checks say, and leaves warnings alone on the terminal."""
+    remarks = Remarks()
+    for name in LOGGERS:
+        logger = setup_logger(name=name)
+        for handler in logger.handlers:
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ssimkd").addHandler(remarks)
+    return remarks
+
+
+def build(cfg) -> Any:
+    """The student of a config with its teachers."""
+    lazy = not isinstance(cfg, CfgNode)
+    model: Any = lazy_engine.lazy_model(cfg) if lazy else engine.DistillTrainer.build_model(cfg)
+    if lazy:
+        lazy_engine.check_image_format(cfg, model, "train", "test")
+        build_teacher(model)
+    if not any(distiller.enabled for _, distiller in distillers_of(model)):
+        raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
+    check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
+    return model
+
+
+def pair_rows(model: Any) -> Iterator[Row]:
+    """How images are prepared for student and teachers, and which levels are compared."""
+    yield "student sees", prepared(model, image_format_of(model))
+    for name, distiller in distillers_of(model):
+        teacher = distiller.teacher
+        if teacher is None:  # of several, one without losses
+            continue
+        order = teacher.rules.input_format
+        yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, order)
+        for level, other in distiller.teacher_levels.items():
+            shape, channels = distiller.student_shapes[level], teacher.shapes[other].channels
+            way = " by conv1x1" if level in distiller.adapters else ""
+            text = f"{shape.channels} channels -> {other}, {channels}{way}; stride {shape.stride}"
+            yield f"{name} level {level}".lstrip(), text
+
+
+def prepared(detector: Any, image_format: str) -> str:
+    """How a detector's images are prepared, in words."""
+    mean, std = (
+        ", ".join(f"{value:.4g}" for value in x.flatten().tolist())
+        for x in (detector.pixel_mean, detector.pixel_std)
+    )
+    divisor = detector.backbone.size_divisibility
+    return f"{image_format}, mean {mean}, std {std}, sides padded to multiples of {divisor}"
+
+
+def short(cfg, folder: str, iterations: int, num_gpus: int):
+    """The same run, but short, without learning, ramps, evaluations and pictures."""
+    batch = share(setting(cfg, "batch"), num_gpus)
+    if isinstance(cfg, CfgNode):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list([
+            "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (),
+            "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", batch, "DATASETS.TEST", (),
+            "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "", "MODEL.DISTILL.WARMUP_ITERS", 0,
+        ])  # fmt: skip
+        return cfg
+    cfg.dataloader.train.total_batch_size = batch
+    cfg.dataloader.pop("evaluator", None)
+    cfg.optimizer.lr = 0.0
+    cfg.train.output_dir, cfg.train.max_iter = folder, iterations
+    cfg.train.wandb_project = ""
+    if "vis_period" in cfg.model:
+        cfg.model.vis_period = 0
+    for node in (cfg.model.distiller, *cfg.model.distiller.values()):  # one teacher, or several
+        if isinstance(node, MutableMapping) and "warmup_iters" in node:
+            node["warmup_iters"] = 0
+    return cfg
+
+
+def share(batch: int, num_gpus: int) -> int:
+    """Images of one GPU."""
+    if batch % num_gpus:
+        raise ConfigError(f"--num-gpus: {batch} images cannot be shared by {num_gpus} GPUs")
+    return batch // num_gpus
+
+
+def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
+    """Trains shortly; returns Detectron2's figures of it."""
+    run = engine.train if isinstance(cfg, CfgNode) else lazy_engine.lazy_train
+    try:
+        run(short(cfg, folder, iterations, num_gpus), resume=False)
+    except FloatingPointError as error:
+        raise ConfigError(str(error)) from error
+    return json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-1])
+
+
+def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
+    """Each loss with its share, and what the whole run will cost."""
+    for name, value in metrics.items():
+        if "loss" in name and name != "total_loss":
+            share_of = value / metrics["total_loss"]
+            yield name, f"{value:.4g}, {100 * share_of:.1f} % of the total loss"
+    yield "shares", "of the values, not the pull on the student: `ssimkd weight` measures that"
+    seconds = round(metrics["time"] * max_iter)
+    whole = f"{datetime.timedelta(seconds=seconds)} for {max_iter} iterations"
+    waiting = f"{metrics['data_time']:.3g} s of it waiting for data"
+    yield "time", f"{metrics['time']:.3g} s per iteration, {waiting}: {whole}"
+    if torch.cuda.is_available():
+        yield "memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most, on the GPU"
+    else:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
+        yield "memory", f"{most / 2**20:.2f} GiB at most, of the whole process"
+
+
+def main() -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", "--config", required=True, help="config of a student")
+    parser.add_argument("--num-gpus", type=int, default=1, help="that the long run will have")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help=f"of the short run, at least {LEAST}"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
+    add_flags(parser)
+    args = parser.parse_args()
+    trust_checkpoints(args.trust_checkpoint)
+    if args.iterations < LEAST:
+        parser.error(f"--iterations must be at least {LEAST}")
+    if args.num_gpus < 1:
+        parser.error("--num-gpus must be at least 1")
+    remarks = listen()
+    with exit_in_one_line(args.debug), tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(args.config_file, args.opts)
+        check_config(cfg, argument_parser().parse_args([]))
+        rows = list(pair_rows(build(cfg)))
+        iterations = setting(cfg, "iterations")  # before it is made short
+        metrics = measure(cfg, folder, args.iterations, args.num_gpus)
+    rows += [*remarks.rows(), *cost_rows(metrics, iterations)]
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    sys.exit(any(name == "WARNING" for name, _ in rows))
+
+
+if __name__ == "__main__":
+    main()

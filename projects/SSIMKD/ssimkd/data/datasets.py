@@ -1,0 +1,199 @@
+"""The data sets that a run names: a user's own, and checks of all before anything is built."""
+
+import os
+from itertools import chain, product
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from ssimkd.errors import ConfigError, naming
+from ssimkd.losses import ICDLoss
+from ssimkd.utils.config_keys import key_of, names_of
+from ssimkd.utils.lazy_config import lazy_losses, target_of
+
+from .coco_json import read_coco
+from .shapes import FOLDER
+
+KEYS = {"NAME", "JSON", "IMAGES"}
+FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
+HOW_TO_SET = {  # head -> the keys of its number of classes
+    "roi_heads": f"MODEL.ROI_HEADS.NUM_CLASSES (model.roi_heads.num_classes), {FROM_DATA}",
+    "model": f"MODEL.RETINANET.NUM_CLASSES (model.num_classes), {FROM_DATA}",
+    "sem_seg_head": "MODEL.SEM_SEG_HEAD.NUM_CLASSES (model.sem_seg_head.num_classes)",
+}
+
+
+def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
+    """Registers a YAML config's own data and, where asked, takes the number of classes from it.
+
+    Args:
+        cfg (CfgNode): `DATASETS.COCO`, `.NUM_CLASSES_FROM_DATA` (False afterwards) and the heads'.
+        splits (sequence[str]): "TRAIN", "TEST": what the run uses; the first one is counted.
+
+    Raises:
+        ConfigError: a file is missing or is not in COCO's format.
+    """
+    names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
+    count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
+    if not isinstance(cfg.DATASETS.COCO, (list, tuple)):  # yacs takes None for anything
+        raise ConfigError(f"DATASETS.COCO must be a list of mappings, got {cfg.DATASETS.COCO}")
+    if splits or count:
+        register_coco(cfg.DATASETS.COCO, list(chain(*names.values())), names.get("TEST", ()))
+    if count:
+        split = next(iter(names))
+        classes = count_classes(names[split], key_of(cfg, split))
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.DISTILL.ICD):
+            node.NUM_CLASSES = classes
+        cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
+
+
+def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
+    """As :func:`use_own_data` for the optional node `datasets` of a LazyConfig."""
+    node = cfg.get("datasets", {})
+    known = {"coco", "num_classes_from_data"}
+    if not isinstance(node, Mapping) or set(node) - known:
+        raise ConfigError(f"datasets: there are the keys {', '.join(sorted(known))}, got {node}")
+    names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
+    count = node.get("num_classes_from_data", False)
+    if splits or count:
+        listed = node.get("coco", [])
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise ConfigError(f"datasets.coco must be a list, got {listed!r}")
+        entries = [
+            {k.upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
+            for entry in listed
+        ]
+        register_coco(entries, list(chain(*names.values())), names.get("TEST", ()))
+    if count:
+        split = next(iter(names))
+        classes = count_classes(names[split], key_of(cfg, split))
+        head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
+        head.num_classes = classes
+        for loss in lazy_losses(cfg.model.get("distiller")):
+            if target_of(loss) is ICDLoss:
+                loss.num_classes = classes
+        cfg.datasets.num_classes_from_data = False
+
+
+def register_coco(
+    entries: Sequence[Mapping[str, str]], names: Sequence[str], scored: Sequence[str] = ()
+) -> None:
+    """Registers a user's data in COCO's format; class names come from the json.
+
+    Args:
+        entries (sequence[mapping]): NAME (for DATASETS.TRAIN and TEST), JSON (annotation file),
+            IMAGES (folder). One that is registered already as it stands is left alone.
+        names (sequence[str]): the data sets that are used: only their files are read.
+        scored (sequence[str]): those of them that detections are compared with.
+
+    Raises:
+        ConfigError: a key is missing or unknown, a file does not exist or is not in COCO's format,
+            or another data set has the name.
+    """
+    key = "DATASETS.COCO"
+    for entry in entries:
+        if not isinstance(entry, Mapping) or set(entry) != KEYS:
+            raise ConfigError(
+                f"{key}: an entry is a mapping of {', '.join(sorted(KEYS))}, got {entry!r}"
+            )
+        name, json_file, images = (str(entry[k]) for k in ("NAME", "JSON", "IMAGES"))
+        if name not in names:
+            continue
+        if not os.path.isdir(images):
+            raise ConfigError(f"{key}: {name}: there is no folder {images}")
+        with naming(f"{key}: {name}: {json_file}", sep=" "):
+            metadata = read_coco(json_file, images, name in scored)
+        if name not in DatasetCatalog:
+            register_coco_instances(name, metadata, json_file, images)
+        found = MetadataCatalog.get(name)
+        if (found.get("json_file"), found.get("image_root")) != (json_file, images):
+            raise ConfigError(f"{key}: another data set is called {name}: choose another NAME")
+
+
+def check_datasets(names: Sequence[str], key: str) -> None:
+    """Raises ConfigError unless every data set is registered and its files exist.
+
+    Args:
+        names (sequence[str]): names in Detectron2's DatasetCatalog.
+        key (str): the config key that names them.
+    """
+    missing = []
+    for name in names:
+        if not isinstance(name, str) or name not in DatasetCatalog:
+            raise ConfigError(
+                f"{key}: no data set {name!r} is registered; DATASETS.COCO (.yaml) or "
+                "datasets.coco (.py) registers your own"
+            )
+        if name.startswith(FOLDER):
+            continue  # drawn on first use
+        metadata = MetadataCatalog.get(name)
+        paths = [metadata.get("json_file"), metadata.get("image_root")]
+        missing += [
+            path for path in paths if path and "://" not in path and not os.path.exists(path)
+        ]
+    if missing:
+        raise ConfigError(
+            f"{key}: Detectron2 does not find the data, {' and '.join(missing)} do not exist; "
+            "set the environment variable DETECTRON2_DATASETS to the folder that holds coco/ "
+            f"(it is {os.getenv('DETECTRON2_DATASETS', 'unset: ./datasets')})"
+        )
+
+
+def count_classes(names: Sequence[str], key: str) -> int:
+    """Number of object classes of the first of several registered data sets.
+
+    Raises:
+        ConfigError: there is none, or it does not name its classes.
+    """
+    check_datasets(names, key)
+    classes = classes_of(names[0]) if names else []
+    if not classes:
+        raise ConfigError(f"{key}: there is no data set that names its classes, to count them")
+    return len(classes)
+
+
+def classes_of(name: str, kind: str = "thing") -> List[str]:
+    """Names of a data set's classes of a kind ("thing", "stuff"); empty where it does not say."""
+    return list(MetadataCatalog.get(name).get(f"{kind}_classes", ()))
+
+
+def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError unless the data sets have the classes of each other and of the heads.
+
+    Args:
+        model (nn.Module): a detector; a head whose number of classes is not known is left alone.
+        data (mapping[str, sequence[str]]): config key -> the data sets that it names.
+    """
+    things = "roi_heads" if hasattr(model, "roi_heads") else "model"
+    heads = {
+        "thing": (things, getattr(model, "roi_heads", model)),
+        "stuff": ("sem_seg_head", getattr(model, "sem_seg_head", None)),
+    }
+    first: Dict[str, Tuple[str, List[str]]] = {}
+    for key, names in data.items():
+        for name, (kind, (where, head)) in product(names, heads.items()):
+            found, expected = classes_of(name, kind), classes_in(head)
+            if not (found and expected):
+                continue
+            if len(found) != expected:
+                raise ConfigError(
+                    f"{key}: {name} has {len(found)} {kind} classes and the head has {expected}: "
+                    f"set {HOW_TO_SET[where]}"
+                )
+            other, classes = first.setdefault(kind, (name, found))
+            for a, b in zip(classes, found):
+                if a != b:
+                    raise ConfigError(
+                        f"{key}: {name} has the class {b!r} where {other} has {a!r}: their json "
+                        "files must give the same ids to the same names"
+                    )
+
+
+def classes_in(head: Any) -> int:
+    """Number of classes that a head predicts; 0 where it does not say."""
+    found = getattr(head, "num_classes", None)
+    if found is None and hasattr(head, "predictor"):  # of semantic segmentation
+        found = head.predictor.out_channels
+    return found if isinstance(found, int) else 0

@@ -1,0 +1,232 @@
+"""A training stream that can be taken up where it was left.
+
+Detectron2's training loader is endless and forgets its place. Here order and augmentation are a
+function of (seed, position in the stream), whatever the number of workers, so a resumed run sees
+exactly the images, flips and sizes that it would have seen. Processes share one stream as
+Detectron2's samplers do, k of them taking every k-th image: however many there are, an iteration
+sees the same images (but where lying and standing ones wait for their like, in each process).
+"""
+
+import logging
+import math
+import random
+from collections import defaultdict
+from itertools import chain, islice
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ssimkd.engine.preemption import leave_to_parent
+from ssimkd.errors import ConfigError
+from ssimkd.utils.random_state import preserve_random_state
+
+from .bad_images import BadImageError, NamingMapper
+
+logger = logging.getLogger(__name__)
+MOST_IN_A_ROW = 10  # bad images, beyond which the data or the disk is wrong
+SKIPPED = "skipped"  # key of an item: the images that it stands in for
+# Attributes of Detectron2's samplers that hold random draws.
+DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
+Position = Tuple[int, int]  # place in this process's stream, index in the data set
+
+
+class ResumableLoader:
+    """Endless batches, list[dict] each, of this process's share; with a `state_dict`.
+
+    The loader starts when the first batch is asked for, from the state at that moment, and leaves
+    the process's random generators alone.
+
+    Args:
+        dataset (list[dict] or Dataset): records in Detectron2's format.
+        mapper (callable): record -> what the model takes.
+        sampler (Sampler or None): endless indices of this process; None: TrainingSampler.
+        total_batch_size (int): images per iteration of all processes together.
+        aspect_ratio_grouping (bool): batches of images that all lie or all stand.
+        num_workers (int): processes that load images.
+        skip_bad_images (bool): an image that cannot be read gives its place to the next of the
+            data set that can, of the same orientation. Both are the same however the stream is
+            shared out or resumed. Not for more than ten in a row, or half of the data set.
+        options: further arguments of torch's DataLoader.
+
+    Raises:
+        ConfigError: the batch cannot be shared out, or images of unknown size cannot be grouped.
+            In the stream, too many images are bad; BadImageError: one cannot be read.
+
+    Attributes:
+        skipped (set[str]): a line for each image that was skipped so far, in this process.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        mapper: Callable[[Dict], Any],
+        sampler: Optional[Sampler] = None,
+        total_batch_size: int,
+        aspect_ratio_grouping: bool = True,
+        num_workers: int = 0,
+        skip_bad_images: bool = False,
+        **options,
+    ) -> None:
+        self.lies: Optional[List[bool]] = None
+        if aspect_ratio_grouping:
+            try:
+                self.lies = [record["width"] > record["height"] for record in dataset]
+            except KeyError as error:
+                raise ConfigError(
+                    "DATALOADER.ASPECT_RATIO_GROUPING (.yaml) or aspect_ratio_grouping (.py): a "
+                    f"record of the data set has no {error}; set it to False"
+                ) from error
+        records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
+        self.dataset = MapDataset(records, NamingMapper(mapper))
+        self.skip_bad_images = skip_bad_images
+        self.skipped: Set[str] = set()
+        self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
+        self.batch_size, left = divmod(total_batch_size, comm.get_world_size())
+        if left or not self.batch_size:
+            raise ConfigError(
+                f"the batch of {total_batch_size} images cannot be shared by "
+                f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
+                "or total_batch_size (.py)"
+            )
+        self.options = {
+            "collate_fn": trivial_batch_collator,
+            "num_workers": num_workers,
+            "worker_init_fn": leave_to_parent,
+            **options,
+        }
+        self.batches = 0  # taken so far
+
+    def __iter__(self) -> Iterator[List[Dict]]:
+        with preserve_random_state():
+            loader = iter(
+                DataLoader(
+                    self._seeded(),
+                    batch_sampler=self._places(),  # type: ignore[arg-type]
+                    **self.options,
+                )
+            )
+        while True:
+            with preserve_random_state():
+                batch = next(loader)
+            for item in batch:
+                self._note(item)
+            self.batches += 1
+            yield batch
+
+    def peek(self, images: int) -> List[List[Dict]]:
+        """The next batches, until they hold so many images, without taking them."""
+        count = math.ceil(images / self.batch_size)
+        with preserve_random_state():
+            dataset = self._seeded()
+            return [[dataset[p] for p in batch] for batch in islice(self._places(), count)]
+
+    def _note(self, item: Any) -> None:
+        """Takes out of an item what was skipped for it, and warns of each image once."""
+        lines = item.pop(SKIPPED, ()) if isinstance(item, dict) else ()
+        for line in lines:
+            if line not in self.skipped:
+                logger.warning("Skipped: %s", line)
+                self.skipped.add(line)
+        if 2 * len(self.skipped) > len(self.dataset):
+            raise ConfigError(
+                f"--skip-bad-images: more than half of the {len(self.dataset)} images of the data "
+                f"set cannot be read; {min(self.skipped)}"
+            )
+
+    def _seeded(self) -> "SeededDataset":
+        seed = getattr(self.sampler, "_seed", 0)
+        return SeededDataset(self.dataset, seed, self.skip_bad_images, self.lies)
+
+    def _places(self) -> Iterator[List[Position]]:
+        """Batches of places that were not taken yet."""
+        return islice(group_batches(self.sampler, self.batch_size, self.lies), self.batches, None)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What the sampler drew when it was made, and the number of batches taken from it."""
+        drawn = {name: vars(self.sampler)[name] for name in DRAWN if name in vars(self.sampler)}
+        return {"sampler": drawn, "batches": self.batches}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Takes the stream up where the state was taken; before the first batch only."""
+        vars(self.sampler).update(state["sampler"])
+        self.batches = state["batches"]
+
+
+class SeededDataset(Dataset):
+    """Items of a data set, whose random augmentation depends on (seed, position) alone.
+
+    Args:
+        dataset (Dataset): items by index.
+        seed (int): any integer.
+        skip_bad_images (bool), lies (list[bool] or None): see :class:`ResumableLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        seed: int,
+        skip_bad_images: bool = False,
+        lies: Optional[List[bool]] = None,
+    ) -> None:
+        self.dataset, self.skip_bad_images, self.lies = dataset, skip_bad_images, lies
+        self.seed = (seed % 2**64, 0)  # Detectron2's "no seed" is -1; 0: as one process ever drew
+        self.rank, self.processes = comm.get_rank(), comm.get_world_size()
+
+    def __getitem__(self, place: Position) -> Any:
+        position, index = place
+        shared = position * self.processes + self.rank  # in the stream of all processes
+        words = np.random.SeedSequence((*self.seed, shared)).generate_state(3)
+        bad = []
+        for candidate in self._candidates(index):
+            random.seed(int(words[0]))
+            np.random.seed(words[1])
+            torch.manual_seed(int(words[2]))
+            try:
+                item = self.dataset[candidate]
+            except BadImageError as error:
+                if not self.skip_bad_images:
+                    raise
+                bad.append(str(error))
+                if len(bad) > MOST_IN_A_ROW:
+                    break
+                continue
+            if bad:
+                item[SKIPPED] = bad
+            return item
+        raise ConfigError(
+            f"--skip-bad-images: {len(bad)} images in a row cannot be read, and no other stands in "
+            f"for them; {bad[0]}"
+        )
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """An image, then those that may stand in for it."""
+        size = len(self.dataset)
+        for candidate in chain(range(index, size), range(index)):
+            if self.lies is None or self.lies[candidate] == self.lies[index]:
+                yield candidate
+
+
+def group_batches(
+    sampler: Sampler, batch_size: int, lies: Optional[List[bool]]
+) -> Iterator[List[Position]]:
+    """Batches of an endless sampler, in the order of Detectron2's AspectRatioGroupedDataset.
+
+    Args:
+        sampler (Sampler): indices of images.
+        batch_size (int): images in a batch.
+        lies (list[bool] or None): of each image, whether it is wider than high; None: no grouping.
+    """
+    waiting: Dict[bool, List[Position]] = defaultdict(list)
+    for position, index in enumerate(sampler):
+        group = waiting[lies[index] if lies else False]
+        group.append((position, index))
+        if len(group) == batch_size:
+            yield group[:]
+            group.clear()

@@ -1,0 +1,1 @@
+"""The two drivers, their hooks and the command line."""

@@ -1,0 +1,216 @@
+"""From a command line to a config that can run."""
+
+import argparse
+import os
+import re
+from typing import Any, List, Sequence
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.engine import default_argument_parser
+from omegaconf import OmegaConf
+
+from ssimkd.checkpoint.reader import TRUST
+from ssimkd.checkpoint.run_checkpointer import checkpoints_in
+from ssimkd.config import add_ssimkd_config
+from ssimkd.data.datasets import check_datasets, lazy_use_own_data, use_own_data
+from ssimkd.errors import ConfigError, building
+from ssimkd.utils.config_keys import datasets_of, key_of, setting
+from ssimkd.utils.yaml_config import merge_yaml
+
+from .limits import check_limits
+
+SPLITS = ("TRAIN", "TEST")
+SKIP = (
+    ["DATALOADER.SKIP_BAD_IMAGES", "True"],
+    ["+dataloader.train.skip_bad_images=True"],  # of a LazyConfig
+)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's command line and this project's own flags; what is wrong is said in one line."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="train on another image in place of one that cannot be read, and count them",
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="show progress, results and warnings alone"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=minutes,
+        default=30.0,  # Detectron2's DEFAULT_TIMEOUT
+        metavar="MINUTES",
+        help="of waiting for another process (30); one that does not answer ends the run",
+    )
+    add_flags(parser)
+
+    def fail(message: str) -> None:
+        parser.exit(2, f"error: {message}\n")
+
+    parser.error = fail  # type: ignore[assignment, method-assign]
+    return parser
+
+
+def minutes(text: str) -> float:
+    """A time that PyTorch can wait for, in minutes."""
+    value = float(text)
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1e6 minutes, got {text}")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads checkpoints: `args.trust_checkpoint`, `.debug`."""
+    parser.add_argument(
+        TRUST,
+        action="store_true",
+        help="read checkpoints that hold more than tensors: they can run any code",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def load_arguments(args: argparse.Namespace):
+    """The config that a command line of :func:`argument_parser` names; see :func:`load_config`."""
+    flags = [word for word in args.opts if word.startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]}: flags stand before the overrides")
+    overrides = list(args.opts)
+    if args.skip_bad_images:
+        lazy = args.config_file.endswith(".py")
+        overrides += SKIP[lazy]
+    return load_config(args.config_file, overrides, ("TEST",) if args.eval_only else SPLITS)
+
+
+def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS):
+    """The config of a file: a CfgNode (`.yaml`) or a DictConfig (`.py`).
+
+    Args:
+        path (str): the file.
+        overrides (list[str]): "KEY", "value", ... for `.yaml`; "key=value", ... for `.py`.
+        splits (sequence[str]): "TRAIN", "TEST": whose own data is registered (`DATASETS.COCO`).
+
+    Raises:
+        ConfigError: it cannot be read, an override does not apply, or its own data is wrong.
+    """
+    if not path:
+        raise ConfigError(
+            "--config-file is missing, for example --config-file configs/ssimkd_R50.yaml"
+        )
+    if not os.path.isfile(path) or not path.endswith((".py", ".yaml", ".yml")):
+        raise ConfigError(f"--config-file: {path} is no file that ends in .yaml or .py")
+    with building(" ".join([path, "with", *map(str, overrides)]) if overrides else path):
+        if path.endswith(".py"):
+            cfg = LazyConfig.load(path)
+            check_overrides(cfg, overrides)
+            cfg = LazyConfig.apply_overrides(cfg, overrides)
+        else:
+            cfg = get_cfg()
+            add_ssimkd_config(cfg)
+            merge_yaml(cfg, path)
+            merge_overrides(cfg, overrides)
+    if isinstance(cfg, CfgNode):
+        use_own_data(cfg, splits)
+        cfg.freeze()
+    else:
+        lazy_use_own_data(cfg, splits)
+    return cfg
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    """Merges "KEY", "value", ... into a config, in place; an integer will do for a float."""
+    values = list(overrides)
+    for i in range(1, len(values), 2):
+        node: Any = cfg
+        for part in values[i - 1].split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", values[i]):
+            values[i] += ".0"
+    cfg.merge_from_list(values)
+
+
+def check_overrides(cfg, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own.
+
+    What is called is not looked at: it refuses arguments that it does not know.
+    """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: an override of a .py config is written key=value")
+        node, called = cfg, False
+        for part in [] if key.startswith(("+", "~")) else key.split("."):
+            called = called or "_target_" in node
+            if not OmegaConf.is_config(node) or not (called or part in node):
+                known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
+                raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
+            node = OmegaConf.select(node, part)
+
+
+def check_config(cfg, args: argparse.Namespace) -> str:
+    """Raises ConfigError for what would fail later and less clearly: settings, files, devices.
+
+    Args:
+        cfg (CfgNode or DictConfig): of :func:`load_arguments`.
+        args (Namespace): of :func:`argument_parser`.
+
+    Returns:
+        str: the config's device, such as "cuda" or "cpu".
+    """
+    check_limits(cfg, args.eval_only)
+    splits = ("TEST",) if args.eval_only else ("TEST", "TRAIN")
+    used = datasets_of(cfg, *splits)
+    *_, needed = used
+    if not used[needed]:
+        raise ConfigError(f"{needed} is empty: name at least one data set")
+    for key, names in used.items():
+        check_datasets(names, key)
+    resumes = args.resume and bool(checkpoints_in(setting(cfg, "output")))
+    check_weights(key_of(cfg, "weights"), setting(cfg, "weights"), resumes, args.eval_only)
+    device = str(setting(cfg, "device"))
+    check_processes(args, device, key_of(cfg, "device"))
+    if setting(cfg, "amp") and not torch.cuda.is_available() and not args.eval_only:
+        key = key_of(cfg, "amp")
+        raise ConfigError(f"{key}: Detectron2 trains with mixed precision on a GPU only")
+    return device
+
+
+def check_weights(key: str, weights: str, resumes: bool, needed: bool) -> None:
+    """Raises ConfigError where a checkpoint is needed and not named, or is no file."""
+    if resumes:
+        return
+    if needed and not weights:
+        raise ConfigError(f"{key} is empty: name the checkpoint to evaluate")
+    if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
+        raise ConfigError(f"{key}: there is no file {weights}")
+
+
+def check_processes(args: argparse.Namespace, device: str, device_key: str) -> None:
+    """Raises ConfigError for processes that cannot be, or a device that this machine lacks."""
+    for flag, value, least in (
+        ("--num-gpus", args.num_gpus, 0),
+        ("--num-machines", args.num_machines, 1),
+        ("--machine-rank", args.machine_rank, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} is {value}: it must be at least {least}")
+    if args.machine_rank >= args.num_machines:
+        raise ConfigError(
+            f"--machine-rank is {args.machine_rank}: of --num-machines {args.num_machines} the "
+            f"last one is {args.num_machines - 1}"
+        )
+    if args.num_machines > 1 and "://" not in args.dist_url:
+        raise ConfigError(f"--dist-url: {args.dist_url} is no address such as tcp://host:port")
+    cuda, gpus = device.startswith("cuda"), torch.cuda.device_count()
+    if args.num_gpus > 1 and not cuda:
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus} and the device is {device}: leave one of them out "
+            "(torchrun starts several processes on a CPU)"
+        )
+    if cuda and max(args.num_gpus, 1) > gpus:
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, this machine has {gpus}; without any, set "
+            f"{device_key} to cpu"
+        )

@@ -1,0 +1,120 @@
+"""What both drivers add to Detectron2's training loop."""
+
+import logging
+from typing import Any, Callable, Dict, List, Optional
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch import nn
+
+from ssimkd.data.resumable_loader import ResumableLoader
+from ssimkd.errors import MENDABLE, in_user_terms
+from ssimkd.utils.random_state import get_random_state, set_random_state
+
+logger = logging.getLogger(__name__)
+RUNNING = ("loss_normalizer",)  # attributes of models that training moves, outside state_dict
+
+
+class ExactResume(HookBase):
+    """Keeps, in the checkpoint, the place in the data and every process's own state.
+
+    That is its random generators, and the running number of foreground anchors by which RetinaNet
+    and FCOS divide their losses. Stands before the hook that writes checkpoints.
+
+    Args:
+        loader (ResumableLoader or iterable): the data; another kind starts anew.
+        model (nn.Module): without DistributedDataParallel around it.
+        period (int): iterations between checkpoints.
+    """
+
+    def __init__(self, loader: Any, model: nn.Module, period: int) -> None:
+        self.loader, self.model, self.period = loader, model, period
+        self.states: List[Dict[str, Any]] = []
+
+    def before_train(self) -> None:
+        """Restores this process's generators and the model's running numbers, once all is built."""
+        if not self.states:
+            if self.trainer.start_iter > 0:
+                logger.warning("The checkpoint has no random state: this resume is not exact")
+            return
+        if len(self.states) != comm.get_world_size():
+            logger.warning(
+                "The checkpoint is one of %d processes, not of %d: this resume is not exact "
+                "(weights and optimizer are; what is drawn at random is not)",
+                len(self.states),
+                comm.get_world_size(),
+            )
+        else:
+            set_random_state(self.states[comm.get_rank()])
+        state = self.states[comm.get_rank() % len(self.states)]
+        vars(self.model).update(state.get("model", {}))
+
+    def after_step(self) -> None:
+        """Collects the state of all processes where a checkpoint is about to be written."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done >= self.trainer.max_iter:
+            self.collect()
+
+    def collect(self) -> None:
+        """Collects them now; every process has to call it."""
+        own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
+        self.states = comm.gather({**get_random_state(), "model": own})
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What the checkpoint keeps."""
+        state: Dict[str, Any] = {"random": self.states}
+        if isinstance(self.loader, ResumableLoader):
+            state["data"] = self.loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Takes back what the checkpoint kept; it acts when training starts."""
+        self.states = state["random"]
+        if "data" in state and isinstance(self.loader, ResumableLoader):
+            self.loader.load_state_dict(state["data"])
+        else:
+            logger.warning("The training data starts anew: this resume is not exact")
+
+
+class AfterTraining(HookBase):
+    """Calls a function on the main process once training has come to its end.
+
+    Its failure is an error of the log and waits for :meth:`raise_failure`: the evaluation behind it
+    must not be lost.
+
+    Args:
+        function (callable): takes nothing; the log calls it by its name.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.failure: Optional[Exception] = None
+
+    def after_train(self) -> None:
+        """Calls it, but not after a failure of the training."""
+        # only a run that succeeded counts up to max_iter
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            try:
+                self.function()
+            except Exception as error:
+                self.failure = error
+                name, mendable = self.function.__name__, isinstance(error, MENDABLE)
+                logger.error("%s failed: %s", name, in_user_terms(error), exc_info=not mendable)
+
+    def raise_failure(self) -> None:
+        """Raises what the function raised, for the status of a run whose other hooks are done."""
+        if self.failure is not None:
+            raise self.failure
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, but for a run that fails in its last iteration.
+
+    There its own evaluates a student that is no result, and waits in it for the other processes,
+    which wait for this one's gradient.
+    """
+
+    def after_train(self) -> None:
+        """Evaluates, but not after a failure of the training."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()

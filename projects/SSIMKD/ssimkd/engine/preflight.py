@@ -1,0 +1,184 @@
+"""What happens once before the first iteration: INHERIT, and a look at teacher and student.
+
+A teacher that was loaded wrongly trains without an error and teaches noise. So its maps must agree
+with the student's cell by cell on real images, and it should find the objects in them.
+"""
+
+import logging
+from contextlib import suppress
+from itertools import chain
+from typing import Any, Dict, List, Set, Tuple
+
+import torch
+from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ssimkd.errors import ConfigError, naming, one_line
+from ssimkd.modeling.distiller import Distiller
+from ssimkd.modeling.meta_arch import image_format_of, output_of
+from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
+from ssimkd.teacher.frozen import as_seen, rules_of, trained_format
+from ssimkd.teacher.inherit import inherit
+from ssimkd.utils.random_state import preserve_random_state
+
+logger = logging.getLogger(__name__)
+FOUND_IOU = 0.5  # overlap from which a detection has found an object
+LEAST_FOUND = 0.3  # share of the objects; trained detectors find about twice as many
+
+
+def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
+    """Lets a student inherit its teachers' weights and checks the pairs on training images.
+
+    The model's mode, the stream of data and the random generators stay as they are.
+
+    Args:
+        model (nn.Module): a student with its weights; another model is left alone.
+        loader (ResumableLoader or iterable): only the former can show images without taking them.
+        resumed (bool): the weights are a checkpoint's: nothing is inherited.
+
+    Raises:
+        ConfigError: a module cannot be inherited, or maps do not agree cell by cell.
+    """
+    inherited: Set[str] = set()
+    with preserve_random_state():
+        for name, distiller in distillers_of(model):
+            modules = [] if resumed else distiller.inherit
+            check = distiller.check_images > 0 and comm.is_main_process()
+            if not (distiller.enabled and (modules or check)):
+                continue
+            with naming_teacher(name):
+                detector, cfg, absent = distiller.spec.load(model.device)
+                copied = set(inherit(model, detector, modules, absent)) if modules else set()
+                if inherited & copied:
+                    twice = sorted(inherited & copied)[0]
+                    raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice}")
+                inherited |= copied
+            if check:
+                check_pair(model, name, distiller, loader, (detector, cfg, absent))
+
+
+def check_pair(
+    model: Any,
+    name: str,
+    distiller: Distiller,
+    loader: Any,
+    teacher: Tuple[nn.Module, Any, List[str]],
+) -> None:
+    """Looks at one teacher and the student on the first training images.
+
+    Args:
+        model (nn.Module): the student.
+        name (str): of the teacher; "" of a single one.
+        distiller (Distiller): its own.
+        loader (ResumableLoader or iterable): as in :func:`prepare`.
+        teacher (tuple): what :meth:`TeacherSpec.load` returned.
+    """
+    detector, cfg, absent = teacher
+    who = f"The teacher {name}".rstrip()
+    if not hasattr(loader, "peek"):
+        kind = type(loader).__name__
+        logger.warning("Teacher and student are not checked: a %s shows no images", kind)
+        return
+    batches = loader.peek(distiller.check_images)
+    with naming_teacher(name):
+        shapes = check_maps(model, distiller, batches[0])
+    logger.info("%s and student agree cell by cell: %s", f"Teacher {name}".rstrip(), shapes)
+    if absent:
+        logger.warning(
+            "%s's detections cannot be checked: its checkpoint does not hold %s in the shape that "
+            "its config gives it (another number of classes? MODEL.DISTILL.TEACHER.OPTS sets it)",
+            who,
+            absent[0],
+        )
+        return
+    shown, wanted = image_format_of(model), trained_format(cfg, detector)
+    check_detections(who, detector, list(chain(*batches)), shown, wanted)
+
+
+def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
+    """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
+    what = (
+        f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here, an "
+        "operator that Detectron2 compiles is missing"
+    )
+    with naming(what, (ImportError, NotImplementedError)):
+        student, _ = paired_maps(model, distiller, batch)
+    return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
+
+
+class _Taken(BaseException):  # which no `except Exception` of a student stops
+    """Ends a student's forward: its maps are there."""
+
+
+def _end(*_: Any) -> None:
+    raise _Taken
+
+
+@torch.no_grad()
+def paired_maps(
+    model: Any, distiller: Distiller, batch: List[Dict]
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+    """The maps of a student's modules in evaluation mode and of its teacher's.
+
+    They are taken while the student's own forward starts, in training that of training and else
+    its inference, for which the images are; it ends with the backbone: the heads do not run.
+
+    Returns:
+        (dict, dict): see :meth:`Distiller.pair`.
+    """
+    training, hook = model.training, model.backbone.register_forward_hook
+    model.eval()  # batch statistics must not move
+    model.training = training  # of the detector alone
+    try:
+        with output_of(model.backbone) as taken, hook(_end), EventStorage(), suppress(_Taken):
+            model(batch)
+        rules = rules_of(model, image_format_of(model))
+        return distiller.pair(batch, taken["maps"], taken["images"], rules)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def check_detections(
+    who: str, detector: nn.Module, batch: List[Dict], shown: str, wanted: str
+) -> None:
+    """Logs how many objects of a batch a teacher finds; warns where they are few.
+
+    Args:
+        who (str): the teacher, in words.
+        detector (nn.Module): the whole teacher.
+        batch (list[dict]): images with "instances".
+        shown, wanted (str): channel order of the images, and of those that it was trained on.
+    """
+    found = total = 0
+    try:
+        for x in batch:
+            image = as_seen([x["image"]], shown, wanted)[0]
+            detections = detector([{"image": image}])[0]["instances"]
+            found += count_found(detections, x["instances"].to(detections.scores.device))
+            total += len(x["instances"])
+    except Exception as error:  # not every teacher has boxes, and it trains without them
+        logger.warning("%s's detections cannot be checked: %s", who, one_line(error))
+        return
+    if not total:
+        logger.warning("%s's detections cannot be checked: no objects in the images", who)
+        return
+    text = f"{who} finds {found} of {total} objects in {len(batch)} training images"
+    if found >= LEAST_FOUND * total:
+        logger.info(text)
+    else:
+        logger.warning(
+            "%s, fewer than %.0f %%. Do MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and are "
+            "these images of its kind? What it teaches may be noise",
+            text,
+            100 * LEAST_FOUND,
+        )
+
+
+def count_found(detections: Instances, targets: Instances) -> int:
+    """Objects that a detection overlaps, of the as many best scored ones as there are objects."""
+    best = detections.scores.argsort(descending=True)[: len(targets)]
+    iou = pairwise_iou(targets.gt_boxes, detections.pred_boxes[best])
+    return int((iou >= FOUND_IOU).any(dim=1).sum())

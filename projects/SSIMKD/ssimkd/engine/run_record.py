@@ -1,0 +1,132 @@
+"""What a run leaves about itself: `run.json` in its folder."""
+
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from detectron2.utils import comm
+
+from ssimkd.checkpoint.run_checkpointer import whole_file
+from ssimkd.errors import ConfigError, one_line, writing
+
+logger = logging.getLogger(__name__)
+FILE = "run.json"
+PACKAGES = ("ssimkd", "detectron2", "torch", "torchvision", "numpy")
+
+
+@contextmanager
+def record_run(folder: str) -> Iterator[None]:
+    """Around a run: adds its command, time, commit, versions and machine to `run.json`.
+
+    A run that is resumed or evaluated later adds an entry of its own; one that fails has no end.
+
+    Args:
+        folder (str): the run's; it exists. Only the main process writes.
+    """
+    if not comm.is_main_process():
+        yield
+        return
+    entry: Dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "started": now(),
+        "ended": None,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "machine": machine(),
+    }
+    old, path = read_record(folder), os.path.join(folder, FILE)
+    entries = [*old, entry]
+    with writing(f"write {FILE} to {folder}"):
+        if not old and os.path.exists(path):  # unreadable
+            os.replace(path, f"{path}.unreadable")
+    write(folder, entries)
+    yield
+    entry["ended"] = now()
+    write(folder, entries)
+
+
+def read_record(folder: str) -> List[Dict[str, Any]]:
+    """The entries of a folder's `run.json`, oldest first; none where it cannot be read."""
+    path = os.path.join(folder, FILE)
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path) as f:
+            entries = json.load(f)
+        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+            return entries
+        reason = "it is no list of entries"
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+    logger.warning("%s cannot be read and is left out: %s", path, reason)
+    return []
+
+
+def read_json(path: str) -> Any:
+    """What a file of a run holds.
+
+    Raises:
+        ConfigError: it is no JSON, as where its writing was interrupted.
+    """
+    with open(path) as f:
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise ConfigError(f"{path} is no whole JSON: {error}") from error
+
+
+def in_words(time: Optional[str]) -> str:
+    """An entry's "started" or "ended" for people; None: it has no end."""
+    if time is None:
+        return "not ended, or failed"
+    return f"{datetime.fromisoformat(time):%d %b %Y, %H:%M} UTC"
+
+
+def write(folder: str, entries: List[Dict[str, Any]]) -> None:
+    """Replaces `run.json` at once: an interruption leaves the former one."""
+    with writing(f"write {FILE} to {folder}"), whole_file(os.path.join(folder, FILE), "w") as f:
+        json.dump(entries, f, indent=2)
+
+
+def now() -> str:
+    """Time of day in UTC, ISO 8601 to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> Optional[str]:
+    """Commit of this package's source, with "-dirty" where it was changed; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> Dict[str, str]:
+    """Of the installed packages that decide a run."""
+    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
+def machine() -> str:
+    """Processor, cores and GPUs, in words: what a run's time depends on."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    processor = found[1] if found else platform.processor() or platform.machine()
+    gpus = torch.cuda.device_count()
+    also = [f"{gpus} x {torch.cuda.get_device_name(0)}"] if gpus else []
+    return ", ".join([processor, f"{os.cpu_count()} cores", *also])

@@ -1,0 +1,181 @@
+"""Where a run's figures go: the terminal, Detectron2's files and, where asked, Weights & Biases."""
+
+import logging
+import os
+import sys
+from contextlib import ExitStack
+from typing import List, Optional
+
+import numpy as np
+from detectron2.engine import default_writers
+from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.logger import setup_logger
+from pycocotools import coco, cocoeval
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ssimkd.errors import ConfigError, one_line
+
+logger = logging.getLogger(__name__)
+LOGGERS = ("detectron2", "fvcore", "ssimkd")
+RATE = "images_per_second"
+WINDOW = 20  # iterations over which figures are smoothed, as Detectron2's writers do
+
+
+def build_writers(
+    folder: str, max_iter: int, batch_size: int, wandb_project: str = ""
+) -> List[EventWriter]:
+    """Detectron2's writers, with images per second, and a bar where there is a terminal.
+
+    Args:
+        folder (str): of metrics.json and TensorBoard's events.
+        max_iter (int): iterations of the run.
+        batch_size (int): images per iteration, of all processes; 0: unknown.
+        wandb_project (str): of Weights & Biases; "" leaves it out.
+
+    Raises:
+        ConfigError: wandb is asked for and cannot be imported.
+    """
+    printer, *files = default_writers(folder, max_iter)
+    printer.logger = WithRate(printer.logger, {})
+    wandb = [WandbWriter(wandb_project, folder)] if wandb_project else []
+    # TensorBoard's comes last: it takes the images away
+    return [ImagesPerSecond(batch_size), printer, ProgressBar(max_iter), *wandb, *files]
+
+
+def quiet_terminal(folder: str, rank: int) -> None:
+    """Leaves warnings, results and progress on the terminal; log.txt keeps everything.
+
+    Args:
+        folder (str): of log.txt, as Detectron2's `default_setup` will name it, which comes later.
+        rank (int): of this process.
+    """
+    shown = ["detectron2.evaluation.testing"]
+    if not sys.stderr.isatty():  # there is no bar
+        shown.append("detectron2.utils.events")
+    # the calls of default_setup: it will find these loggers
+    setup_logger(folder, distributed_rank=rank)
+    for name in LOGGERS[1:]:
+        setup_logger(folder, distributed_rank=rank, name=name)
+    for name in LOGGERS:
+        for handler in logging.getLogger(name).handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name in shown)
+    for module in (coco, cocoeval):
+        module.print = print_to_log
+
+
+def print_to_log(*words: object) -> None:
+    """Stands for pycocotools' `print`."""
+    logger.info(" ".join(map(str, words)))
+
+
+class ImagesPerSecond(EventWriter):
+    """Puts the rate of the last iterations, without what hooks take, among the figures.
+
+    Args:
+        batch_size (int): images per iteration; 0: unknown.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def write(self) -> None:
+        """Comes before the writers that show it."""
+        storage = get_event_storage()
+        _, timed = storage.latest().get("time", (0.0, None))
+        if self.batch_size and timed == storage.iter:  # not the first iterations, nor the end
+            seconds = storage.history("time").median(WINDOW)
+            storage.put_scalar(RATE, self.batch_size / seconds, smoothing_hint=False)
+
+
+def rate_text() -> str:
+    """The latest rate in words; "" where there is none."""
+    latest = get_event_storage().latest()
+    return f"{latest[RATE][0]:.1f} images/s" if RATE in latest else ""
+
+
+class WithRate(logging.LoggerAdapter):
+    """Adds the rate to the lines of Detectron2's printer, which takes no figure but its own."""
+
+    def process(self, msg, kwargs):
+        """The line that is logged."""
+        return f"{msg}  {rate_text()}".rstrip(), kwargs
+
+
+class ProgressBar(EventWriter):
+    """A last line with time to go, losses and images per second, under what is logged.
+
+    Only where stderr is a terminal.
+
+    Args:
+        max_iter (int): iterations of the run.
+    """
+
+    def __init__(self, max_iter: int) -> None:
+        self.max_iter = max_iter
+        self.bar: Optional[tqdm] = None
+        self.opened = ExitStack()
+
+    def write(self) -> None:
+        """Moves the bar; the first call makes it, so that a resumed run does not start at 0."""
+        storage = get_event_storage()
+        done = min(storage.iter + 1, self.max_iter)
+        if self.bar is None:
+            self.bar = tqdm(total=self.max_iter, initial=done, disable=None, dynamic_ncols=True)
+            if not self.bar.disable:
+                loggers = [logging.getLogger(name) for name in LOGGERS]
+                self.opened.enter_context(logging_redirect_tqdm(loggers))
+        losses = [
+            f"{name} {history.median(WINDOW):.4g}"
+            for name, history in storage.histories().items()
+            if name == "total_loss" or "_kd_loss" in name
+        ]
+        self.bar.set_postfix_str(", ".join([*losses, rate_text()]), refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        """Gives the terminal back to the loggers."""
+        if self.bar is not None:
+            self.bar.close()
+        self.opened.close()
+
+
+class WandbWriter(EventWriter):
+    """Sends figures and images to Weights & Biases.
+
+    Args:
+        project (str): the run's project there.
+        folder (str): of the run, which gets its name.
+
+    Raises:
+        ConfigError: wandb cannot be imported.
+    """
+
+    def __init__(self, project: str, folder: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "MODEL.DISTILL.WANDB_PROJECT (train.wandb_project): wandb cannot be imported, "
+                f"{one_line(error)}: pip install wandb"
+            ) from error
+        self.wandb = wandb
+        name = os.path.basename(os.path.abspath(folder))
+        self.run = wandb.init(project=project, name=name, dir=folder)
+        self.last = -1
+
+    def write(self) -> None:
+        """Sends what is new since the last call."""
+        storage = get_event_storage()
+        scalars = storage.latest_with_smoothing_hint(WINDOW).items()
+        new = {name: value for name, (value, at) in scalars if at > self.last}
+        for name, image, _ in storage._vis_data:  # as TensorBoard's writer reads them
+            new[name] = self.wandb.Image(np.asarray(image).transpose(1, 2, 0))
+        if new:
+            self.run.log(new, step=storage.iter)
+        self.last = storage.iter
+
+    def close(self) -> None:
+        """Ends the run there."""
+        self.run.finish()

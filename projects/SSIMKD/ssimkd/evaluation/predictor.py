@@ -1,0 +1,140 @@
+"""A trained detector, ready to use: with its weights, its images' preparation and its classes."""
+
+from typing import Any, Callable, Dict
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import DatasetMapper, Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from torch import nn
+from torch.nn import functional
+
+from ssimkd.checkpoint.export import build_plain, plain_config
+from ssimkd.checkpoint.strict import load_teacher
+from ssimkd.errors import ConfigError, naming
+from ssimkd.utils.config_keys import names_of, setting
+from ssimkd.utils.random_state import preserve_random_state
+
+READABLE = 480  # pixels: below it, labels cover what they name
+
+
+def load_detector(cfg, weights: str = "") -> nn.Module:
+    """The plain detector of a config with its weights, in evaluation mode; no teacher is built.
+
+    Args:
+        cfg (CfgNode or DictConfig): of a student or of a plain detector.
+        weights (str): checkpoint, path or URL; "" is the config's own.
+
+    Returns:
+        nn.Module: on the config's device, on the CPU where there is no GPU.
+
+    Raises:
+        ConfigError: no weights are named, they cannot be read or are not all of the detector's.
+    """
+    weights = weights or setting(cfg, "weights")
+    if not weights:
+        raise ConfigError("--weights: name the detector's checkpoint; its config has none")
+    with torch.random.fork_rng(devices=[]):
+        model = build_plain(plain_config(cfg, weights))
+    absent = load_teacher(model, weights, "--weights")  # as strict as it is with teachers
+    if absent:
+        raise ConfigError(f"--weights: {weights} does not hold {absent[0]} as this config has it")
+    return model.eval().requires_grad_(False).to(device_of(cfg))
+
+
+def device_of(cfg) -> torch.device:
+    """The device of a config, or the CPU where there is no GPU."""
+    return torch.device((setting(cfg, "device") or "cuda") if torch.cuda.is_available() else "cpu")
+
+
+def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
+    """What reads an image file for a detector and prepares it as an evaluation of its config does.
+
+    Its call raises ConfigError for a file that is no image.
+
+    Raises:
+        ConfigError: a LazyConfig does not say how.
+    """
+    if isinstance(cfg, CfgNode):
+        mapper = DatasetMapper(cfg, is_train=False)
+    elif "dataloader" in cfg:
+        mapper = instantiate(cfg.dataloader.test.mapper)
+    else:
+        raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
+
+    def read(path: str) -> Dict[str, Any]:
+        with naming(f"{path} cannot be read as an image", (OSError, ValueError)):
+            return mapper({"file_name": path})
+
+    return read
+
+
+def metadata_of(cfg) -> Metadata:
+    """Detectron2's metadata of a config's first test set, with the names of the classes."""
+    names = names_of(cfg, "TEST")
+    return MetadataCatalog.get(names[0] if names else "__unused")
+
+
+def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
+    """An image file with a detector's boxes, masks and keypoints.
+
+    A small image is enlarged, so that its labels can be read. Each class has its colour, the same
+    each time, and the random generators stay as they are.
+
+    Args:
+        file_name (str): the image.
+        detections (Instances): in its pixels.
+        metadata (Metadata): names the classes.
+
+    Returns:
+        ndarray: (H, W, 3) uint8, RGB, its short side at least READABLE pixels.
+    """
+    image, detections = read_image(file_name, "RGB"), detections.to("cpu")
+    scale = max(1.0, READABLE / min(image.shape[:2]))
+    if scale > 1:
+        height, width = (round(side * scale) for side in image.shape[:2])
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+        detections = enlarged(detections, height, width)
+    names = metadata.get("thing_classes", None)
+    labels = detections.pred_classes.tolist()
+    count = len(names) if names else max(labels, default=0) + 1
+    colors = [colormap(rgb=True)[i % len(colormap())].tolist() for i in range(count)]
+    shown = Metadata(**{**metadata.as_dict(), "thing_colors": colors})
+    visualizer = Visualizer(image, shown, instance_mode=ColorMode.SEGMENTATION)
+    with preserve_random_state():
+        np.random.seed(0)
+        drawn = visualizer.draw_instance_predictions(detections)
+    return drawn.get_image()
+
+
+def enlarged(detections: Instances, height: int, width: int) -> Instances:
+    """Detections in the pixels of their image at another size; the given ones stay."""
+    ratio = torch.tensor([width, height, 1.0])
+    ratio[:2] /= torch.tensor(detections.image_size).flip(0)
+    larger = Instances((height, width), **detections.get_fields())
+    larger.pred_boxes = Boxes(detections.pred_boxes.tensor * ratio[:2].repeat(2))
+    if detections.has("pred_masks"):
+        masks = detections.pred_masks[:, None].float()
+        larger.pred_masks = functional.interpolate(masks, (height, width))[:, 0] > 0.5
+    if detections.has("pred_keypoints"):
+        larger.pred_keypoints = detections.pred_keypoints * ratio
+    return larger
+
+
+def write_image(path: str, image: np.ndarray) -> None:
+    """Writes an RGB image (H, W, 3) in the format of the file's suffix.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        written = cv2.imwrite(path, image[..., ::-1])
+    except cv2.error as error:
+        raise ConfigError(f"--output: cannot write {path}") from error
+    if not written:
+        raise ConfigError(f"--output: cannot write {path}")

@@ -1,0 +1,192 @@
+"""Where in an image a student's maps differ from its teacher's, level by level.
+
+    l, c, s      luminance, contrast and structure of SSIM (see ssim.py), each alone
+    SSIM         as the run's loss takes it, with its exponents
+    |S-T|        distance of the normalised features S (student) and T (teacher)
+    (S-T)^2      its square
+
+Each is averaged over the channels of a level. Maps are normalised as the run's SSIM loss does it,
+or as that loss does by default where the run has none.
+"""
+
+from typing import Any, Dict, Iterator, Mapping, NamedTuple, Tuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from torch import Tensor
+
+from ssimkd.engine.preflight import paired_maps
+from ssimkd.losses import Context, SSIMLoss
+from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.ssim.definition import ssim_map
+from ssimkd.ssim.normalize import normalize_maps
+
+SIMILARITIES = {"l": (1.0, 0.0, 0.0), "c": (0.0, 1.0, 0.0), "s": (0.0, 0.0, 1.0)}  # exponents
+DISTANCES = ("|S-T|", "(S-T)^2")
+NAMES = (*SIMILARITIES, "SSIM", *DISTANCES)
+COLOURS = "inferno"
+TILE = 192  # pixels, width of one map in a picture
+HEAD = 18  # pixels, height of the line of text above it
+
+
+class Pair(NamedTuple):
+    """The normalised maps of one image and level.
+
+    Attributes:
+        student, teacher (Tensor): (1, C, H, W), the cells that the image covers.
+        stride (int): pixels per cell.
+        options (dict): settings of :func:`ssimkd.ssim.ssim_map`.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    stride: int
+    options: Dict[str, Any]
+
+
+def normalized_pairs(model: Any, x: Mapping[str, Any]) -> Iterator[Tuple[str, Pair]]:
+    """What the losses of a student compare in one image, in evaluation mode.
+
+    Args:
+        model (nn.Module): a student with a distiller; another model has none.
+        x (mapping): what the model takes: "image" is (3, height, width) in [0, 255].
+
+    Yields:
+        (str, Pair): a level such as "p3", or "<teacher>/p3" with several teachers.
+    """
+    size = tuple(x["image"].shape[-2:])
+    for name, distiller in distillers_of(model):
+        if not distiller.enabled:
+            continue
+        losses = [loss for loss in distiller.losses.values() if type(loss) is SSIMLoss]
+        loss = losses[0] if losses else SSIMLoss()
+        student, teacher = paired_maps(model, distiller, [dict(x)])
+        strides = {level: shape.stride for level, shape in distiller.student_shapes.items()}
+        context = Context([size], strides, mask_padding=distiller.mask_padding)
+        for level in student:
+            maps = student[level], teacher[level]
+            inside = context.inside(level, maps[0])
+            maps = normalize_maps(*maps, loss.normalize, loss.normalize_scope, inside)
+            height, width = context.cells(level, maps[0])[0]
+            s, t = (m[..., :height, :width] for m in maps)
+            yield f"{name}/{level}".lstrip("/"), Pair(s, t, strides[level], loss.options)
+
+
+@torch.no_grad()
+def cell_maps(pair: Pair) -> Dict[str, Tensor]:
+    """The maps of NAMES before the mean over channels, (C, H, W) each.
+
+    With border "valid" the cells at the edge, which no whole window covers, are NaN.
+    """
+    s, t, _, options = pair
+    exponents = {**SIMILARITIES, "SSIM": options["exponents"]}
+    ret = {
+        name: fill(ssim_map(s, t, **{**options, "exponents": e}), s)[0]
+        for name, e in exponents.items()
+    }
+    ret.update(zip(DISTANCES, ((s - t).abs()[0], ((s - t) ** 2)[0])))
+    return ret
+
+
+def fill(x: Tensor, like: Tensor) -> Tensor:
+    """x (..., h, w) in the middle of the (H, W) cells of `like`, the rest NaN."""
+    down, across = ((a - b) // 2 for a, b in zip(like.shape[-2:], x.shape[-2:]))
+    return F.pad(x, (across, across, down, down), value=float("nan"))
+
+
+def similarity_maps(model: Any, x: Mapping[str, Any]) -> Dict[str, Dict[str, np.ndarray]]:
+    """The maps of one image.
+
+    Args:
+        model, x: as in :func:`normalized_pairs`.
+
+    Returns:
+        dict: level -> name of NAMES -> (H, W) float32, one value per pixel of the image: that of
+        the cell over it.
+    """
+    height, width = x["image"].shape[-2:]
+    ret = {}
+    for level, pair in normalized_pairs(model, x):
+        means = {name: m.mean(dim=0).cpu().numpy() for name, m in cell_maps(pair).items()}
+        ret[level] = {
+            name: m.repeat(pair.stride, 0).repeat(pair.stride, 1)[:height, :width]
+            for name, m in means.items()
+        }
+    return ret
+
+
+def scales(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Dict[str, Tuple[float, float]]:
+    """By name, the values of the first and last colour: from alike to as different as it gets.
+
+    A similarity goes from 1 to 0 (what is below 0 looks like 0), a distance from 0 to its largest
+    value of all levels.
+    """
+    return {
+        name: (0.0, max(float(np.nanmax(m[name])) for m in maps.values()) or 1.0)
+        if name in DISTANCES
+        else (1.0, 0.0)
+        for name in NAMES
+    }
+
+
+def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
+    """A map in colour: dark is alike, bright differs.
+
+    Args:
+        values (np.ndarray): (H, W); NaN is grey.
+        scale (float, float): values of the first and the last colour.
+
+    Returns:
+        np.ndarray: (H, W, 3) uint8, RGB.
+    """
+    first, last = scale
+    share = np.clip(np.nan_to_num((values - first) / (last - first)), 0, 1)
+    colour = 255 * colormaps[COLOURS](share)[..., :3]
+    return np.where(np.isnan(values)[..., None], 128, colour).round().astype(np.uint8)
+
+
+def gradient() -> str:
+    """The colours from alike to different as the colours of a CSS gradient."""
+    return ", ".join(to_hex(colormaps[COLOURS](share)) for share in np.linspace(0, 1, 9))
+
+
+def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> np.ndarray:
+    """One picture of all maps: a row per level, a column per name, the image once on the left.
+
+    Below each column are its colours with the values of the first and the last.
+
+    Args:
+        maps (mapping): what :func:`similarity_maps` returned.
+        image (np.ndarray): (H, W, 3) uint8, RGB, the image of these maps.
+
+    Returns:
+        np.ndarray: (h, w, 3) uint8, RGB; each map is TILE pixels wide.
+    """
+    scale = scales(maps)
+    rows = []
+    left = tile(image, "image")
+    for level, by_name in maps.items():
+        shown = [tile(in_colour(m, scale[n]), f"{level} {n}") for n, m in by_name.items()]
+        rows.append(np.hstack([left, *shown]))
+        left = np.full_like(left, 255)
+    share = np.linspace(0, 1, TILE - 4)[None].repeat(10, 0)
+    bars = [
+        tile(in_colour(share, (0, 1)), f"{n}: {a:.3g} to {b:.3g}") for n, (a, b) in scale.items()
+    ]
+    rows.append(np.hstack([np.full_like(bars[0], 255), *bars]))
+    return np.vstack(rows)
+
+
+def tile(image: np.ndarray, text: str, width: int = TILE) -> np.ndarray:
+    """An image (H, W, 3) at a width in pixels, less a white margin, under a line of text."""
+    width = width - 4
+    size = width, max(1, round(image.shape[0] * width / image.shape[1]))
+    kind = cv2.INTER_AREA if image.shape[1] > width else cv2.INTER_NEAREST
+    small = cv2.resize(image, size, interpolation=kind)
+    ret = cv2.copyMakeBorder(small, HEAD, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    cv2.putText(ret, text, (4, HEAD - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    return ret

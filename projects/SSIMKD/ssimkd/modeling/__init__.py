@@ -1,0 +1,1 @@
+"""The students and what compares them with their teachers."""

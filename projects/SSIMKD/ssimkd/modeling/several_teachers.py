@@ -1,0 +1,161 @@
+"""Several teachers at once: a Distiller for each."""
+
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Tuple, Union, cast
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ssimkd.errors import ConfigError, naming
+from ssimkd.teacher.frozen import Rules
+
+from .distiller import Distiller
+
+# What an entry of MODEL.DISTILL.TEACHERS may hold beside TEACHER's keys.
+PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
+
+
+class Distillers(nn.ModuleDict):
+    """Teaches one student by several teachers; each has its own entries in the training losses.
+
+    A teacher called x gives "<loss>_kd_loss_x", logs `x/<loss>_kd/<level>`, and keeps its trainable
+    parts under `distiller.x.`. Options are each teacher's own; but steps are left out for all, as
+    many as one allows, and gradients are logged of all together, at the shortest period.
+
+    Args:
+        distillers (Distiller): by the name of the teacher.
+
+    Raises:
+        ConfigError: no teacher, a name that a module cannot have, or no Distiller under it.
+    """
+
+    def __init__(self, /, **distillers: Distiller) -> None:
+        if not distillers:
+            raise ConfigError("MODEL.DISTILL.TEACHERS is empty")
+        try:
+            super().__init__(distillers)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHERS: a NAME cannot be used, or is no Distiller's: {error}"
+            ) from error
+        allowed = max(distiller.skip_nonfinite_steps for _, distiller in self.named())
+        for name, distiller in self.named():
+            distiller.name, distiller.skip_nonfinite_steps = name, allowed
+
+    def named(self) -> Iterator[Tuple[str, Distiller]]:
+        """The teachers' names with their distillers."""
+        return cast(Iterator[Tuple[str, Distiller]], iter(self.items()))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to distil."""
+        return any(distiller.enabled for _, distiller in self.named())
+
+    @property
+    def log_gradients(self) -> int:
+        """Iterations between logs of all teachers' gradients together; 0: none."""
+        periods = [distiller.log_gradients for _, distiller in self.named()]
+        return min(filter(None, periods), default=0)
+
+    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
+        """See :meth:`Distiller.attach`."""
+        for name, distiller in self.named():
+            with naming_teacher(name):
+                distiller.attach(student_shapes)
+
+    def build_teacher(self, device: torch.device) -> None:
+        """See :meth:`Distiller.build_teacher`."""
+        for name, distiller in self.named():
+            with naming_teacher(name):
+                distiller.build_teacher(device)
+
+    def forward(
+        self,
+        batched_inputs: List[Dict],
+        student_maps: Dict[str, Tensor],
+        images: Tensor,
+        rules: Rules,
+    ) -> Dict[str, Tensor]:
+        """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
+        losses = {}
+        for name, distiller in self.named():
+            if distiller.enabled:
+                with naming_teacher(name), get_event_storage().name_scope(name):
+                    own = distiller(batched_inputs, student_maps, images, rules)
+                losses.update({f"{key}_{name}": value for key, value in own.items()})
+        return losses
+
+
+def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
+    """Each teacher's name and Distiller, of a student; a single one has no name."""
+    distiller = getattr(model, "distiller", None)
+    if isinstance(distiller, (Distiller, Distillers)):
+        yield from distiller.named()
+
+
+def naming_teacher(name: str) -> ContextManager[None]:
+    """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
+    return naming(name and f"MODEL.DISTILL.TEACHERS: {name}")
+
+
+def build_distiller(cfg) -> Union[Distiller, Distillers]:
+    """What `cfg.MODEL.DISTILL` describes: one teacher, or the several of TEACHERS.
+
+    Raises:
+        ConfigError: an option is unknown or out of its range, or both kinds are set.
+    """
+    node = cfg.MODEL.get("DISTILL")
+    if not (node and node.TEACHERS and node.LOSSES):
+        return Distiller(cfg)
+    if node.TEACHER.CONFIG or node.INHERIT:
+        set_too = "TEACHER.CONFIG" if node.TEACHER.CONFIG else "INHERIT"
+        raise ConfigError(
+            f"MODEL.DISTILL.{set_too} and .TEACHERS are both set: with several teachers it stands "
+            f"in their entries; set {set_too} to {'[]' if set_too == 'INHERIT' else repr('')}"
+        )
+    distillers: Dict[str, Distiller] = {}
+    for number, entry in enumerate(node.TEACHERS, start=1):
+        name, one = of_entry(cfg, entry, number)
+        if name in distillers:
+            raise ConfigError(f"MODEL.DISTILL.TEACHERS: the NAME {name} is there twice")
+        with naming_teacher(name):
+            distillers[name] = Distiller(one)
+    return Distillers(**distillers)
+
+
+def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
+    """An entry of TEACHERS: its name, and `cfg` with this teacher alone.
+
+    What it does not say is as in `cfg`; but not the WEIGHTS and OPTS, which belong to a CONFIG.
+
+    Raises:
+        ConfigError: the entry is no mapping, or a key is unknown or of the wrong type.
+    """
+    if not isinstance(entry, Mapping):
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHERS: an entry is a mapping such as {{CONFIG: ...}}, got {entry!r}"
+        )
+    settings: List[Any] = ["MODEL.DISTILL.TEACHER.WEIGHTS", "", "MODEL.DISTILL.TEACHER.OPTS", []]
+    teacher = cfg.MODEL.DISTILL.TEACHER
+    for key, value in entry.items():
+        if value is None:  # yacs takes it in place of any value
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
+            )
+        if key in teacher:
+            if isinstance(teacher[key], float) and isinstance(value, int):
+                value = float(value)  # 1 is as good as 1.0
+            settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
+        elif key in PAIR_KEYS:
+            settings += [f"MODEL.DISTILL.{key}", value]
+        elif key != "NAME":
+            known = ", ".join(("NAME", *teacher, *PAIR_KEYS))
+            raise ConfigError(f"MODEL.DISTILL.TEACHERS: unknown key {key}; there are {known}")
+    one = cfg.clone()
+    one.defrost()
+    try:
+        one.merge_from_list(settings)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.DISTILL.TEACHERS: {error}") from error
+    return str(entry.get("NAME", f"teacher{number}")), one

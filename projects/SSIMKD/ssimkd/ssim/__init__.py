@@ -1,0 +1,1 @@
+"""SSIM of feature maps, in torch alone."""

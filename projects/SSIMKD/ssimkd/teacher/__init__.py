@@ -1,0 +1,1 @@
+"""A frozen detector that teaches."""

@@ -1,0 +1,96 @@
+"""A teacher's backbone and neck, made cheap to run.
+
+What changes its maps by rounding alone is always done: batch norms are folded into convolutions,
+and the memory layout is the one that the device prefers. Half precision and torch.compile are the
+user's choice; docs/performance.md has what each of them saves and costs.
+"""
+
+from typing import Any, Dict, Iterable
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ssimkd.errors import naming
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Norms that are an affine map per channel in evaluation; a subclass may be something else.
+FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
+
+
+class TeacherNetwork:
+    """Runs a backbone, which it changes in place.
+
+    Args:
+        backbone (nn.Module): in evaluation mode; it returns maps by level.
+        device (torch.device): where it will run.
+        precision (str): of weights and arithmetic, one of PRECISIONS.
+        compiled (bool): through torch.compile.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, device: torch.device, precision: str, compiled: bool
+    ) -> None:
+        fold_norms(backbone)
+        self.dtype = PRECISIONS[precision]
+        # Convolutions of a CPU are faster in it, and tensor cores read half precision so. GPUs in
+        # float32 are left as they are: nothing was measured there.
+        last = device.type == "cpu" or precision != "float32"
+        self.layout = torch.channels_last if last else torch.contiguous_format
+        backbone.to(memory_format=self.layout)
+        if precision != "float32":
+            backbone.to(self.dtype)
+        self.run = torch.compile(backbone) if compiled else backbone
+
+    def __call__(self, images: Tensor) -> Dict[str, Tensor]:
+        """Maps of a batch.
+
+        Args:
+            images (Tensor): (N, 3, H, W), normalised and padded, in float32.
+
+        Returns:
+            dict[str, Tensor]: level -> (N, C, H', W') in float32, contiguous.
+
+        Raises:
+            ConfigError: torch.compile fails here.
+        """
+        failure = (
+            "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
+            "machine; set it to False"
+        )
+        with naming(failure, torch._dynamo.exc.TorchDynamoException):
+            maps = self.run(images.to(self.dtype, memory_format=self.layout))
+        return {
+            level: x.to(images.dtype, memory_format=torch.contiguous_format)
+            for level, x in maps.items()
+        }
+
+
+def fold_norms(network: nn.Module) -> None:
+    """Folds batch norms that follow a Conv2d of Detectron2 into its weights, in place.
+
+    The function stays the same but for rounding. Other norms (GN, LN), and norms of other layers
+    (deformable convolutions, or a subclass with a forward of its own), stay as they are.
+    """
+    layers: Iterable[Any] = network.modules()
+    for conv in layers:
+        if type(conv) is not Conv2d or type(conv.norm) not in FOLDED:
+            continue
+        norm = conv.norm
+        if norm.running_mean is None:  # it normalises by the batch, even in evaluation
+            continue
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        conv.norm = None

@@ -1,0 +1,169 @@
+"""What names a teacher: a config, a checkpoint, overrides."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, ContextManager, Dict, List, Sequence, Tuple, cast
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.file_io import PathManager
+from omegaconf import ListConfig, OmegaConf
+
+from ssimkd.checkpoint.reader import fetch
+from ssimkd.checkpoint.strict import load_teacher
+from ssimkd.config import add_ssimkd_config
+from ssimkd.data.datasets import lazy_use_own_data, use_own_data
+from ssimkd.errors import ConfigError, naming, wrong_input
+from ssimkd.utils.compat import model_zoo
+from ssimkd.utils.validate import check_switches
+from ssimkd.utils.yaml_config import merge_yaml
+
+from .network import PRECISIONS
+
+
+@dataclass
+class TeacherSpec:
+    """What names a teacher; nothing is built or read before it is asked for.
+
+    Attributes:
+        config (str): name in Detectron2's zoo, with or without suffix, or path, `.yaml` or `.py`.
+        weights (str): path or URL; "" is the zoo's checkpoint for `config`.
+        opts (sequence[str]): overrides of the config, in its own syntax.
+        precision (str): of backbone and neck, "float32", "bfloat16" or "float16".
+        compile (bool): run them through torch.compile.
+        cache (str): folder that keeps their maps; "": none. See `teacher_cache.py`.
+        cache_gib (float): size of that folder from which nothing is added.
+
+    Raises:
+        ConfigError: `precision` is unknown, `compile` no truth value, or `cache_gib` not positive.
+    """
+
+    config: str
+    weights: str = ""
+    opts: Sequence = ()
+    precision: str = "float32"
+    compile: bool = False
+    cache: str = ""
+    cache_gib: float = 20.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.opts, ListConfig):  # from a LazyConfig
+            self.opts = cast(List, OmegaConf.to_container(self.opts))
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
+                f"{', '.join(PRECISIONS)}"
+            )
+        with wrong_input():
+            check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
+        if not self.cache_gib > 0:
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"
+            )
+
+    def load_config(self):
+        """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
+
+        Raises:
+            ConfigError: no such file or zoo name, or an override that does not apply.
+        """
+        path = self._find_config()
+        key = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
+        with naming(f"{key}: cannot load {self.config}", Exception):
+            if path.endswith(".py"):
+                cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
+                lazy_use_own_data(cfg, ())  # it may take its number of classes from its data
+                return cfg
+            cfg = get_cfg()
+            add_ssimkd_config(cfg)  # a distilled student can be the next one's teacher
+            merge_yaml(cfg, path)
+            cfg.merge_from_list(list(self.opts))
+            use_own_data(cfg, ())
+            return cfg
+
+    def find_weights(self) -> str:
+        """Local path of the checkpoint, downloaded if need be.
+
+        Raises:
+            ConfigError: none is named and the zoo has none, or it cannot be read.
+        """
+        weights = self.weights or self._zoo_weights()
+        with naming("MODEL.DISTILL.TEACHER.WEIGHTS"):
+            path = fetch(weights)
+        if not os.path.isfile(path):
+            raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
+        return path
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of the teacher's maps, by level, without its weights."""
+        cfg = self.load_config()
+        with self._building():
+            if isinstance(cfg, CfgNode):
+                return build_backbone(cfg).output_shape()
+            return instantiate(cfg.model.backbone).output_shape()
+
+    def build(self, cfg, device: torch.device) -> Any:
+        """The detector of `cfg` with random weights."""
+        with self._building():
+            if isinstance(cfg, CfgNode):
+                cfg = cfg.clone()
+                cfg.MODEL.DEVICE = str(device)
+                return build_model(cfg)
+            return instantiate(cfg.model).to(device)
+
+    def load(self, device: torch.device) -> Tuple[Any, Any, List[str]]:
+        """The whole detector with its weights.
+
+        Returns:
+            nn.Module: the detector.
+            CfgNode or DictConfig: its config.
+            list[str]: tensors of the heads that the checkpoint does not hold.
+
+        Raises:
+            ConfigError: the config or checkpoint cannot be read, or the checkpoint does not hold
+                every tensor of the backbone in its shape and finite.
+        """
+        cfg = self.load_config()
+        weights = self.find_weights()
+        with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
+            model = self.build(cfg, device)
+        for part in ("backbone", "preprocess_image"):
+            if not hasattr(model, part):
+                raise ConfigError(
+                    f"MODEL.DISTILL.TEACHER.CONFIG: {self.config}: a {type(model).__name__} has no "
+                    f"{part} and cannot teach"
+                )
+        return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
+
+    def _building(self) -> ContextManager[None]:
+        return naming(f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception)
+
+    def _find_config(self) -> str:
+        if not self.config:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.CONFIG is empty: name a config of Detectron2's zoo, such as "
+                "COCO-Detection/faster_rcnn_R_101_FPN_3x, or a path"
+            )
+        if PathManager.isfile(self.config):
+            return self.config
+        for suffix in ("", ".yaml", ".py"):
+            try:
+                path = model_zoo.get_config_file(self.config + suffix)
+            except RuntimeError:  # not in the zoo
+                continue
+            if os.path.isfile(path):
+                return path
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CONFIG: {self.config} is neither a file nor in Detectron2's zoo"
+        )
+
+    def _zoo_weights(self) -> str:
+        try:
+            return model_zoo.get_checkpoint_url(self.config)
+        except RuntimeError as error:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.WEIGHTS is empty and Detectron2's zoo has no checkpoint for "
+                f"{self.config or 'an empty MODEL.DISTILL.TEACHER.CONFIG'}"
+            ) from error

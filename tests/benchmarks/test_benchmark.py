@@ -1,0 +1,186 @@
+"""What `make bench` computes from its measurements."""
+
+import json
+
+import bench_growth
+import bench_loss
+import bench_step
+import benchmark
+import pytest
+import torch
+from bench_loss import deviation, loss_table, make_maps, own
+from ssimkd import ConfigError
+from ssimkd.utils.measure import interleave, peak_of, resident
+
+SHAPES = "configs/shapes/ssimkd.yaml"
+
+
+def test_implementations_take_turns_and_the_first_call_does_not_count():
+    calls, now = [], 0.0
+    costs = {"a": iter([100.0, 1.0, 5.0, 2.0]), "b": iter([100.0, 7.0, 8.0, 30.0])}
+
+    def call(name):
+        def step():
+            nonlocal now
+            calls.append(name)
+            now += next(costs[name])
+
+        return step
+
+    medians = interleave({n: call(n) for n in costs}, 3, lambda: now)
+    assert calls == ["a", "b"] * 4
+    assert medians == {"a": 2.0, "b": 8.0}
+
+
+def test_the_table_divides_by_the_baseline():
+    def result(seconds, sets):
+        times = {"p5": seconds, "p6": seconds / 2, "sum": 1.5 * seconds}
+        return {"seconds": times, "deviation": 2e-7, "sets": sets}
+
+    results = {"ssimkd": result(0.1, 1.25), "pytorch-msssim": result(0.4, None)}
+    head, _, own, baseline = loss_table(results).splitlines()
+    assert head.startswith("|  | speed at p5 | speed at p6 | speed in sum | ms in sum |")
+    assert own == "| ssimkd | 4.00 | 4.00 | 4.00 | 150 | 1.2 | 2e-07 |"
+    assert baseline == "| pytorch-msssim | 1.00 | 1.00 | 1.00 | 600 | - | 2e-07 |"
+
+
+def test_without_the_baseline_the_table_divides_by_what_is_there(tmp_path):
+    arguments = ["--loss", "--size", "64", "64", "--levels", "p3", "--channels", "2", "--out"]
+    names = ["ssimkd, plain autograd", "ssimkd, normalisation included"]
+    benchmark.main([*arguments, str(tmp_path), "--repeats", "1", "--implementations", *names])
+    assert f"| {names[0]} | 1.00 | 1.00 |" in (tmp_path / "loss.md").read_text()
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_maps_are_those_of_an_fpn_in_0_to_1():
+    student, teacher = make_maps((800, 1333), 1, 1, ["p2", "p6"], "cpu")
+    # 1333 is padded to 1344 = 4 * 336 = 64 * 21; 800 = 64 * 12.5
+    assert student["p2"].shape == (1, 1, 200, 336) and teacher["p6"].shape == (1, 1, 13, 21)
+    for maps in (*student.values(), *teacher.values()):
+        assert (maps.min(), maps.max()) == (0, 1)
+
+
+@pytest.mark.parametrize("normalize", ["none", "minmax"])
+def test_own_loss_deviates_by_a_millionth_at_most(normalize):
+    student, teacher = make_maps((320, 416), 1, 4, ["p3"], "cpu")
+    assert 0 < deviation(own(normalize), student["p3"], teacher["p3"]) < 1e-6
+
+
+def test_memory_is_that_of_what_a_loss_keeps():
+    before = resident("VmRSS")
+    held = torch.ones(64, 1024, 1024)  # 256 MiB
+    assert abs(resident("VmRSS") - before - 4 * held.numel()) < 2**25
+    # given back before the call ends, and still seen
+    peak = peak_of(lambda: torch.ones(128, 1024, 1024).sum(), "cpu")
+    assert abs(peak - 8 * held.numel()) < 2**25
+
+
+def test_a_part_has_to_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--device", "cpu"])
+    assert "--loss, --step, --growth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--size", "0", "64"], "argument --size: 0 is not at least 1"),
+        (["--repeats", "0"], "argument --repeats: 0 is not at least 1"),
+        (["--device", "gpu"], "argument --device: invalid choice"),
+        (["--config", "configs/ssimkd_R50.py"], "--config: configs/ssimkd_R50.py is no .yaml"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, named, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--loss", *arguments])
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--implementations", "fused-ssim"], "--implementations: none of them is here"),
+        (["--out", "/dev/null/x"], "--out: .*/dev/null/x"),
+        (["--step", "--config", "no.yaml"], "--config-file: no.yaml"),
+    ],
+)
+def test_what_cannot_be_measured_ends_in_one_line(arguments, named, tmp_path):
+    part = [] if "--step" in arguments else ["--loss"]
+    small = ["--size", "64", "64", "--levels", "p3", "--channels", "2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"^error: {named}"):
+        benchmark.main([*part, *small, *arguments])
+
+
+def test_a_peer_that_cannot_take_a_level_is_named(monkeypatch):
+    def fail(student, teacher):
+        raise RuntimeError("Padding size should be less\nand more")
+
+    monkeypatch.setitem(bench_loss.LOSSES, "kornia", lambda: fail)
+    small = ["--loss", "--size", "64", "64", "--levels", "p4", "--channels", "2"]
+    args = benchmark.parse([*small, "--implementations", "kornia"])
+    expected = "--size, --levels: kornia on p4, 4 x 4 cells: RuntimeError: Padding size"
+    with pytest.raises(ConfigError, match=expected):
+        bench_loss.bench_loss(args)
+
+
+def test_a_step_of_every_kind_is_the_detectors_own():
+    bench = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim", "mgd"], "cpu")
+    assert bench.distillers["ssim"].teacher is bench.distillers["mgd"].teacher
+    before = [p.detach().clone() for p in bench.model.parameters()]
+    bench.step()
+    plain = bench.model.backbone.fpn_output2.weight.grad.clone()
+    bench.step("ssim")
+    assert not torch.equal(bench.model.backbone.fpn_output2.weight.grad, plain)
+    after = list(bench.model.parameters())[: len(before)]
+    assert all(map(torch.equal, before, after))  # so that every repeat does the same
+
+
+def test_the_loss_alone_is_given_the_maps_of_the_step():
+    bench = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim"], "cpu")
+    student, teacher = bench.pair("ssim")
+    assert student["p3"].shape == teacher["p3"].shape == (1, 64, 8, 12)
+    bench.compare("ssim", student, teacher)
+    assert all(m.grad.abs().max() > 0 for m in student.values())
+    maps = bench.teach()
+    torch.testing.assert_close(maps["p3"], teacher["p3"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_steps_share_and_ratio(monkeypatch):
+    def seconds(calls, repeats, clock):
+        times = {bench_step.STUDENT: 3.0, bench_step.TEACHER: 1.0}
+        return {name: times.get(name, 4.2 if "," in name else 0.21) for name in calls}
+
+    monkeypatch.setattr(bench_step, "interleave", seconds)
+    arguments = ["--step", "--config", SHAPES, "--size", "64", "64", "--losses", "ssim"]
+    results = bench_step.bench_step(benchmark.parse(arguments))
+    found = results["distilled, ssim"]
+    assert found["ratio"] == pytest.approx(1.05) and found["share_of_loss"] == pytest.approx(0.05)
+    row = bench_step.step_table(results).splitlines()[-1]
+    assert row.startswith("| distilled, ssim | 4.2 | 5.0 | 1.050 | ")
+
+
+def test_growth_is_written_with_a_table_and_a_plot_and_measures_a_point_once(monkeypatch, tmp_path):
+    measured = []
+
+    def seconds(args, point):
+        measured.append(point)
+        cost = point["size"][0] * point["size"][1] * point["images"] * point["processes"] / 4096
+        return {"loss": cost / 1000, "student alone": cost, "distilled step": 2 * cost}
+
+    monkeypatch.setattr(bench_growth, "measure_point", seconds)
+    benchmark.main(["--growth", "--growth-size", "64", "64", "--out", str(tmp_path)])
+    assert len(measured) == 10 and (tmp_path / "growth.png").stat().st_size > 0
+    results = json.loads((tmp_path / "growth.json").read_text())["results"]
+    assert [x["seconds"]["loss"] for x in results["image area"]] == [0.001, 0.002, 0.004]
+    text = (tmp_path / "growth.md").read_text()
+    assert "| 64 x 128 pixels | 2 (2.00) | 2000 (2.00) | 4000 (2.00) |" in text
+    assert "| 2 processes | 2 (2.00) |" in text
+
+
+def test_two_processes_take_a_step_together():
+    arguments = ["--growth", "--config", SHAPES, "--growth-size", "64", "64"]
+    args = benchmark.parse([*arguments, "--growth-repeats", "1"])
+    point = dict(size=(64, 64), images=1, channels=64, levels=3, processes=2)
+    seconds = bench_growth.measure_point(args, point)
+    assert set(seconds) == {"loss", "student alone", "distilled step"}
+    assert all(value > 0 for value in seconds.values())

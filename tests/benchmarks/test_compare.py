@@ -1,0 +1,411 @@
+"""The comparison tool: its statistics, its search, what it repeats, what it writes."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import compare
+import compare_report as report
+import compare_runs
+import pytest
+import torch
+from compare_methods import ABLATIONS, parse_method
+from conftest import ROOT, shapes_cfg
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
+from ssimkd import KD_LOSS_REGISTRY, ConfigError
+from ssimkd.engine.arguments import load_config
+from ssimkd.evaluation.evaluators import build_evaluator
+
+
+def row(method, seed, ap, budget=500):
+    metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2}
+    return {"budget": budget, "method": method, "weight": 4.0, "seed": seed, **metrics}
+
+
+def solo(method, turn, seconds, peak_mib):
+    return {"method": method, "round": turn, "seconds": seconds, "peak_mib": peak_mib}
+
+
+# --- statistics ---
+
+
+def test_paired_difference_by_hand():
+    ours, others = {1: 5.0, 2: 7.0, 3: 9.0, 4: 1.0}, {3: 4.0, 2: 4.0, 1: 4.0, 5: 0.0}
+    found = report.paired(ours, others)
+    # of 1, 3 and 5: deviation 2, so an error of 2 / sqrt(3); t for 2 degrees of freedom is 4.303
+    assert found.mean == 3.0 and found.error == pytest.approx(1.1547, abs=1e-4)
+    assert (found.low, found.high) == pytest.approx((3 - 4.9683, 3 + 4.9683), abs=1e-3)
+    assert report.paired(ours, {1: 4.0}) is None
+
+
+def test_costs_are_medians_and_ratios_to_the_plain_student():
+    rows = [solo("vanilla", turn, s, 800.0) for turn, s in enumerate([0.1, 0.2, 9.0])]
+    rows += [solo("ssim", turn, s, 1000.0) for turn, s in enumerate([0.2, 0.3, 0.4])]
+    found = report.costs(rows)
+    assert found["ssim"]["seconds"] == 0.3 and found["ssim"]["peak_mib_ratio"] == 1.25
+    assert found["ssim"]["seconds_ratio"] == pytest.approx(1.5)
+    assert found["vanilla"]["seconds_ratio"] == 1.0
+
+
+# --- tables ---
+
+
+RUNS = [
+    *[row("ssim", seed, ap) for seed, ap in ((1, 30.0), (2, 34.0))],
+    *[row("rival", seed, ap) for seed, ap in ((1, 40.0), (2, 44.1))],
+    *[row("twin", seed, ap) for seed, ap in ((1, 29.0), (2, 36.0))],
+    *[row("poor", seed, ap) for seed, ap in ((1, 10.0), (2, 14.1))],
+    row("once", 1, 20.0),
+]
+
+
+def test_a_row_per_method_the_best_first():
+    table = report.summarise(RUNS, [solo("rival", 1, 0.2, 900.0)])
+    head, rule, *lines = report.markdown(table).splitlines()
+    assert {line.count("|") for line in (head, rule, *lines)} == {len(report.HEAD) + 1}
+    # the deviation of 40 and 44.1 is 4.1 / sqrt(2); the differences are 10 and 10.1, their
+    # deviation 0.1 / sqrt(2), its error 0.05, t for one degree of freedom 12.706
+    assert lines[0] == (
+        "| rival | 4 | 2 | 42.0 +- 2.9 | 84.1 +- 5.8 | 21.0 +- 1.4 | +10.1, 0.1 [+9.4, +10.7] "
+        "| 0.200 | - | 900 | - |"
+    )
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| rival", "| twin", "| ssim", "| once", "| poor"
+    ]  # fmt: skip
+    assert lines[2].endswith("| 16.0 +- 1.4 | - | - | - | - | - |")  # no difference to itself
+    assert lines[3].startswith("| once | 4 | 1 | 20.0 | 40.0 | 10.0 | - |")
+
+
+def test_a_rival_that_wins_is_named():
+    assert report.verdict(report.summarise(RUNS, [])) == (
+        "Best mean AP: rival. Better than ssim: rival. Not told apart from ssim: twin. "
+        "Worse than ssim: poor. 95 % intervals of the differences: +-0.6 to +-19.1 AP."
+    )
+
+
+def test_without_ssim_the_first_method_is_compared_with():
+    table = report.summarise([run for run in RUNS if run["method"] != "ssim"], [])
+    assert "| AP less rival's: mean" in report.markdown(table)
+    assert report.verdict(table) == (
+        "Best mean AP: rival. Not told apart from rival: twin. Worse than rival: poor. "
+        "95 % intervals of the differences: +-0.0 to +-18.4 AP."
+    )
+    assert "interval" not in report.verdict([row for row in table if row["method"] == "once"])
+
+
+def test_budgets_are_not_mixed():
+    table = report.summarise([*RUNS, row("ssim", 1, 50.0, budget=1000)], [])
+    assert [(r["budget"], r["method"]) for r in table][-1] == (1000, "ssim")
+    assert table[-1]["AP"] == 50.0 and "difference_mean" not in table[-1]
+
+
+# --- methods ---
+
+
+def test_every_registered_loss_is_compared():
+    names = [m.name for m in compare.select(compare.parse_args([]))]
+    assert names == ["vanilla", "ssim:*0", *sorted(name for name, _ in KD_LOSS_REGISTRY)]
+
+
+def test_every_ablation_changes_the_config():
+    args = compare.parse_args(["--ablation", *ABLATIONS])
+    plain = load_config("configs/shapes/ssimkd.yaml", []).MODEL.DISTILL
+    for method in compare.select(args)[2:]:
+        assert method.searched_as == "ssim"
+        changed = load_config("configs/shapes/ssimkd.yaml", list(method.opts)).MODEL.DISTILL
+        assert isinstance(changed, CfgNode) and (changed != plain or method.factor != 1)
+
+
+def test_shards_share_all_methods_out():
+    every = compare.select(compare.parse_args([]))
+    parts = [compare.select(compare.parse_args(["--shard", f"{i}/3"])) for i in (1, 2, 3)]
+    assert sorted(m for part in parts for m in part) == sorted(every)
+    assert sum(map(len, parts)) == len(every)
+
+
+def test_a_method_is_a_loss_with_changes():
+    method = parse_method("ssim:SSIM.BORDER=zero:*0.5:WARMUP_ITERS=100")
+    assert method.loss == "ssim" and method.factor == 0.5
+    assert method.opts == (
+        "MODEL.DISTILL.SSIM.BORDER", "zero", "MODEL.DISTILL.WARMUP_ITERS", "100"
+    )  # fmt: skip
+    assert method.searched_as == "ssim:SSIM.BORDER=zero:WARMUP_ITERS=100"
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("nothing", "nothing"),
+        ("ssim:SSIM.NO=1", "SSIM.NO"),
+        ("ssim:SSIM.BORDER=odd", "border"),
+        ("ssim:SSIM.WEIGHT=2.0", "FACTOR"),
+    ],
+)
+def test_an_unknown_method_is_named(text, key):
+    with pytest.raises(ConfigError, match=key):
+        parse_method(text)
+
+
+def test_a_wrong_shard_is_refused():
+    with pytest.raises(ConfigError, match="--shard"):
+        compare.select(compare.parse_args(["--shard", "3/2"]))
+
+
+# --- the held-out part ---
+
+
+def test_the_search_sees_the_training_images_alone():
+    names = ("train", "search_train", "search_val")
+    whole, seen, held_out = (
+        [r["file_name"] for r in DatasetCatalog.get(f"ssimkd_shapes_{name}")] for name in names
+    )
+    assert (len(seen), len(held_out)) == (1600, 400)
+    assert sorted(seen + held_out) == sorted(whole)
+
+
+def test_the_objects_themselves_have_full_ap_on_the_held_out_part(tmp_path):
+    cfg = shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path))
+    evaluator = build_evaluator(cfg, "ssimkd_shapes_search_val")
+    evaluator.reset()
+    for record in DatasetCatalog.get("ssimkd_shapes_search_val"):
+        found = Instances((record["height"], record["width"]))
+        objects = record["annotations"]
+        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        found.pred_boxes, found.scores = Boxes(boxes), torch.ones(len(objects))
+        found.pred_classes = torch.tensor([o["category_id"] for o in objects])
+        evaluator.process([record], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+# --- search and resumption, with runs that take no time ---
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Replaces the processes: `ap(run)` is a run's AP, an exception's text its failure."""
+    calls = []
+
+    def replace(ap, **more):
+        def execute(run):
+            calls.append(run)
+            try:
+                value = ap(run)
+            except RuntimeError as error:
+                return str(error)
+            run.folder.mkdir(parents=True)
+            record = {**run.settings(), "commit": "c", "machine": "m"}
+            record.update(bbox={"AP": value, "AP50": value, "AP75": None}, seconds=1, peak_mib=1)
+            record.update(more)
+            (run.folder / compare_runs.RECORD).write_text(json.dumps(record))
+            return ""
+
+        monkeypatch.setattr(compare_runs, "execute", execute)
+        return calls
+
+    return replace
+
+
+def comparison(tmp_path, *args):
+    return compare.Comparison(
+        compare.parse_args(["--out", str(tmp_path), "--budget", "8", "--jobs", "2", *args])
+    )
+
+
+def option(run, key):
+    return run.opts[run.opts.index(key) + 1]
+
+
+def weight_of(run):
+    return float(option(run, "MODEL.DISTILL.L1.WEIGHT"))
+
+
+@pytest.mark.parametrize(
+    "target, tried, chosen",
+    [
+        (4.0, [1, 4, 16], 4.0),  # inside: the three are enough
+        (16.0, [1, 4, 16, 64], 16.0),  # an edge: its neighbour
+        (1e6, [4.0**i for i in range(8)], 4.0**7),  # at most eight
+        (1e-6, [4.0**i for i in range(-5, 3)], 4.0**-5),
+    ],
+)
+def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, chosen):
+    calls = executed(lambda run: 50 - abs(math.log(weight_of(run) / target)))
+    search, method = comparison(tmp_path, "--search-seeds", "7", "8"), parse_method("l1:*2")
+    scores = search.search([parse_method(method.searched_as)], {"l1": 4.0})
+    assert sorted(scores["l1"]) == tried and len(calls) == 2 * len(tried)
+    assert compare.choose([method], scores) == {method: 2 * chosen}
+    for run in calls:
+        assert option(run, "DATASETS.TRAIN") == "('ssimkd_shapes_search_train',)"
+        assert option(run, "DATASETS.TEST") == "('ssimkd_shapes_search_val',)"
+
+
+@pytest.mark.parametrize(
+    "ratio, centre",
+    [(8.0, 4.0), (15.9, 4.0), (16.1, 1.0), (0.125, 256.0), (None, 4.0), (0.0, 4.0)],
+)
+def test_the_search_starts_where_the_gradients_are_in_proportion(tmp_path, executed, ratio, centre):
+    calls = executed(lambda run: 0.0, gradient_ratio=ratio)
+    assert comparison(tmp_path).probe([parse_method("l1")]) == {"l1": centre}
+    assert weight_of(calls[0]) == 4.0 and option(calls[0], "MODEL.DISTILL.LOG_GRADIENTS") == "10"
+    assert option(calls[0], "DATASETS.TRAIN") == "('ssimkd_shapes_search_train',)"
+
+
+def test_equal_scores_keep_the_default(tmp_path, executed):
+    executed(lambda run: 0.0)
+    scores = comparison(tmp_path).search([parse_method("l1")], {"l1": 4.0})
+    assert sorted(scores["l1"]) == [1, 4, 16] and compare.best(scores["l1"]) == 4
+
+
+def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
+    def ap(run):
+        if weight_of(run) > 4:
+            raise RuntimeError("loss is NaN")
+        return weight_of(run)
+
+    executed(ap)
+    search = comparison(tmp_path)
+    scores = search.search([parse_method("l1")], {"l1": 4.0})
+    assert scores["l1"] == {4.0: 4.0, 1.0: 1.0, 16.0: -math.inf}
+    assert set(search.runner.failed.values()) == {"loss is NaN"}
+    text = compare.write_weights(tmp_path / "weights.json", scores)
+    assert text.endswith("\n- l1: 1: 1.0, **4: 4.0**, 16: failed")
+    assert json.loads((tmp_path / "weights.json").read_text()) == {
+        "l1": {"weight": 4.0, "AP": {"1": 1.0, "4": 4.0, "16": None}}
+    }
+
+
+def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
+    broken = True
+
+    def ap(run):
+        if broken and option(run, "SEED") == "2":
+            raise RuntimeError("out of luck")
+        return 10.0
+
+    calls = executed(ap)
+    weights = {parse_method("vanilla"): 0.0, parse_method("l1"): 4.0}
+    first = comparison(tmp_path, "--seeds", "1", "2", "3")
+    rows = first.compare(weights)
+    assert len(calls) == 6 and len(first.runner.failed) == 2
+    assert {r["seed"] for r in rows} == {1, 3} and rows[0]["AP75"] == 0.0  # COCO's NaN
+    broken = False
+    again = comparison(tmp_path, "--seeds", "1", "2", "3")
+    assert len(again.compare(weights)) == 6 and len(calls) == 8 and not again.runner.failed
+
+
+def test_published_runs_are_taken_over(tmp_path, executed):
+    calls = executed(lambda run: 10.0)
+    weights = {parse_method("vanilla"): 0.0, parse_method("l1"): 4.0}
+    theirs = comparison(tmp_path / "theirs", "--seeds", "1", "2", "--timing-rounds", "1")
+    rows = theirs.compare(weights)
+    theirs.measure(weights)  # not taken over: the costs are of their machine
+    compare_runs.gather(tmp_path / "theirs")
+    compare_runs.restore(tmp_path / "theirs/records.json", tmp_path / "ours")
+    again = comparison(tmp_path / "ours", "--seeds", "1", "2", "3").compare(weights)
+    assert not (tmp_path / "ours" / compare_runs.COSTS).exists()
+    assert len(calls) == 4 + 2 + 2 and [row for row in again if row["seed"] < 3] == rows
+    for wrong in ("[1]", "{", None):
+        path = tmp_path / f"wrong{wrong}"
+        if wrong:
+            path.write_text(wrong)
+        with pytest.raises(ConfigError, match="--records: .*wrong"):
+            compare_runs.restore(path, tmp_path)
+
+
+def test_runs_of_other_settings_are_not_taken_over(tmp_path, executed):
+    executed(lambda run: 10.0)
+    weights = {parse_method("vanilla"): 0.0}
+    comparison(tmp_path).compare(weights)
+    with pytest.raises(ConfigError, match="--out: .*seed1 holds a run of other settings"):
+        comparison(tmp_path, "--", "SOLVER.BASE_LR", "0.1").compare(weights)
+
+
+def test_runs_of_another_config_file_are_not_taken_over(tmp_path, executed, monkeypatch):
+    executed(lambda run: 10.0)
+    weights = {parse_method("vanilla"): 0.0}
+    comparison(tmp_path).compare(weights)
+    monkeypatch.setattr(compare_runs, "digest", lambda config: "edited")
+    with pytest.raises(ConfigError, match="or of another configs/shapes/vanilla.yaml"):
+        comparison(tmp_path).compare(weights)
+    compare_runs.gather(tmp_path)
+    with pytest.raises(ConfigError, match="--records: .* of another configs/shapes/vanilla"):
+        compare_runs.restore(tmp_path / "records.json", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_digest_is_of_values_in_a_config_and_its_bases(tmp_path):
+    def digest_of(base, text="SEED: 2\n"):
+        (tmp_path / "base.yaml").write_text(base)
+        (tmp_path / "own.yaml").write_text(f"_BASE_: base.yaml\n{text}")
+        return compare_runs.digest(str(tmp_path / "own.yaml"))
+
+    first = digest_of("VERSION: 2\n")
+    assert digest_of("# said\nVERSION:  2\n") == first != digest_of("VERSION: 1\n")
+    assert digest_of("VERSION: 2\n", "SEED: 3\n") != first
+
+
+def test_the_schedule_scales_to_that_of_the_config(tmp_path):
+    run = comparison(tmp_path).plan("1000", parse_method("vanilla"), 0.0, 1000, 1, ())
+    written, scaled = load_config(run.config, []), load_config(run.config, list(run.opts))
+    assert written.SOLVER == scaled.SOLVER and written.SEED == scaled.SEED
+
+
+def test_failures_end_with_status_1_after_the_report(tmp_path, executed, monkeypatch, capsys):
+    def ap(run):
+        if option(run, "SEED") == "2" and "vanilla" not in run.config:
+            raise RuntimeError("out of luck")
+        return 10.0
+
+    executed(ap)
+    args = ["--methods", "vanilla", "l1", "--seeds", "1", "2", "--budget", "8", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *args, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2 runs failed"):  # of the comparison and of the costs
+        compare.main()
+    said = capsys.readouterr()
+    assert "| l1 | 4 | 1 |" in said.out and "| vanilla | 0 | 2 |" in said.out
+    assert said.out.strip() == (tmp_path / "table.md").read_text().strip()
+    assert re.search("failed: .*/8/l1-w4/seed2: out of luck", said.err)
+
+
+# --- processes ---
+
+
+def test_a_failed_process_leaves_its_last_line_and_no_record(tmp_path):
+    run = compare_runs.Run(tmp_path / "run", compare.VANILLA, ("MODEL.WEIGHTS", "no.pth"))
+    assert compare_runs.execute(run).startswith("exit status 1: error: MODEL.WEIGHTS: ")
+    assert run.record() is None and os.listdir(tmp_path) == ["run"]
+    assert "no.pth" in (run.folder / "output.txt").read_text()
+
+
+def test_two_methods_two_seeds(tmp_path, few_shapes):
+    command = [
+        sys.executable, "benchmarks/compare.py", "--methods", "vanilla", "ssim", "--seeds", "1", "2",
+        "--budget", "3", "--search-seeds", "--timing-rounds", "1", "--timing-iters", "3",
+        "--jobs", "2", "--out", str(tmp_path), "--", "SOLVER.IMS_PER_BATCH", "2",
+        "DATASETS.TRAIN", "('ssimkd_shapes_search_train',)",
+        "DATASETS.TEST", "('ssimkd_shapes_search_val',)",
+    ]  # fmt: skip
+    env = {**os.environ, "DETECTRON2_DATASETS": few_shapes}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    text = (tmp_path / "table.md").read_text()
+    assert text.strip() in done.stdout and "### 3 iterations" in text
+    assert text.count("| vanilla | 0 | 2 |") == text.count("| ssim | 4 | 2 |") == 1
+    with open(tmp_path / "runs.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        ("vanilla", "1"), ("ssim", "1"), ("vanilla", "2"), ("ssim", "2")
+    ]  # fmt: skip
+    assert all(r["commit"] and "torch" in r["machine"] for r in rows)
+    with open(tmp_path / "table.csv") as f:
+        table = {r["method"]: r for r in csv.DictReader(f)}
+    assert float(table["ssim"]["seconds"]) > 0 and float(table["ssim"]["peak_mib"]) > 100
+    assert float(table["vanilla"]["seconds_ratio"]) == 1.0
+    assert (tmp_path / "plot.png").stat().st_size > 1000

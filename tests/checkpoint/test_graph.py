@@ -1,0 +1,142 @@
+"""Students as TorchScript and ONNX: what the files compute, and what is not written."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import cv2
+import export_student
+import numpy as np
+import pytest
+import torch
+from conftest import shapes_cfg, zoo_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from ssimkd import ConfigError
+from ssimkd.checkpoint import graph
+from ssimkd.checkpoint.graph import write_graph
+
+CONFIG, WEIGHTS = "configs/shapes/teacher.yaml", "configs/shapes/teacher.pth"
+
+
+@pytest.fixture(scope="module")
+def files(few_shapes):
+    """Images that lie, that stand and that are square."""
+    return [f"{few_shapes}/ssimkd_shapes/val/{number:06d}.jpg" for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def images(files):
+    return [torch.as_tensor(cv2.imread(path).transpose(2, 0, 1)) for path in files]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(
+        sys, "argv", ["export_student.py", "--config-file", CONFIG, *map(str, args)]
+    )
+    export_student.main()
+
+
+# A process that knows neither Detectron2 nor this package.
+READ = {
+    "torchscript": """
+import sys, numpy, torch, torchvision
+graph = torch.jit.load(sys.argv[1])
+found = graph(torch.as_tensor(numpy.load(sys.argv[2])))
+boxes, scores, classes = (tensor.numpy() for tensor in found)
+""",
+    "onnx": """
+import sys, numpy, onnxruntime
+graph = onnxruntime.InferenceSession(sys.argv[1])
+names = ["pred_boxes", "scores", "pred_classes"]
+boxes, scores, classes = graph.run(names, {"image": numpy.load(sys.argv[2])})
+""",
+}
+WRITE = """
+assert not {"detectron2", "ssimkd"} & set(sys.modules)
+numpy.savez(sys.argv[3], boxes=boxes, scores=scores, classes=classes)
+"""
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_graph_finds_what_detectron2_finds(kind, files, images, tmp_path, monkeypatch, capsys):
+    shapes = {tuple(image.shape) for image in images}
+    assert len(shapes) > 1  # traced on one size, it has to do others
+    args = ["--weights", WEIGHTS, "--out", tmp_path, "--format", kind, "--images", *files]
+    run(monkeypatch, *args)
+    path = tmp_path / f"student{graph.SUFFIXES[kind]}"
+    assert capsys.readouterr().out.endswith(f"{path}: agrees with the detector on 8 images\n")
+    predictor = DefaultPredictor(shapes_cfg("teacher", "MODEL.WEIGHTS", WEIGHTS))
+    other = next(i for i, image in enumerate(images) if image.shape != images[0].shape)
+    np.save(tmp_path / "image.npy", images[other].numpy())
+    command = [sys.executable, "-c", READ[kind] + WRITE, str(path)]
+    subprocess.run([*command, str(tmp_path / "image.npy"), str(tmp_path / "out.npz")], check=True)
+    found = np.load(tmp_path / "out.npz")
+    expected = predictor(cv2.imread(files[other]))["instances"]
+    assert len(expected) > 0
+    for name, field in zip(
+        ("boxes", "scores", "classes"), ("pred_boxes", "scores", "pred_classes")
+    ):
+        tensor = expected.get(field)
+        tensor = getattr(tensor, "tensor", tensor).numpy()
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture
+def maskrcnn():
+    """Random, so that the number of its proposals differs from image to image."""
+    torch.manual_seed(0)
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    return build_model(zoo_cfg(name, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
+
+
+def test_masks_and_numbers_of_proposals_that_vary(maskrcnn, images, tmp_path, monkeypatch):
+    path = write_graph(maskrcnn, images[:3], "torchscript", str(tmp_path))
+    assert torch.jit.load(path)(images[0])[3].shape[1:] == (1, 28, 28)
+    kept = (tmp_path / "student.ts").read_bytes()
+    # Without the patch the first image's number is a constant: the check has to notice
+    monkeypatch.setattr(graph, "traceable", nullcontext)
+    with pytest.raises(ConfigError, match="nothing is written, .* does not agree .* on image"):
+        write_graph(maskrcnn, images[:3], "torchscript", str(tmp_path))
+    assert (tmp_path / "student.ts").read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["student.ts"]
+
+
+def test_a_graph_that_is_slightly_wrong_is_not_written(images, tmp_path, monkeypatch):
+    model = build_model(shapes_cfg("teacher")).eval()
+    model.load_state_dict({**model.state_dict(), **torch.load(WEIGHTS)["model"]})
+    read = graph.read_script
+
+    def shifted(path):
+        return lambda image: (read(path)(image)[0] + 0.01, *read(path)(image)[1:])
+
+    monkeypatch.setitem(graph.WAYS, "torchscript", (graph.write_script, shifted))
+    with pytest.raises(ConfigError, match="on image 1: AssertionError: pred_boxes"):
+        write_graph(model, images[:2], "torchscript", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_graph(images, tmp_path, monkeypatch):
+    panoptic = build_model(zoo_cfg("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")).eval()
+    with pytest.raises(ConfigError, match="a PanopticFPN gives more than instances"):
+        write_graph(panoptic, images[:2], "torchscript", str(tmp_path))
+    blind = build_model(shapes_cfg("teacher", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.99)).eval()
+    with pytest.raises(ConfigError, match="nothing is found in them"):
+        write_graph(blind, images[:2], "torchscript", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    model = build_model(shapes_cfg("teacher")).eval()
+    with pytest.raises(ConfigError, match="--format onnx: pip install onnxruntime"):
+        write_graph(model, images[:2], "onnx", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--format", "onnx"], "--images: --format onnx needs two"),
+        (["--format", "onnx", "--half"], "--half: for --format detectron2 alone"),
+    ],
+)
+def test_options_that_do_not_go_together(args, message, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "--weights", WEIGHTS, "--out", tmp_path, *args)

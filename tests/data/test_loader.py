@@ -1,0 +1,139 @@
+"""The training stream: Detectron2's order, and the same stream from any place in it."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from ssimkd import ConfigError
+from ssimkd.data.resumable_loader import ResumableLoader, group_batches
+from ssimkd.utils.random_state import get_random_state, preserve_random_state, set_random_state
+
+RECORDS = [{"width": 10 + (7 * i) % 5, "height": 12, "index": i} for i in range(23)]
+
+
+def mapper(record):
+    """A record with every kind of random augmentation."""
+    return {**record, "drawn": (random.random(), np.random.rand(), torch.rand(1).item())}
+
+
+def loader(seed=3, **options):
+    sampler = TrainingSampler(len(RECORDS), seed=seed)
+    options = {"total_batch_size": 4, **options}
+    return ResumableLoader(RECORDS, mapper=mapper, sampler=sampler, **options)
+
+
+def take(stream, count):
+    return list(itertools.islice(iter(stream), count))
+
+
+def test_batches_are_detectron2s():
+    order = iter(TrainingSampler(len(RECORDS), seed=3))
+    grouped = AspectRatioGroupedDataset((RECORDS[i] for i in order), 4)
+    found = [[record["index"] for record in batch] for batch in take(loader(), 20)]
+    assert found == [[record["index"] for record in batch] for batch in take(grouped, 20)]
+
+
+def test_without_grouping_the_order_is_the_samplers():
+    expected = take(TrainingSampler(len(RECORDS), seed=3), 12)
+    batches = take(loader(aspect_ratio_grouping=False), 3)
+    assert [record["index"] for batch in batches for record in batch] == expected
+
+
+@pytest.mark.parametrize("taken", [1, 5, 13])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(taken, workers):
+    expected = take(loader(), 16)
+    first = loader()
+    assert take(first, taken) == expected[:taken]
+    second = loader(seed=99, num_workers=workers)  # its own seed gives way to the saved one
+    second.load_state_dict(first.state_dict())
+    assert take(second, 16 - taken) == expected[taken:]
+
+
+def test_it_leaves_the_random_generators_alone():
+    expected = get_random_state()
+    stream = iter(loader())
+    next(stream), next(stream)
+    assert str(get_random_state()) == str(expected)
+
+
+def test_augmentation_differs_from_position_to_position_and_seed_to_seed():
+    drawn = {record["drawn"] for batch in take(loader(), 30) for record in batch}
+    assert len(drawn) == 120
+    other = {record["drawn"] for batch in take(loader(seed=4), 30) for record in batch}
+    assert not drawn & other
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_an_iteration_sees_the_same_images_however_many_processes_share_it(monkeypatch, processes):
+    expected = take(loader(aspect_ratio_grouping=False), 10)
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        first = loader(aspect_ratio_grouping=False)
+        share = take(first, 4)
+        second = loader(seed=99, aspect_ratio_grouping=False)
+        second.load_state_dict(first.state_dict())
+        shares.append(share + take(second, 6))
+    for iteration, batch in enumerate(expected):
+        found = [record for share in shares for record in share[iteration]]
+        assert sorted(found, key=str) == sorted(batch, key=str)  # with what was drawn for each
+
+
+def test_detectron2s_no_seed_is_a_seed():
+    assert len(take(loader(seed=-1), 2)) == 2
+
+
+def test_images_of_unknown_size_are_not_grouped():
+    records = [{"index": 0}]
+    with pytest.raises(ConfigError, match="ASPECT_RATIO_GROUPING.*no 'width'"):
+        ResumableLoader(records, mapper=mapper, total_batch_size=1)
+    ungrouped = ResumableLoader(
+        records, mapper=mapper, total_batch_size=1, aspect_ratio_grouping=False
+    )
+    assert take(ungrouped, 1)[0][0]["index"] == 0
+
+
+def test_every_draw_of_a_sampler_is_kept():
+    sampler = TrainingSampler(len(RECORDS), seed=3)
+    sampler._indexes_subset = torch.tensor([1, 2])  # of RandomSubsetTrainingSampler
+    first = ResumableLoader(RECORDS, mapper=mapper, sampler=sampler, total_batch_size=4)
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.sampler._indexes_subset, torch.tensor([1, 2]))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH"):
+        loader(total_batch_size=0)
+
+
+def test_images_of_one_kind_wait_for_company():
+    batches = group_batches(range(6), 2, [True, False, True, True, False, True])
+    assert list(batches) == [[(0, 0), (2, 2)], [(1, 1), (4, 4)], [(3, 3), (5, 5)]]
+
+
+def test_random_state_survives_a_checkpoint(tmp_path):
+    torch.save(get_random_state(), tmp_path / "state.pth")
+    expected = (random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist())
+    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert (
+        random.random(),
+        np.random.rand(),
+        np.random.randn(),
+        torch.rand(3).tolist(),
+    ) == expected
+
+
+def test_preserve_random_state_even_after_an_error():
+    expected = str(get_random_state())
+    with pytest.raises(KeyError), preserve_random_state():
+        torch.rand(1), np.random.rand(), random.random()
+        raise KeyError
+    assert str(get_random_state()) == expected

@@ -1,0 +1,294 @@
+"""The embedded data set, as files and as what Detectron2's detectors train with."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import shapes_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.masks import polygons_to_bitmask
+from detectron2.utils.events import EventStorage
+from PIL import Image
+from pycocotools.coco import COCO
+from ssimkd.data import shapes
+from ssimkd.data.shapes_annotations import KEYPOINTS
+
+MASK_RCNN = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1)
+MASK_RCNN += ("MODEL.ROI_MASK_HEAD.CONV_DIM", 16)
+KEYPOINT_RCNN = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5)
+KEYPOINT_RCNN += ("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (16,))
+PANOPTIC_FPN = (*MASK_RCNN, "MODEL.META_ARCHITECTURE", "PanopticFPN")
+PANOPTIC_FPN += ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32)
+OKS_SIGMAS = [0.05] * 5
+
+
+def register_anew():
+    for name in [name for name in DatasetCatalog.list() if name.startswith(shapes.FOLDER)]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    shapes.register_shapes()
+    shapes.register_search()
+
+
+@pytest.fixture
+def few_images(few_shapes):
+    """The data sets' names stand for the few images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", few_shapes)
+        register_anew()
+    yield
+    register_anew()
+
+
+def seen(index, split=1):
+    """Drawn anew: owner and objects of an image, and what is seen of each, (N, H, W)."""
+    _, owner, objects = shapes.draw_image((split, index))
+    masks = owner == np.arange(1, len(objects) + 1, dtype=np.uint8)[:, None, None]
+    return owner, objects, torch.from_numpy(masks)
+
+
+def test_a_seed_draws_one_image():
+    image, owner, objects = shapes.draw_image((0, 5))
+    again, same_owner, same = shapes.draw_image((0, 5))
+    assert np.array_equal(image, again) and objects == same
+    assert np.array_equal(owner, same_owner)
+    assert not np.array_equal(image, shapes.draw_image((1, 5))[0])
+
+
+def test_the_images_are_those_that_the_kept_teacher_was_trained_on():
+    image, _, objects = shapes.draw_image((0, 0))
+    assert [(item.label, item.box) for item in objects] == [
+        (2, [31, 19, 18, 16]), (3, [69, 48, 27, 33]), (1, [0, 75, 28, 30]), (2, [70, 71, 16, 18])
+    ]  # fmt: skip
+    # means of 32 x 32 pixels, not a hash: sines may round differently on another processor
+    blocks = cv2.resize(image.astype(float), (3, 4), interpolation=cv2.INTER_AREA)
+    expected = [
+        [[108.92, 232.48, 213.06], [113.78, 202.1, 177.8], [99.47, 209.34, 219.2]],
+        [[73.34, 212.75, 189.52], [109.67, 189.83, 88.99], [111.42, 208.41, 206.52]],
+        [[91.36, 186.52, 190.64], [42.3, 202.14, 191.36], [65.72, 184.04, 199.57]],
+        [[55.6, 195.07, 212.43], [35.57, 202.98, 202.82], [36.02, 202.57, 202.33]],
+    ]
+    assert np.abs(blocks - expected).max() < 0.01  # one pixel by 10 levels is seen
+
+
+def test_a_pixel_belongs_to_the_object_that_is_seen_there(monkeypatch):
+    step = 42  # grey levels between objects: 14 deviations of the noise's mean over colours
+
+    def flat_textures():
+        greys = iter(range(step, 256, step))
+        return lambda rng, size, contrast: np.full((*size, 3), float(next(greys)))
+
+    monkeypatch.setattr(shapes, "draw_background", lambda rng, size: np.zeros((*size, 3)))
+    covered = 0
+    for seed in range(20):
+        monkeypatch.setattr(shapes, "draw_texture", flat_textures())
+        image, owner, objects = shapes.draw_image((0, seed))
+        kernel = np.ones((5, 5), np.uint8)
+        inner = cv2.erode(owner, kernel) == cv2.dilate(owner, kernel)  # edges are mixed colours
+        assert np.array_equal(np.rint(image.mean(axis=2) / step)[inner], owner[inner])
+        for index, item in enumerate(objects):
+            x, y, w, h = item.box
+            rows, columns = np.nonzero(owner == index + 1)
+            assert x <= columns.min() and columns.max() < x + w
+            assert y <= rows.min() and rows.max() < y + h
+            covered += [x, y, w, h] != list(cv2.boundingRect(np.uint8(owner == index + 1)))
+    assert covered  # some objects are seen in part alone
+
+
+@pytest.mark.parametrize("name", shapes.CLASSES)
+def test_a_box_is_the_extent_of_its_object(name):
+    for seed in range(20):
+        mask = shapes.draw_mask(np.random.default_rng(seed), name, (96, 128))[0] > 127
+        x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+        rows, columns = np.nonzero(mask)
+        assert (x, y) == (columns.min(), rows.min())
+        assert (x + w - 1, y + h - 1) == (columns.max(), rows.max())
+
+
+def test_a_split_is_coco_on_disk(tmp_path):
+    shapes.write_split(str(tmp_path), "val", 12)
+    coco = COCO(str(tmp_path / "instances_val.json"))
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(shapes.CLASSES)
+    assert len(coco.imgs) == 12
+    for record in coco.imgs.values():
+        image = cv2.imread(str(tmp_path / "val" / record["file_name"]))
+        assert image.shape == (record["height"], record["width"], 3)
+        for annotation in coco.imgToAnns[record["id"]]:
+            x, y, w, h = annotation["bbox"]
+            assert w > 0 and h > 0 and x >= 0 and y >= 0
+            assert x + w <= record["width"] and y + h <= record["height"]
+
+
+def test_panoptic_pictures_agree_with_their_json(tmp_path):
+    shapes.write_split(str(tmp_path), "val", 12)
+    content = json.loads((tmp_path / "panoptic_val.json").read_text())
+    names = {c["id"]: c["name"] for c in content["categories"] if c["isthing"]}
+    assert list(names.values()) == list(shapes.CLASSES)
+    for index, annotation in enumerate(content["annotations"]):
+        owner, objects, masks = seen(index)
+        red, green, blue = np.moveaxis(
+            np.array(Image.open(tmp_path / "panoptic_val" / annotation["file_name"]), int), 2, 0
+        )
+        ids = red + 256 * green + 256**2 * blue
+        stuff = np.array(Image.open(tmp_path / "sem_seg_val" / annotation["file_name"]))
+        assert np.array_equal(stuff == shapes.STUFF.index("background"), owner == 0)
+        background, *things = annotation["segments_info"]
+        assert names.get(background["category_id"]) is None
+        assert np.array_equal(ids == background["id"], owner == 0)
+        for segment, item, mask in zip(things, objects, masks.numpy()):
+            assert names[segment["category_id"]] == shapes.CLASSES[item.label]
+            assert np.array_equal(ids == segment["id"], mask) and segment["area"] == mask.sum()
+        assert len(things) == len(objects) and (ids > 0).all()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_detectron2_maps_masks_keypoints_and_stuff(few_images, flip):
+    cfg = shapes_cfg("vanilla", *PANOPTIC_FPN, *KEYPOINT_RCNN)
+    cfg.DATASETS.TRAIN = ("ssimkd_shapes_panoptic_train",)
+    mapper = DatasetMapper(cfg, True, augmentations=[T.RandomFlip(prob=float(flip))])
+    for index, record in enumerate(DatasetCatalog.get("ssimkd_shapes_panoptic_train")[:12]):
+        owner, objects, masks = seen(index, split=0)
+        width = owner.shape[1]
+        mapped = mapper(record)
+        found = mapped["instances"]
+        drawn = torch.stack(
+            [torch.from_numpy(polygons_to_bitmask(p, *owner.shape)) for p in found.gt_masks]
+        )
+        assert torch.equal(drawn, masks.flip(2) if flip else masks)
+        background = torch.from_numpy(owner == 0)
+        assert torch.equal(mapped["sem_seg"] == 1, background.flip(1) if flip else background)
+        assert found.gt_classes.tolist() == [item.label for item in objects]
+        points = found.gt_keypoints.tensor
+        if flip:
+            points[:, :, 0] = width - points[:, :, 0]
+            points = points[:, [0, 1, 2, 4, 3]]
+        for mask, (center, top, bottom, left, right), item in zip(masks, points, objects):
+            assert center[:2].tolist() == [v + 0.5 for v in item.center]
+            rows, columns = (t.double() + 0.5 for t in mask.nonzero(as_tuple=True))
+            assert (top[1], bottom[1]) == (rows.min(), rows.max())
+            assert (left[0], right[0]) == (columns.min(), columns.max())
+
+
+def test_train_and_val_share_no_image_and_hold_every_class():
+    train, val = (DatasetCatalog.get(f"ssimkd_shapes_{split}") for split in ("train", "val"))
+    assert (len(train), len(val)) == (2000, 400)
+    for split in (train, val):
+        assert {a["category_id"] for r in split for a in r["annotations"]} == set(range(4))
+        assert {(r["height"], r["width"]) for r in split} == set(shapes.SIZES)
+    pictures = [{open(r["file_name"], "rb").read() for r in split} for split in (train, val)]
+    assert not pictures[0] & pictures[1]
+
+
+def test_a_drawing_that_failed_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 2, "val": 2})
+    root = tmp_path / "data" / shapes.FOLDER
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(shapes.json, "dumps", lambda *args: 1 / 0)
+        shapes.ensure_shapes(str(root))
+    assert not list(root.parent.iterdir())
+    shapes.ensure_shapes(str(root))
+    assert sorted(p.name for p in root.iterdir()) == [
+        "instances_train.json", "instances_val.json", "panoptic_train", "panoptic_train.json",
+        "panoptic_val", "panoptic_val.json", "sem_seg_train", "sem_seg_val", "train", "val"
+    ]  # fmt: skip
+    before = (root / "instances_val.json").stat().st_mtime_ns
+    shapes.ensure_shapes(str(root))  # there already: untouched
+    assert (root / "instances_val.json").stat().st_mtime_ns == before
+
+
+def test_a_set_without_masks_is_drawn_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 2, "val": 2})
+    root = tmp_path / shapes.FOLDER
+    for split in shapes.SPLITS:  # as earlier code left it
+        (root / split).mkdir(parents=True)
+        (root / f"instances_{split}.json").write_text('{"annotations": [{"bbox": [0, 0, 9, 9]}]}')
+    shapes.ensure_shapes(str(root))
+    for split in shapes.SPLITS:
+        content = json.loads((root / f"instances_{split}.json").read_text())
+        assert all(a["segmentation"] and a["keypoints"] for a in content["annotations"])
+        assert len(list((root / f"panoptic_{split}").iterdir())) == 2
+    assert list(tmp_path.iterdir()) == [root]
+
+
+@pytest.mark.parametrize(
+    "opts, name, losses",
+    [
+        (MASK_RCNN, "ssimkd_shapes_train", {"loss_mask"}),
+        (KEYPOINT_RCNN, "ssimkd_shapes_train", {"loss_keypoint"}),
+        (PANOPTIC_FPN, "ssimkd_shapes_panoptic_train", {"loss_mask", "loss_sem_seg"}),
+    ],
+)
+def test_every_family_trains(few_images, opts, name, losses):
+    torch.manual_seed(0)
+    cfg = shapes_cfg("vanilla", *opts)
+    cfg.DATASETS.TRAIN = (name,)
+    mapper = DatasetMapper(cfg, True)
+    batch = [mapper(record) for record in DatasetCatalog.get(name)[:2]]
+    with EventStorage():
+        found = build_model(cfg).train()(batch)
+    common = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    assert set(found) == common | losses
+    assert all(0 < found[key].item() < 100 for key in losses)
+
+
+def evaluate(evaluator, outputs):
+    """An evaluator's metrics of `outputs`, a function of an image's index."""
+    evaluator.reset()
+    for index, record in enumerate(DatasetCatalog.get("ssimkd_shapes_panoptic_val")):
+        evaluator.process([record], [outputs(index)])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize("name", ["ssimkd_shapes_val", "ssimkd_shapes_panoptic_val"])
+def test_what_was_drawn_has_all_of_cocos_ap(few_images, name):
+    annotations = [record["annotations"] for record in DatasetCatalog.get(name)]
+
+    def perfect(index):
+        owner, objects, masks = seen(index)
+        result = Instances(owner.shape, pred_masks=masks, scores=torch.ones(len(objects)))
+        boxes = torch.tensor([item.box for item in objects]).float()
+        result.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+        result.pred_classes = torch.tensor([item.label for item in objects])
+        points = torch.tensor([a["keypoints"] for a in annotations[index]])
+        result.pred_keypoints = points.view(len(objects), len(KEYPOINTS), 3)
+        return {"instances": result}
+
+    evaluator = COCOEvaluator(
+        name, distributed=False, use_fast_impl=False, kpt_oks_sigmas=OKS_SIGMAS
+    )
+    metrics = evaluate(evaluator, perfect)
+    assert {task: values["AP"] for task, values in metrics.items()} == {
+        "bbox": pytest.approx(100), "segm": pytest.approx(100), "keypoints": pytest.approx(100)
+    }  # fmt: skip
+
+
+def test_what_was_drawn_has_all_of_the_mean_iou(few_images):
+    def perfect(index):
+        owner = seen(index)[0]
+        return {"sem_seg": torch.from_numpy(np.stack([owner > 0, owner == 0])).float()}
+
+    evaluator = SemSegEvaluator("ssimkd_shapes_panoptic_val", distributed=False)
+    assert evaluate(evaluator, perfect)["sem_seg"]["mIoU"] == 100
+
+
+def test_what_was_drawn_has_all_of_the_panoptic_quality(few_images, tmp_path):
+    pytest.importorskip("panopticapi")  # on GitHub, not on the package index
+
+    def perfect(index):
+        owner, objects, _ = seen(index)
+        info = [{"id": 1, "isthing": False, "category_id": 1}]
+        info += [
+            {"id": k + 2, "isthing": True, "category_id": item.label}
+            for k, item in enumerate(objects)
+        ]
+        return {"panoptic_seg": (torch.from_numpy(owner.astype(int) + 1), info)}
+
+    evaluator = COCOPanopticEvaluator("ssimkd_shapes_panoptic_val", str(tmp_path))
+    metrics = evaluate(evaluator, perfect)["panoptic_seg"]
+    assert (metrics["PQ"], metrics["PQ_th"], metrics["PQ_st"]) == (100, 100, 100)

@@ -1,0 +1,199 @@
+"""NaN and infinity: in a loss, a gradient, a map; the run stops, or leaves out the step."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import image_batch
+from detectron2.config import get_cfg
+from detectron2.engine import SimpleTrainer
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.events import EventStorage
+from ssimkd.engine import finite_steps as finite
+from ssimkd.engine.finite_steps import MOST_OVERFLOWS, FiniteSteps
+from torch import nn
+
+KEY = "MODEL.DISTILL"
+
+
+class Model(nn.Module):
+    """loss_a is finite with a wrong gradient where "root" is 0, loss_b is what "value" makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, batch):
+        (x,) = batch
+        root = (self.weight * x["root"]).sqrt().sum()
+        return {"loss_a": root, "loss_b": (self.weight**2).sum() * x["value"]}
+
+
+def batch(number, root=1.0, value=1.0):
+    return [{"root": root, "value": value + 0.1 * number, "file_name": f"{number}.jpg"}]
+
+
+class Scaled(SimpleTrainer):
+    """AMPTrainer's step, whose loss scale works on a CPU as well."""
+
+    grad_scaler = torch.amp.GradScaler("cpu")
+
+    def run_step(self):
+        losses = self.model(next(self._data_loader_iter))
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self._write_metrics(losses, 0.0)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+
+def train(batches, allowed=0, kind=SimpleTrainer, clip=False):
+    """Trains on these batches; returns the trainer and its hook."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    if clip:
+        cfg = get_cfg()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+        cls = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
+        optimizer = cls(model.parameters(), lr=0.01, momentum=0.9)
+    trainer, hook = kind(model, batches, optimizer), FiniteSteps(allowed)
+    trainer.register_hooks([hook])
+    trainer.failed = None
+    try:
+        trainer.train(0, len(batches))
+    except FloatingPointError as error:
+        trainer.failed = str(error)
+    assert not model._forward_hooks and trainer._write_metrics.__self__ is trainer
+    assert optimizer.step.__self__ is optimizer
+    return trainer, hook
+
+
+WRONG = {
+    "loss": (dict(value=math.nan), "loss_b is nan"),
+    "infinite loss": (dict(value=math.inf), "loss_b is inf"),
+    "gradient": (dict(root=0.0), "the gradient of weight is not finite"),
+}
+
+
+@pytest.mark.parametrize("wrong, message", WRONG.values(), ids=WRONG)
+def test_it_stops_before_the_step_and_names_iteration_and_images(wrong, message):
+    batches = [batch(0), batch(1), batch(2, **wrong), batch(3)]
+    trainer, _ = train(batches)
+    assert trainer.failed == f"{message} (iteration 2, images: 2.jpg)"
+    before, _ = train(batches[:2])
+    assert torch.equal(trainer.model.weight, before.model.weight)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("wrong, _", WRONG.values(), ids=WRONG)
+def test_a_step_left_out_is_as_if_its_images_were_not_there(wrong, _, clip):
+    batches = [batch(0), batch(1), batch(2, **wrong), batch(3), batch(4)]
+    skipping, hook = train(batches, allowed=1, clip=clip)
+    without, _ = train([*batches[:2], *batches[3:]], clip=clip)
+    assert hook.skipped == 1 and skipping.failed is None
+    assert torch.equal(skipping.model.weight, without.model.weight)
+    momenta = [
+        trainer.optimizer.state[trainer.model.weight]["momentum_buffer"]
+        for trainer in (skipping, without)
+    ]
+    assert torch.equal(*momenta)
+
+
+def test_only_so_many_steps_are_left_out_resumed_or_not():
+    batches = [batch(0), batch(1, root=0.0), batch(2), batch(3, value=math.nan)]
+    trainer, hook = train(batches, allowed=1)
+    assert trainer.failed.startswith("loss_b is nan (iteration 3")
+    resumed = FiniteSteps(1)
+    resumed.load_state_dict(copy.deepcopy(hook.state_dict()))
+    assert resumed.skipped == 1
+    assert train(batches, allowed=2)[0].failed is None
+
+
+def test_mixed_precision_may_look_for_its_loss_scale_but_not_for_ever():
+    few = [batch(n, root=0.0) for n in range(MOST_OVERFLOWS)]
+    trainer, hook = train([*few, batch(9)], kind=Scaled)
+    assert trainer.failed is None and hook.skipped == 0
+    trainer, _ = train([*few, batch(9, root=0.0)], kind=Scaled)
+    assert trainer.failed.startswith(f"mixed precision: {MOST_OVERFLOWS + 1} gradients in a row")
+    trainer, _ = train([batch(0), batch(1, value=math.nan)], kind=Scaled)
+    assert trainer.failed == "loss_b is nan (iteration 1, images: 1.jpg)"
+
+
+def test_mixed_precision_has_looked_at_the_gradients_itself(monkeypatch):
+    monkeypatch.setattr(finite, "get_total_norm", None)
+    assert train([batch(0), batch(1, root=0.0), batch(2)], kind=Scaled)[0].failed is None
+
+
+@pytest.mark.parametrize("said, counts", [([True, False], (1, 0)), ([False, False], (0, 1))])
+def test_all_processes_count_what_mixed_precision_leaves_out_alike(said, counts, monkeypatch):
+    """This one was told of no loss; the main process may have been."""
+    monkeypatch.setattr(finite.comm, "all_gather", lambda own: said)
+    _, hook = train([batch(0), batch(1, root=0.0)], allowed=1, kind=Scaled)
+    assert (hook.skipped, hook.overflows) == counts
+
+
+def spoil_level(model, level):
+    def spoil(module, args, output):
+        output = output.clone()
+        output[0, 0, 0, 0] = math.nan
+        return output
+
+    getattr(model.backbone, f"fpn_output{level[1]}").register_forward_hook(spoil)
+
+
+def forward(model):
+    named = [{**image_batch((96, 96))[0], "file_name": "a/b.jpg"}]
+    with EventStorage(7):
+        return model(named)
+
+
+def test_nan_in_a_map_of_the_student_names_level_iteration_and_images(student):
+    """The proposals stop the forward before the losses are there."""
+    model = student()
+    spoil_level(model, "p3")
+    message = r"not finite in the student: p3 \(iteration 7, images: a/b.jpg\)"
+    with pytest.raises(FloatingPointError, match=message):
+        forward(model)
+
+
+def test_nan_in_a_map_of_the_teacher_stops_unless_steps_may_be_left_out(student):
+    for allowed in (0, 1):
+        model = student(f"{KEY}.SKIP_NONFINITE_STEPS", allowed)
+        model.distiller.build_teacher(model.device)
+        spoil_level(model.distiller.teacher.model, "p3")
+        if allowed:  # all processes go on to the gradient, where they agree
+            assert forward(model)["ssim_kd_loss"].isnan()
+            continue
+        message = r"ssim_kd/p3 is nan, from the teacher's map p3.*\(iteration 7, images: a/b.jpg\)"
+        with pytest.raises(FloatingPointError, match=message):
+            forward(model)
+
+
+def test_all_gradients_are_looked_at_by_one_norm():
+    """Many parameters, one of them wrong: it is found and named."""
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])
+    hook = FiniteSteps()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook.trainer = type("Trainer", (), {"iter": 5, "model": model, "optimizer": optimizer})
+    for index, bad in itertools.product((0, 7, 19), (math.nan, math.inf, -math.inf)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model[index].bias.grad[1] = bad
+        with pytest.raises(FloatingPointError, match=rf"the gradient of {index}.bias is not"):
+            hook._step()
+
+
+def test_a_loss_of_another_process_stops_this_one():
+    """Detectron2's main process sees the losses of all; a finite gradient tells nobody else."""
+
+    class Told(SimpleTrainer):
+        def _write_metrics(self, *args, **kwargs):
+            raise FloatingPointError("Loss became infinite or NaN at iteration=0!")
+
+    for allowed in (0, 1):
+        trainer, hook = train([batch(0)], kind=Told, allowed=allowed)
+        assert trainer.failed.startswith("in another process: FloatingPointError: Loss became")
+        assert hook.skipped == 0

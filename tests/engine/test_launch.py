@@ -1,0 +1,235 @@
+"""How the processes of a run find each other, and how all of them end when one fails."""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.utils import comm
+from processes import fork, free_port, in_processes, options
+from ssimkd import ConfigError
+from ssimkd.engine import launch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+TORCHRUN = {**dict.fromkeys(launch.VARIABLES, "1"), "RANK": "0", "LOCAL_RANK": "0"}
+SLURM = {  # of srun, for the sixth of eight tasks on two nodes
+    "SLURM_JOB_ID": "4711", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",
+}  # fmt: skip
+EXPECTED = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711",
+}  # fmt: skip
+
+
+def without(env, *names):
+    return {k: v for k, v in env.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, {}),
+        ({**SLURM, **TORCHRUN}, TORCHRUN),  # torchrun in a Slurm job
+        ({**SLURM, "RANK": "1", "WORLD_SIZE": "2"}, EXPECTED),  # no torchrun: LOCAL_RANK lacks
+        (SLURM, EXPECTED),
+        (
+            {**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            {**EXPECTED, "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        ),
+        ({**without(SLURM, "SLURM_STEP_NUM_NODES"), "SLURM_NNODES": "2"}, EXPECTED),
+        ({"SLURM_NTASKS": "8"}, {}),  # salloc's shell
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {}),  # a batch script
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {}),  # one task of a job of eight
+    ],
+)
+def test_who_has_started_this_process(env, expected):
+    assert launch.find_place(env) == expected
+
+
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        ({**TORCHRUN, "RANK": "a"}, "RANK must be an integer of at least 0, got 'a'"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE must be an integer of at least 1, got '0'"),
+        ({**TORCHRUN, "WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ({**TORCHRUN, "MASTER_PORT": "x"}, "MASTER_PORT must be an integer"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999"),
+        (without(SLURM, "SLURM_PROCID"), "SLURM_PROCID must be an integer of at least 0, got ''"),
+        (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID must be an integer"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS must be an integer"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "0"}, "SLURM_STEP_NUM_NODES must be an integer"),
+        ({**SLURM, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID must be an integer"),
+        ({**SLURM, "MASTER_PORT": "x"}, "MASTER_PORT must be an integer"),
+    ],
+)
+def test_a_variable_without_its_number_is_named(env, said):
+    with pytest.raises(ConfigError, match=said):
+        launch.find_place(env)
+
+
+@pytest.mark.parametrize("key, value", [("SLURM_STEP_NUM_NODES", "3"), ("SLURM_LOCALID", "2")])
+def test_tasks_that_do_not_fill_node_after_node_are_refused(key, value):
+    with pytest.raises(ConfigError, match="--distribution=block"):
+        launch.find_place({**SLURM, key: value})
+
+
+@pytest.mark.parametrize(
+    "nodelist, host",
+    [
+        ("login", "login"),
+        ("b,a", "b"),
+        ("gpu[007-009,12]-ib,login", "gpu007-ib"),
+        ("rack[0-1]n[3,5]", "rack0n3"),
+        ("n-1.cluster,n-2.cluster", "n-1.cluster"),
+    ],
+)
+def test_the_first_host_of_a_nodelist(nodelist, host):
+    assert launch.first_host(nodelist) == host
+
+
+def place():
+    """Where this process is, as Detectron2 sees it, and the sum of all ranks."""
+    ranks = comm.all_gather(comm.get_rank())
+    return comm.get_local_rank(), comm.get_local_size(), dist.get_backend(), sum(ranks)
+
+
+def test_torchrun_starts_processes():
+    assert in_processes(2, place) == [(0, 2, "gloo", 1), (1, 2, "gloo", 1)]
+
+
+def test_slurm_starts_processes():
+    """Two nodes of two tasks each, by the environment that srun makes; Slurm is not here."""
+    results, port = mp.get_context("fork").SimpleQueue(), free_port()
+
+    def task(index):
+        os.environ.update(
+            SLURM_PROCID=str(index), SLURM_LOCALID=str(index % 2), SLURM_STEP_NUM_TASKS="4",
+            SLURM_NNODES="2", SLURM_NODELIST="localhost,elsewhere", MASTER_PORT=str(port),
+        )  # fmt: skip
+        launch.start(lambda _: results.put((index, place())), lambda _: "cpu", options())
+
+    fork(4, task)
+    found = dict(results.get() for _ in range(4))
+    assert found == {i: (i % 2, 2, "gloo", 6) for i in range(4)}
+
+
+def test_processes_that_torchrun_started_start_no_others(monkeypatch, capsys):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    args = options()
+    args.num_gpus = 8
+    with pytest.raises(SystemExit, match="--num-gpus: torchrun or srun has started"):
+        launch.start(None, None, args)
+
+
+def test_a_process_whose_company_does_not_come_says_so(monkeypatch):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit, match="process 1 of 2 did not meet the others at localhost:"):
+        launch.start(None, None, options(minutes=0.03))
+
+
+@contextmanager
+def ends_within(seconds):
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds
+
+
+def fail(how):
+    """The second process fails while the first waits for it."""
+    if comm.get_rank() == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "raises":
+            raise KeyError("what went wrong")
+        if how == "hangs":
+            time.sleep(600)
+        raise ConfigError("SOME.KEY: wrong")
+    if how in ("killed", "raises"):  # torchrun names who failed first: not the one that is left
+        time.sleep(600)
+    comm.synchronize()
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("killed", "Signal 9 (SIGKILL) received by PID"),
+        ("raises", "KeyError: 'what went wrong'"),
+        ("wrong", "error: SOME.KEY: wrong\n"),
+    ],
+)
+def test_one_process_that_fails_ends_the_others(how, said, capfd):
+    with ends_within(40), pytest.raises(ChildFailedError) as failed:
+        in_processes(2, fail, how)
+    # torchrun prints the former; the others may add that they lost the connection
+    shown = str(failed.value) if how != "wrong" else capfd.readouterr().err
+    assert shown.count(said) == 1
+
+
+def test_a_process_that_hangs_ends_the_run():
+    with ends_within(40), pytest.raises(ChildFailedError) as failed:
+        in_processes(2, fail, "hangs", minutes=0.05)
+    assert failed.value.get_first_failure()[0] == 0  # the one that gave up waiting
+
+
+def refuse():
+    raise ConfigError("SOME.KEY: wrong")
+
+
+def test_an_error_of_every_process_is_said_once(capfd):
+    with pytest.raises(ChildFailedError):
+        in_processes(3, refuse)
+    assert capfd.readouterr().err.count("error: SOME.KEY: wrong\n") == 1
+
+
+def test_nan_on_two_processes_is_said_once_whatever_their_images():
+    store, codes = dist.HashStore(), []
+    for what in ("a is nan (iteration 3, images: 1.jpg)", "a is nan (iteration 3, images: 2.jpg)"):
+        with pytest.raises(SystemExit) as ended, launch.said_once(store, False):
+            raise FloatingPointError(what)
+        codes.append(ended.value.code)
+    assert codes == ["error: a is nan (iteration 3, images: 1.jpg)", 1]
+
+
+def own_launch(main, count, args, **_):
+    """As Detectron2's launch, which needs GPUs before v0.6."""
+    fork(2, main, *args)
+
+
+@pytest.mark.parametrize(
+    "how, raised, said",
+    [
+        ("killed", SystemExit, "error: process 1 terminated with signal SIGKILL"),
+        ("raises", mp.ProcessRaisedException, "KeyError: 'what went wrong'"),
+        ("wrong", SystemExit, "^error: SOME.KEY: wrong$"),
+    ],
+)
+def test_a_process_of_detectron2s_launch_that_fails_ends_the_others(how, raised, said, monkeypatch):
+    def main(rank, _):
+        if rank == 0:
+            time.sleep(600)
+        monkeypatch.setattr(comm, "get_rank", lambda: 1)
+        fail(how)
+
+    monkeypatch.setattr(launch.engine, "launch", own_launch)
+    with ends_within(40), pytest.raises(raised, match=said):
+        launch.start(main, lambda _: "cpu", options())
+
+
+def test_detectron2s_own_launch(monkeypatch, tmp_path):
+    if not hasattr(comm, "create_local_process_group"):
+        pytest.skip("this Detectron2 launches on GPUs alone")
+    args = options()
+    args.num_gpus, args.out = 2, tmp_path
+    launch.start(write_place, lambda _: "cpu", args)
+    assert {x.name for x in tmp_path.iterdir()} == {str((i, 2, "gloo", 1)) for i in range(2)}
+
+
+def write_place(args):
+    (args.out / str(place())).touch()

@@ -1,0 +1,322 @@
+"""Every family of the zoo as a student and as a teacher."""
+
+import pytest
+import ssimkd
+import torch
+from conftest import narrow_opts, rich_batch, save_teacher, zoo_cfg
+from detectron2.config import configurable, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY, ProposalNetwork, build_model
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+from ssimkd import ConfigError, Distiller, DistillMixin
+from ssimkd.checkpoint.export import parent_of, plain_config
+from ssimkd.engine.preflight import paired_maps, prepare
+from ssimkd.losses import SSIMLoss
+from ssimkd.modeling import meta_arch
+from ssimkd.modeling.meta_arch import image_format_of
+from ssimkd.teacher.frozen import TeacherSpec
+from ssimkd.utils.compat import FCOS, model_zoo
+
+KEY = "MODEL.DISTILL"
+BATCH = rich_batch((64, 64), (64, 96))
+FPN = ["p2", "p3", "p4", "p5", "p6"]
+DENSE = ["p3", "p4", "p5", "p6", "p7"]
+FAMILIES = {
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml": FPN,
+    "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml": FPN,
+    "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml": ["res4"],
+    "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml": ["res5"],
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml": DENSE,
+    "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml": FPN,
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml": FPN,
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml": FPN,
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml": FPN,
+    "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml": FPN,
+}
+STUDENTS = {
+    "GeneralizedRCNN": "DistillRCNN",
+    "PanopticFPN": "DistillPanopticFPN",
+    "RetinaNet": "DistillRetinaNet",
+}
+
+
+def run(model, batch=BATCH):
+    torch.manual_seed(5)
+    with EventStorage(0):
+        return model(batch)
+
+
+def pair(name, levels, path, *opts):
+    """The detector of a zoo config and its student twin, same weights, same seed."""
+    stock = build_model(zoo_cfg(name, *opts)).train()
+    teacher = (f"{KEY}.TEACHER.CONFIG", name, f"{KEY}.TEACHER.WEIGHTS", str(path))
+    narrow = (f"{KEY}.TEACHER.OPTS", narrow_opts(name))
+    student = build_model(
+        zoo_cfg(
+            name,
+            *opts,
+            *("MODEL.META_ARCHITECTURE", STUDENTS[type(stock).__name__]),
+            *(f"{KEY}.IN_FEATURES", levels, *teacher, *narrow),
+        )
+    ).train()
+    student.load_state_dict(stock.state_dict())
+    return stock, student
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_is_its_parent_and_a_loss(name, tmp_path):
+    path = save_teacher(zoo_cfg(name), tmp_path / "teacher.pth")
+    stock, student = pair(name, FAMILIES[name], path)
+    assert parent_of(type(student)) is type(stock)
+    assert student.state_dict().keys() == stock.state_dict().keys()
+    losses, expected = run(student), run(stock)
+    assert set(losses) - set(expected) == {"ssim_kd_loss"}
+    assert all(torch.equal(losses[loss], value) for loss, value in expected.items())
+    losses["ssim_kd_loss"].backward()
+    reached = [n for n, p in student.named_parameters() if p.grad is not None and p.grad.any()]
+    assert reached and all(n.startswith("backbone.") for n in reached)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_distillation_off_is_the_parent_to_the_bit(name):
+    stock, student = pair(name, FAMILIES[name], "nowhere.pth", f"{KEY}.LOSSES", ())
+    losses, expected = run(student), run(stock)
+    assert losses.keys() == expected.keys()
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    for a, b in zip(student.parameters(), stock.parameters()):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_shallow_backbones(depth, tmp_path):
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    path = save_teacher(zoo_cfg(name), tmp_path / "teacher.pth")
+    opts = ("MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+    _, student = pair(name, FPN, path, *opts)
+    assert run(student)["ssim_kd_loss"] > 0
+
+
+# Teacher -> (its config, student's, levels in common): other family, normalisation, channel order.
+PAIRS = {
+    "one-stage to two-stage": (
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        ["p3", "p4", "p5", "p6"],
+    ),
+    "two-stage to one-stage": (
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        ["p3", "p4", "p5", "p6"],
+    ),
+    "group norm to frozen batch norm": (
+        "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml",
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        FPN,
+    ),
+    "panoptic to keypoints": (
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        FPN,
+    ),
+    "C4 to FPN": (
+        "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        ["p4"],
+    ),
+}
+
+
+def student_of(config, levels, teacher, weights, *opts):
+    cfg = zoo_cfg(config, f"{KEY}.IN_FEATURES", levels, f"{KEY}.TEACHER.CONFIG", teacher)
+    cfg.MODEL.META_ARCHITECTURE = STUDENTS[cfg.MODEL.META_ARCHITECTURE]
+    cfg.MODEL.DISTILL.TEACHER.OPTS = narrow_opts(teacher)
+    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = weights
+    cfg.merge_from_list(list(opts))
+    return build_model(cfg).train()
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_of_different_families(kind, tmp_path):
+    teacher, config, levels = PAIRS[kind]
+    weights = save_teacher(zoo_cfg(teacher), tmp_path / "teacher.pth")
+    channels_differ = kind == "C4 to FPN" or "_gn" in teacher
+    adapter = (f"{KEY}.ADAPTER", "conv1x1") if channels_differ else ()
+    model = student_of(config, levels, teacher, weights, *adapter)
+    loss = run(model)["ssim_kd_loss"]
+    assert torch.isfinite(loss) and loss > 0
+    strides = {level: model.distiller.student_shapes[level].stride for level in levels}
+    shapes = model.distiller.teacher.shapes
+    matched = model.distiller.teacher_levels
+    assert {level: shapes[matched[level]].stride for level in levels} == strides
+
+
+@pytest.mark.parametrize(
+    "teacher, levels, message",
+    [
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", FPN, "p2 has stride 4, .* no level of it"),
+        ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", ["p4"], "ADAPTER: p4 has 16 channels"),
+        ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", ["p5"], r"it has res4 \(stride 16\)"),
+    ],
+)
+def test_pairs_that_cannot_work_say_why(teacher, levels, message, tmp_path):
+    weights = save_teacher(zoo_cfg(teacher), tmp_path / "teacher.pth")
+    model = student_of("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", levels, teacher, weights)
+    with pytest.raises(ConfigError, match=message):
+        run(model)
+
+
+def test_a_c4_student_is_told_its_map():
+    with pytest.raises(ConfigError, match="the student has no p2; it has res4"):
+        student_of("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", FPN, "x", "y")
+
+
+@META_ARCH_REGISTRY.register()
+class DistillProposalNetwork(DistillMixin, ProposalNetwork):
+    """A student in two lines: its parent prepares images by itself and keeps no format of them."""
+
+
+@META_ARCH_REGISTRY.register()
+class Stylized(ProposalNetwork):
+    """A detector with an argument of its own that is called as a mapper's."""
+
+    @configurable
+    def __init__(self, *, image_format, **kwargs):
+        super().__init__(**kwargs)
+        self.style = image_format
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {**super().from_config(cfg), "image_format": "cubist"}
+
+
+@META_ARCH_REGISTRY.register()
+class DistillStylized(DistillMixin, Stylized):
+    """A student of it."""
+
+
+def test_a_student_adds_no_argument_but_its_distiller():
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    meta_arch = ("MODEL.META_ARCHITECTURE", "DistillStylized")
+    model = student_of(name, FPN, name, "", *meta_arch, "INPUT.FORMAT", "RGB")
+    assert model.style == "cubist" and image_format_of(model) == "RGB"
+    args = Stylized.from_config(zoo_cfg(name))
+    node = {"model": {"_target_": f"{__name__}.DistillStylized", **dict.fromkeys(args, 1)}}
+    plain = plain_config(OmegaConf.create(node), "").model
+    assert set(plain) == {"_target_", *args}
+
+
+class Loader:
+    """Shows one batch, in RGB."""
+
+    def peek(self, images):
+        return [[{**x, "image": x["image"].flip(0)} for x in BATCH]]
+
+
+def test_any_meta_architecture_with_a_backbone_is_a_student_in_two_lines(tmp_path, caplog):
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    weights = save_teacher(zoo_cfg(name), tmp_path / "teacher.pth")  # takes BGR
+    meta_arch = ("MODEL.META_ARCHITECTURE", "DistillProposalNetwork")
+    rgb = student_of(name, FPN, name, weights, *meta_arch, "INPUT.FORMAT", "RGB")
+    with caplog.at_level("INFO"):
+        prepare(rgb, Loader(), resumed=False)
+    assert "Teacher and student agree cell by cell" in caplog.text
+    (images,) = Loader().peek(8)
+    assert set(run(rgb, images)) == {"loss_rpn_cls", "loss_rpn_loc", "ssim_kd_loss"}
+    assert parent_of(type(rgb)) is ProposalNetwork
+    rcnn = student_of(name, FPN, name, weights)
+    (_, found), (_, expected) = (
+        paired_maps(model, model.distiller, batch)
+        for model, batch in ((rgb, images), (rcnn, BATCH))
+    )
+    assert all(torch.equal(found[level], maps) for level, maps in expected.items())
+
+
+REGNET_Y_200MF = {"depth": 13, "w_a": 36.44, "w_0": 24, "w_m": 2.49, "group_width": 8}
+# Lazy configs of the zoo as teachers, with overrides that make them small.
+LAZY_TEACHERS = {
+    "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ": [],
+    "new_baselines/mask_rcnn_regnety_4gf_dds_FPN_100ep_LSJ": [
+        f"model.backbone.bottom_up.{key}={value}" for key, value in REGNET_Y_200MF.items()
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LAZY_TEACHERS)
+def test_lazy_teachers_of_the_zoo(name, tmp_path):
+    opts = [*LAZY_TEACHERS[name], "model.backbone.out_channels=16"]
+    spec = TeacherSpec(name, "", opts)
+    assert spec._zoo_weights().endswith(".pkl")  # the zoo knows it by this name
+    cfg = spec.load_config().model
+    spec.weights = save_teacher(cfg, tmp_path / "teacher.pth")
+    student = student_of("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", FPN, "x", "")
+    student.distiller.spec = spec
+    assert run(student)["ssim_kd_loss"] > 0
+
+
+def test_a_regnet_student():
+    cfg = model_zoo.get_config("new_baselines/mask_rcnn_regnety_4gf_dds_FPN_100ep_LSJ.py").model
+    cfg.backbone.bottom_up.update(REGNET_Y_200MF)
+    cfg._target_ = meta_arch.DistillRCNN
+    model = instantiate(cfg).train()
+    assert "loss_mask" in run(model)
+
+
+@pytest.mark.skipif(FCOS is None, reason="this Detectron2 has no FCOS")
+def test_an_fcos_student_learns_from_retinanet(tmp_path):
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    weights = save_teacher(zoo_cfg(name), tmp_path / "teacher.pth")
+    cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
+    cfg._target_ = ssimkd.DistillFCOS
+    cfg.distiller = Distiller(
+        teacher=dict(config=name, weights=weights, opts=narrow_opts(name)),
+        losses=[SSIMLoss()],
+        in_features=DENSE,
+        adapter="conv1x1",
+    )
+    model = instantiate(cfg).train()
+    losses = run(model)
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "ssim_kd_loss"}
+
+
+VITDET = """
+from detectron2.config import LazyCall as L
+from ssimkd.utils.compat import model_zoo
+model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+model.backbone.net.update(
+    img_size=128, embed_dim=32, depth=2, num_heads=2, window_block_indexes=[0], window_size=4
+)
+model.backbone.square_pad = 128
+model.backbone.out_channels = 16
+dataloader = dict(train=dict(mapper=dict(image_format="RGB")))
+"""
+
+
+def has_vit():
+    try:
+        import timm  # noqa: F401
+        from detectron2.modeling import SimpleFeaturePyramid  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_vit(), reason="ViTDet needs v0.7 and timm")
+def test_a_vitdet_teacher(tmp_path):
+    config = tmp_path / "vitdet.py"
+    config.write_text(VITDET)
+    spec = TeacherSpec(str(config))
+    spec.weights = save_teacher(spec.load_config().model, tmp_path / "teacher.pth")
+    student = student_of("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", FPN, "x", "")
+    student.distiller.spec = spec
+    assert run(student)["ssim_kd_loss"] > 0
+    images = student.preprocess_image(BATCH).tensor
+    maps, padded = student.distiller.teacher(BATCH, images, student.rules)
+    assert padded == (128, 128) and maps["p4"].shape[-2:] == (8, 8)
+
+
+@pytest.mark.skipif(FCOS is not None, reason="this Detectron2 has FCOS")
+def test_without_fcos_the_import_says_so():
+    with pytest.raises(ImportError, match="no FCOS: it came with v0.6"):
+        from ssimkd.modeling.meta_arch import DistillFCOS  # noqa: F401

@@ -1,0 +1,256 @@
+"""The teacher: where it comes from, what it must hold, how it sees the images."""
+
+import functools
+import http.server
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+from conftest import image_batch, narrow_opts, shapes_cfg
+from detectron2.modeling import build_model
+from omegaconf import OmegaConf
+from ssimkd import ConfigError
+from ssimkd.teacher.frozen import Rules, Teacher, TeacherSpec
+from ssimkd.utils.compat import model_zoo
+
+CONFIG = "configs/shapes/teacher.yaml"
+CPU = torch.device("cpu")
+KEY = "MODEL.DISTILL.TEACHER"
+BATCH = image_batch((96, 96), (96, 112))
+
+
+@pytest.fixture
+def state(teacher_file):
+    return torch.load(teacher_file)["model"]
+
+
+def save(path, state):
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+NOTHING = torch.zeros(0)  # for a student whose images are of no use to the teacher
+
+
+def maps_of(teacher, batch=BATCH, input_format="BGR"):
+    return teacher(batch, NOTHING, Rules(input_format))[0]
+
+
+def test_it_is_the_detectors_own_backbone(teacher_file, state):
+    detector = build_model(shapes_cfg("teacher"))
+    detector.load_state_dict(state)
+    expected = detector.eval().backbone(detector.preprocess_image(BATCH).tensor)
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
+    found, padded = teacher(BATCH, NOTHING, Rules("BGR"))
+    assert padded == (96, 128)
+    for level, value in expected.items():
+        value = value.detach()  # equal but for rounding: its batch norms are folded
+        torch.testing.assert_close(found[level], value, rtol=0, atol=1e-5 * float(value.max()))
+        assert found[level].is_contiguous() and not found[level].requires_grad
+
+
+def test_the_heads_are_gone(teacher_file):
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
+    assert [name for name, _ in teacher.model.named_children()] == ["backbone"]
+
+
+@pytest.mark.parametrize("name", ["retinanet_R_50_FPN_1x", "retinanet_R_50_FPN_1x.yaml"])
+def test_zoo_names(name):
+    spec = TeacherSpec(f"COCO-Detection/{name}")
+    assert spec.load_config().MODEL.META_ARCHITECTURE == "RetinaNet"
+    path = "COCO-Detection/retinanet_R_50_FPN_1x"
+    assert spec._zoo_weights() == model_zoo.get_checkpoint_url(path + ".yaml")
+
+
+def test_a_lazy_teacher_from_the_zoo(tmp_path):
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+    opts = ["model.backbone.bottom_up.stages.norm=BN", "model.pixel_std=[2,2,2]"]
+    cfg = TeacherSpec(name, "", opts).load_config()
+    from detectron2.config import instantiate
+
+    path = save(tmp_path / "lazy.pth", instantiate(cfg.model).state_dict())
+    teacher = Teacher(TeacherSpec(name, path, opts), CPU)
+    assert {name: shape.stride for name, shape in teacher.shapes.items()} == {
+        "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128
+    }  # fmt: skip
+    assert teacher.rules.input_format == "BGR" and float(teacher.model.pixel_std[0]) == 2
+    assert maps_of(teacher)["p3"].shape == (2, 256, 12, 16)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (TeacherSpec(""), f"{KEY}.CONFIG is empty"),
+        (TeacherSpec("COCO-Detection/no_such"), f"{KEY}.CONFIG: COCO-Detection/no_such is neither"),
+        (TeacherSpec(CONFIG), f"{KEY}.WEIGHTS is empty and .* {CONFIG}"),
+        (TeacherSpec(CONFIG, "no/such.pth"), f"{KEY}.WEIGHTS: there is no file no/such.pth"),
+        (TeacherSpec(CONFIG, "x.pth", ["NO.KEY", 1]), f"{KEY}.CONFIG or .OPTS: .*NO.KEY"),
+        (TeacherSpec(CONFIG, CONFIG), f"{KEY}.WEIGHTS: {CONFIG} cannot be read: it is no"),
+    ],
+)
+def test_what_cannot_be_found_is_named(spec, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Teacher(spec, CPU)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_missing_tensor_stops_the_run(tmp_path, state):
+    del state["backbone.fpn_output3.weight"]
+    path = save(tmp_path / "t.pth", state)
+    with pytest.raises(ConfigError, match=f"{KEY}.WEIGHTS: .*fpn_output3.weight is missing"):
+        Teacher(TeacherSpec(CONFIG, path), CPU)
+
+
+def test_a_missing_running_mean_stops_the_run(tmp_path, state):
+    name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    del state[name]
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        Teacher(TeacherSpec(CONFIG, save(tmp_path / "t.pth", state)), CPU)
+
+
+def test_a_misshaped_tensor_stops_the_run(tmp_path, state):
+    state["backbone.fpn_output3.weight"] = torch.zeros(3, 3)
+    message = r"fpn_output3.weight is \(3, 3\) instead of \(64, 64, 3, 3\)"
+    with pytest.raises(ConfigError, match=message):
+        Teacher(TeacherSpec(CONFIG, save(tmp_path / "t.pth", state)), CPU)
+
+
+def test_weights_that_are_not_finite_stop_the_run(tmp_path, state):
+    state["backbone.fpn_output3.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="NaN or infinity in backbone.fpn_output3.weight"):
+        Teacher(TeacherSpec(CONFIG, save(tmp_path / "t.pth", state)), CPU)
+
+
+def test_the_heads_may_be_missing(tmp_path, state):
+    backbone = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    Teacher(TeacherSpec(CONFIG, save(tmp_path / "t.pth", backbone)), CPU)
+
+
+def test_detectron2_pickles(tmp_path, state, teacher_file):
+    path = tmp_path / "t.pkl"
+    arrays = {k: v.numpy() for k, v in state.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    found = maps_of(Teacher(TeacherSpec(CONFIG, str(path)), CPU))
+    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file), CPU))
+    assert all(torch.equal(found[level], expected[level]) for level in expected)
+
+
+def test_backbone_pickles_of_image_classifiers_are_no_teachers(tmp_path, state):
+    arrays = {
+        k[len("backbone.bottom_up.") :]: v.numpy()
+        for k, v in state.items()
+        if k.startswith("backbone.bottom_up.")
+    }
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(
+        pickle.dumps({"model": arrays, "__author__": "torchvision", "matching_heuristics": True})
+    )
+    with pytest.raises(ConfigError, match="backbone.fpn_lateral.* is missing"):
+        Teacher(TeacherSpec(CONFIG, str(path)), CPU)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_weights_over_http(tmp_path, teacher_file, cache):
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=os.path.dirname(teacher_file)
+    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/teacher.pth"
+        found = maps_of(Teacher(TeacherSpec(CONFIG, url), CPU))
+        with pytest.raises(ConfigError, match=f"{KEY}.WEIGHTS: cannot fetch .*/no.pth"):
+            Teacher(TeacherSpec(CONFIG, url.replace("teacher.pth", "no.pth")), CPU)
+    finally:
+        server.shutdown()
+    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file), CPU))
+    assert all(torch.equal(found[level], expected[level]) for level in expected)
+
+
+@pytest.mark.parametrize("weights", ["", "detectron2://COCO-Detection/x/model.pkl"])
+def test_zoo_urls_are_read_from_detectron2s_cache(weights, cache, monkeypatch, teacher_file):
+    """No network here: the file is put where a download would have put it."""
+    url = "https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/x/model.pkl"
+    monkeypatch.setattr(model_zoo, "get_checkpoint_url", lambda name: url)
+    state = {k: v.numpy() for k, v in torch.load(teacher_file)["model"].items()}
+    path = cache / "detectron2/COCO-Detection/x/model.pkl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
+    assert Teacher(TeacherSpec(CONFIG, weights), CPU).shapes["p2"].stride == 4
+
+
+def test_its_own_mean_deviation_and_channel_order(tmp_path, state, teacher_file):
+    """A teacher for RGB in [0, 1] whose first layer undoes that sees what its twin sees."""
+    # stem: conv(x_bgr - mean) / 1 against conv'((x_rgb - 255 mean') / (255 std'))
+    mean, std = [0.1, 0.4, 0.2], [0.5, 0.25, 0.125]
+    rgb = dict(state)
+    stem = "backbone.bottom_up.stem.conv1.weight"
+    rgb[stem] = state[stem].flip(1) * (torch.tensor(std) * 255).view(1, 3, 1, 1)
+    bgr_opts = ["MODEL.PIXEL_MEAN", [51.0, 102.0, 25.5]]
+    rgb_opts = [
+        "INPUT.FORMAT", "RGB",
+        "MODEL.PIXEL_MEAN", [255 * m for m in mean],
+        "MODEL.PIXEL_STD", [255 * s for s in std],
+    ]  # fmt: skip
+    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file, bgr_opts), CPU))
+    twin = Teacher(TeacherSpec(CONFIG, save(tmp_path / "rgb.pth", rgb), rgb_opts), CPU)
+    for level, value in maps_of(twin).items():
+        torch.testing.assert_close(value, expected[level], rtol=1e-3, atol=1e-3)
+    flipped = [{"image": x["image"].flip(0)} for x in BATCH]  # an RGB student's images
+    for level, value in maps_of(twin, flipped, "RGB").items():
+        torch.testing.assert_close(value, expected[level], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shown, wanted", [("HSV", "BGR"), ("RGB", "HSV"), ("L", "LAB")])
+def test_formats_that_cannot_be_turned_into_each_other_are_refused(teacher_file, shown, wanted):
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file, ["INPUT.FORMAT", wanted]), CPU)
+    message = f"^INPUT.FORMAT .* is '{shown}' and the teacher's, by {KEY}.OPTS, '{wanted}'"
+    with pytest.raises(ConfigError, match=message):
+        maps_of(teacher, input_format=shown)
+
+
+@pytest.mark.parametrize("name", ["HSV", "LAB", "YCbCr", "L"])
+def test_a_student_of_the_teachers_own_format_needs_no_turning(teacher_file, name):
+    opts = ["MODEL.PIXEL_MEAN", [51.0, 102.0, 25.5]]  # one for each channel: the order matters
+    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU))
+    opts += ["INPUT.FORMAT", name]
+    found = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU), input_format=name)
+    assert all(torch.equal(found[level], expected[level]) for level in expected)
+
+
+def test_a_teacher_that_cannot_be_built_is_named(teacher_file):
+    opts = ["MODEL.META_ARCHITECTURE", "NoSuchNet"]
+    with pytest.raises(ConfigError, match=f"{KEY}.CONFIG: cannot build .*NoSuchNet"):
+        Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU)
+
+
+def test_lists_in_the_overrides_of_a_lazy_config(teacher_file):
+    opts = OmegaConf.create({"opts": ["MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]]}).opts
+    teacher = Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU)
+    assert teacher.model.pixel_mean.flatten().tolist() == [1, 2, 3]
+
+
+def test_a_teacher_that_names_no_format_is_refused(teacher_file):
+    spec = TeacherSpec(CONFIG, teacher_file, ["INPUT.FORMAT", ""])
+    with pytest.raises(ConfigError, match=f"^{KEY}.OPTS: the teacher's image format is ''"):
+        Teacher(spec, CPU)
+
+
+def test_a_detector_that_cannot_preprocess_is_refused(tmp_path):
+    name = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
+    path = save(tmp_path / "t.pth", {})
+    with pytest.raises(ConfigError, match="a ProposalNetwork has no preprocess_image"):
+        Teacher(TeacherSpec(name, path, narrow_opts(name)), CPU)
+
+
+def test_a_teacher_takes_its_number_of_classes_from_its_data(teacher_file):
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 7, "DATASETS.NUM_CLASSES_FROM_DATA", True]
+    _, cfg, absent = TeacherSpec(CONFIG, teacher_file, opts).load(CPU)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4 and not absent
