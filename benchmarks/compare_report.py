@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-import bench_measure
 import matplotlib
+from ssimkd.utils import measure as bench_measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -2,10 +2,10 @@
 
 import json
 
+import bench as benchmark
 import bench_growth
 import bench_loss
 import bench_step
-import benchmark
 import pytest
 import torch
 from bench_loss import deviation, loss_table, make_maps, own

@@ -5,7 +5,6 @@ import sys
 from contextlib import nullcontext
 
 import cv2
-import export_student
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.checkpoint import graph
 from ssimkd.checkpoint.graph import write_graph
+from ssimkd.commands import export as export_student
 
 CONFIG, WEIGHTS = "configs/shapes/teacher.yaml", "configs/shapes/teacher.pth"
 

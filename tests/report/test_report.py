@@ -20,10 +20,10 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
-from report import main as command
 from ssimkd import ConfigError
 from ssimkd.checkpoint.graph import OneImage
 from ssimkd.checkpoint.same_run import flatten
+from ssimkd.commands.report import main as command
 from ssimkd.data.datasets import use_own_data
 from ssimkd.data.shapes import FOLDER
 from ssimkd.engine import lazy_driver as lazy_engine
