@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from ssimkd.engine.arguments import load_config
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.teacher.frozen import rules_of
+from ssimkd.teacher.frozen import preprocessing_of
 from ssimkd.utils.measure import Call, clock_of, interleave, markdown, peak_of
 from torch import Tensor
 
@@ -111,7 +111,10 @@ class Bench:
     def pair(self, loss: str) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """Maps of student, with gradient, and teacher, as a loss gets them."""
         images = self.model.preprocess_image(self.batch).tensor
-        maps, rules = self.model.backbone(images), rules_of(self.model, self.cfg.INPUT.FORMAT)
+        maps, rules = (
+            self.model.backbone(images),
+            preprocessing_of(self.model, self.cfg.INPUT.FORMAT),
+        )
         student, teacher = self.distillers[loss].pair(self.batch, maps, images, rules)
         return {level: m.requires_grad_() for level, m in student.items()}, teacher
 

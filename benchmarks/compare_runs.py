@@ -19,7 +19,7 @@ from compare_methods import ROOT
 from detectron2.config import CfgNode
 from ssimkd.commands.weight import medians, read_rows
 from ssimkd.engine.run_record import commit, machine
-from ssimkd.errors import ConfigError, naming
+from ssimkd.errors import ConfigError, as_config_error
 from tqdm import tqdm
 
 COSTS = "timing"  # folder of the solo runs
@@ -102,7 +102,7 @@ def restore(records: Path, out: Path) -> None:
     Raises:
         ConfigError: the file is not there, or holds something else or runs of other configs.
     """
-    with naming(f"--records: {records}", (OSError, ValueError, TypeError, KeyError)):
+    with as_config_error(f"--records: {records}", (OSError, ValueError, TypeError, KeyError)):
         found = json.loads(records.read_text())
         drafts = {out / name / RECORD: json.dumps(found[name], indent=2) for name in found}
         for config, known in {(r["settings"][0], r["config"]) for r in found.values()}:

@@ -30,7 +30,7 @@ import torch
 from ssimkd.checkpoint.export import read_weights
 from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine.arguments import add_flags
-from ssimkd.errors import ConfigError, exit_in_one_line, naming
+from ssimkd.errors import ConfigError, as_config_error, exit_in_one_line
 from torch import Tensor
 from torchvision import models
 
@@ -44,7 +44,7 @@ def read(architecture: str, path: str) -> Dict[str, Tensor]:
         ConfigError: they cannot be had, or are another network's.
     """
     if not path:
-        with naming(f"--weights: cannot download {architecture}, name a file", Exception):
+        with as_config_error(f"--weights: cannot download {architecture}, name a file", Exception):
             model = getattr(models, architecture)(weights="IMAGENET1K_V1")
         return backbone_of(model.state_dict())
     weights = backbone_of(read_weights(path))

@@ -13,7 +13,6 @@ import threading
 import zipfile
 
 import convert_torchvision
-import export_student
 import numpy as np
 import pytest
 import torch
@@ -28,7 +27,8 @@ from ssimkd.checkpoint.reader import (
     read_checkpoint,
     trust_checkpoints,
 )
-from ssimkd.checkpoint.strict import RunCheckpointer, load_teacher
+from ssimkd.checkpoint.strict import StrictCheckpointer, load_teacher
+from ssimkd.commands import export as export_student
 
 import train_net
 
@@ -113,7 +113,7 @@ def test_files_of_either_numpy_are_read(tmp_path, old, new):
 def test_a_file_that_would_run_a_command_does_not(tmp_path, name):
     path = write(tmp_path / name, {"model": {"a": torch.ones(1), "b": Attack(tmp_path / "ran")}})
     assert "mkdir" in str(zipped(path) if name in ("x.pth", "x.pyth") else open(path, "rb").read())
-    for read in (read_checkpoint, read_weights, RunCheckpointer(torch.nn.Linear(1, 1)).load):
+    for read in (read_checkpoint, read_weights, StrictCheckpointer(torch.nn.Linear(1, 1)).load):
         with pytest.raises(
             ConfigError, match=r"it names \w+\.mkdir, .* --trust-checkpoint"
         ) as error:
@@ -274,7 +274,7 @@ def test_a_resumed_checkpoint_is_read_so(tmp_path):
     write(tmp_path / "model.pth", {"model": {}, "trainer": Attack(tmp_path / "ran")})
     (tmp_path / "last_checkpoint").write_text("model.pth")
     with pytest.raises(ConfigError, match="model.pth is not read: it names"):
-        RunCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).resume_or_load("", resume=True)
+        StrictCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).resume_or_load("", resume=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -282,7 +282,7 @@ def test_pycls_files_are_read(tmp_path):
     linear = torch.nn.Linear(2, 3)
     path = write(tmp_path / "x.pyth", {"model_state": linear.state_dict(), "epoch": np.float64(3)})
     model = torch.nn.Linear(2, 3)
-    RunCheckpointer(model).load(path)
+    StrictCheckpointer(model).load(path)
     assert torch.equal(model.weight, linear.weight) and torch.equal(model.bias, linear.bias)
 
 
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_leaves_random_values(tmp_path, whole):
 
     def load(**changes):
         path = write(tmp_path / "x.pth", {**state, **changes})
-        RunCheckpointer(model, whole=whole).load(path)
+        StrictCheckpointer(model, whole=whole).load(path)
 
     load()
     other_head = {"head.weight": torch.zeros(9, 3), "head.bias": torch.zeros(9)}
@@ -306,7 +306,7 @@ def test_a_checkpoint_that_leaves_random_values(tmp_path, whole):
         load(**{"backbone.bias": torch.zeros(1)})
     path = write(tmp_path / "x.pth", {"nothing": torch.zeros(1)})
     with pytest.raises(ConfigError, match="x.pth .*backbone.weight is missing"):
-        RunCheckpointer(model, whole=whole).load(path)
+        StrictCheckpointer(model, whole=whole).load(path)
 
 
 CONTENT = b"the content of a checkpoint"
@@ -353,10 +353,10 @@ def test_a_changed_download_is_not_loaded(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}"
-        RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/a-{digest}.pth")
+        StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/a-{digest}.pth")
         with pytest.raises(ConfigError, match=f"/b-{digest}.pth is not what its name says"):
-            RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/b-{digest}.pth")
+            StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/b-{digest}.pth")
         with pytest.raises(ConfigError, match=f"cannot fetch {address}/no.pth"):
-            RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/no.pth")
+            StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/no.pth")
     finally:
         server.shutdown()

@@ -14,9 +14,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from ssimkd import ConfigError
-from ssimkd.checkpoint.run_checkpointer import WholeCheckpointer, check_state, whole_file
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, atomic_write, check_state
 from ssimkd.checkpoint.same_run import check_same_run, flatten
-from ssimkd.engine.hooks import AfterTraining, EvalHook
+from ssimkd.engine.hooks import CallAfterTraining, EvalHook
 from ssimkd.engine.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
 from ssimkd.engine.run_record import read_record, record_run
 from ssimkd.utils.random_state import get_random_state
@@ -34,7 +34,7 @@ def model_of(value):
 
 
 def save(folder, value, iteration):
-    WholeCheckpointer(model_of(value), str(folder)).save(
+    RunCheckpointer(model_of(value), str(folder)).save(
         f"model_{iteration:07d}", iteration=iteration
     )
 
@@ -42,7 +42,7 @@ def save(folder, value, iteration):
 def resume(folder):
     """The iteration that a resume finds, with the weights of that iteration."""
     model = model_of(-1.0)
-    found = WholeCheckpointer(model, str(folder)).resume_or_load("")
+    found = RunCheckpointer(model, str(folder)).resume_or_load("")
     assert (model.weight == found["iteration"]).all()
     return found["iteration"]
 
@@ -90,16 +90,16 @@ def test_stock_detectron2_reads_what_is_written(tmp_path):
 
 def test_a_failed_writing_leaves_the_older_file(tmp_path):
     path = str(tmp_path / "results.json")
-    with whole_file(path, "w") as f:
+    with atomic_write(path, "w") as f:
         f.write("old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path, "w") as f:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path, "w") as f:
         f.write("new")
         raise KeyboardInterrupt
     assert open(path).read() == "old" and os.listdir(tmp_path) == ["results.json"]
 
 
 def test_without_last_checkpoint_the_newest_one_counts(tmp_path):
-    assert not WholeCheckpointer(model_of(0.0), str(tmp_path / "nowhere")).has_checkpoint()
+    assert not RunCheckpointer(model_of(0.0), str(tmp_path / "nowhere")).has_checkpoint()
     for iteration in (1, 2, 3):
         save(tmp_path, float(iteration), iteration)
     (tmp_path / "student.pth").write_bytes(b"")
@@ -116,7 +116,7 @@ def test_without_last_checkpoint_the_newest_one_counts(tmp_path):
 
 def test_a_crash_just_before_the_final_checkpoint_does_not_lose_it(tmp_path):
     save(tmp_path, 5.0, 5)
-    checkpointer = WholeCheckpointer(model_of(0.0), str(tmp_path))
+    checkpointer = RunCheckpointer(model_of(0.0), str(tmp_path))
     checkpointer.resume_or_load("")
     checkpointer.complete()  # no step was left
     last = (tmp_path / "model_0000005.pth").read_bytes()
@@ -155,20 +155,20 @@ def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path):
 def test_random_values_are_not_evaluated(tmp_path):
     (tmp_path / "last_checkpoint").write_text("")
     with pytest.raises(ConfigError, match="has no checkpoint to go on from"):
-        WholeCheckpointer(model_of(0.0), str(tmp_path), whole=True).resume_or_load("")
+        RunCheckpointer(model_of(0.0), str(tmp_path), whole=True).resume_or_load("")
 
 
 def test_a_run_that_starts_anew_is_not_resumed_as_the_earlier_one(tmp_path):
     for iteration in (1, 2):
         save(tmp_path, float(iteration), iteration)
     (tmp_path / "model_final.pth").write_text("final")
-    checkpointer = WholeCheckpointer(model_of(0.0), str(tmp_path))
-    checkpointer.set_aside()
+    checkpointer = RunCheckpointer(model_of(0.0), str(tmp_path))
+    checkpointer.move_earlier_checkpoints()
     assert not checkpointer.has_checkpoint()  # killed before its own first one
     folder, final = sorted(os.listdir(tmp_path))
     assert final == "model_final.pth" and resume(tmp_path / folder) == 2
     assert len(os.listdir(tmp_path / folder)) == 3
-    checkpointer.set_aside()
+    checkpointer.move_earlier_checkpoints()
     assert sorted(os.listdir(tmp_path)) == [folder, final]
 
 
@@ -204,16 +204,16 @@ class State:
 def test_what_makes_a_resume_impossible_is_an_error(tmp_path, model, parameters, message):
     before = nn.Linear(3, 2)
     state = State(*before.parameters())
-    WholeCheckpointer(before, str(tmp_path), trainer=state).save("model_0000001", iteration=1)
+    RunCheckpointer(before, str(tmp_path), trainer=state).save("model_0000001", iteration=1)
     state = State(*list(model.parameters())[:parameters])
     with pytest.raises(ConfigError, match=rf"model_0000001.pth .*{message}"):
-        WholeCheckpointer(model, str(tmp_path), trainer=state).resume_or_load("")
+        RunCheckpointer(model, str(tmp_path), trainer=state).resume_or_load("")
 
 
 def test_weights_alone_are_not_resumed(tmp_path):
     save(tmp_path, 1.0, 1)
     model = model_of(0.0)
-    checkpointer = WholeCheckpointer(model, str(tmp_path), trainer=State(*model.parameters()))
+    checkpointer = RunCheckpointer(model, str(tmp_path), trainer=State(*model.parameters()))
     with pytest.raises(ConfigError, match=r"without the state of their training \(trainer\)"):
         checkpointer.resume_or_load("")
 
@@ -331,7 +331,7 @@ def stop_one_of_two(rank, folder):
 
     model = DistributedDataParallel(Sum())
     trainer = SimpleTrainer(model, batches(), torch.optim.SGD(model.parameters(), lr=0.1))
-    checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
+    checkpointer = RunCheckpointer(model, str(folder), trainer=trainer)
     collected = []
     trainer.register_hooks([StopOnSignal(lambda: collected.append(1), checkpointer)])
     try:
@@ -369,7 +369,7 @@ def end_with(signal_at, hooks):
 def test_a_signal_in_the_last_iteration_ends_the_run_behind_the_export():
     done = []
     stop = StopOnSignal(lambda: done.append("collected"), None)
-    hooks = [AfterTraining(lambda: done.append("exported")), stop]
+    hooks = [CallAfterTraining(lambda: done.append("exported")), stop]
     hooks.append(EvalHook(0, lambda: done.append("evaluated")))
     with pytest.raises(SystemExit) as ended:
         end_with(1, hooks)
@@ -385,7 +385,7 @@ def test_a_signal_after_the_last_iteration_acts_as_ever():
         done.append("exported")
 
     try:
-        end_with(None, [AfterTraining(export), StopOnSignal(lambda: None, None)])
+        end_with(None, [CallAfterTraining(export), StopOnSignal(lambda: None, None)])
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert done == ["exported", "signalled"]

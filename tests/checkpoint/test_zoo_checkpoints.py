@@ -19,7 +19,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from ssimkd import ConfigError
-from ssimkd.teacher.frozen import Teacher, TeacherSpec, rules_of
+from ssimkd.teacher.frozen import Teacher, TeacherSpec, preprocessing_of
 
 CPU = torch.device("cpu")
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x"
@@ -212,7 +212,7 @@ def test_a_teacher_is_the_detector_of_its_file(config, file, tmp_path):
     with torch.no_grad():
         images = model.preprocess_image(batch).tensor
         expected = model.backbone(images)
-    found, _ = Teacher(spec, CPU)(batch, images, rules_of(model, "BGR"))
+    found, _ = Teacher(spec, CPU)(batch, images, preprocessing_of(model, "BGR"))
     assert found.keys() == expected.keys()
     for level, value in expected.items():  # its batch norms are folded: equal but for rounding
         torch.testing.assert_close(

@@ -14,7 +14,7 @@ from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
 from detectron2.engine import TrainerBase
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
-from ssimkd.engine.hooks import AfterTraining, EvalHook
+from ssimkd.engine.hooks import CallAfterTraining, EvalHook
 from ssimkd.engine.yaml_driver import DistillTrainer
 
 KEY = "MODEL.DISTILL"
@@ -274,7 +274,7 @@ class Trainer:
 
 def test_a_run_that_failed_in_its_last_iteration_exports_nothing():
     called = []
-    hook = AfterTraining(lambda: called.append(1))
+    hook = CallAfterTraining(lambda: called.append(1))
     for iteration, expected in ((3, []), (4, [1])):  # 4: counted up after the last step
         hook.trainer = Trainer(iteration)
         hook.after_train()
@@ -285,7 +285,7 @@ def test_an_export_that_fails_does_not_cost_the_last_evaluation(caplog):
     def export():
         raise ConfigError("OUTPUT_DIR: no space left on device")
 
-    evaluated, exporting = [], AfterTraining(export)
+    evaluated, exporting = [], CallAfterTraining(export)
     trainer = TrainerBase()
     trainer.run_step = lambda: None
     trainer.register_hooks([exporting, EvalHook(0, lambda: evaluated.append(1))])
@@ -331,7 +331,7 @@ def test_a_plain_detector_with_a_teacher_is_refused():
 def test_the_student_is_exported_before_the_last_evaluation(tmp_path):
     trainer = DistillTrainer(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)))
     kinds = [type(hook) for hook in trainer._hooks]
-    assert kinds.index(AfterTraining) < kinds.index(EvalHook)
+    assert kinds.index(CallAfterTraining) < kinds.index(EvalHook)
 
 
 def test_the_teachers_failure_comes_before_the_first_iteration(teacher_file, tmp_path):

@@ -191,7 +191,7 @@ def test_an_error_of_every_process_is_said_once(capfd):
 def test_nan_on_two_processes_is_said_once_whatever_their_images():
     store, codes = dist.HashStore(), []
     for what in ("a is nan (iteration 3, images: 1.jpg)", "a is nan (iteration 3, images: 2.jpg)"):
-        with pytest.raises(SystemExit) as ended, launch.said_once(store, False):
+        with pytest.raises(SystemExit) as ended, launch.print_error_once(store, False):
             raise FloatingPointError(what)
         codes.append(ended.value.code)
     assert codes == ["error: a is nan (iteration 3, images: 1.jpg)", 1]

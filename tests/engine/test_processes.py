@@ -46,8 +46,15 @@ def train(teacher_file, images, *opts, seed=0, steps=3):
             trainer.run_step()
             losses.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
             storage.step()
-    lacking = [k for k, v in model.named_parameters() if v.requires_grad and v.grad is None]
-    return {"losses": losses, "before": before, "after": weights_of(model), "lacking": lacking}
+    unloaded_tensors = [
+        k for k, v in model.named_parameters() if v.requires_grad and v.grad is None
+    ]
+    return {
+        "losses": losses,
+        "before": before,
+        "after": weights_of(model),
+        "unloaded_tensors": unloaded_tensors,
+    }
 
 
 def weights_of(model):
@@ -88,7 +95,7 @@ def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
     # a second step raises where a parameter took no part in the first; without
     # find_unused_parameters, and though the second process has no objects at all
     first, second = in_processes(2, train, teacher_file, 2, *opts)
-    assert not first["lacking"] and not second["lacking"]
+    assert not first["unloaded_tensors"] and not second["unloaded_tensors"]
     trained = [k for k in first["after"] if k.startswith("distiller.")]
     for part in ("adapters", *(f"losses.{name}" for name in losses)):
         names = [k for k in trained if k.startswith(f"distiller.{part}.")]

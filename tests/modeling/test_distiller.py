@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.levels import check_cells, crop_to_common, match_levels
-from ssimkd.teacher.frozen import rules_of
+from ssimkd.teacher.frozen import preprocessing_of
 
 KEY = "MODEL.DISTILL"
 
@@ -137,7 +137,7 @@ def test_another_size_divisibility_of_the_teacher_does_not_matter_much(student, 
     monkeypatch.setattr(
         FPN, "size_divisibility", property(lambda self: 256 if self is backbone else 32)
     )
-    teacher.rules = rules_of(teacher.model, "BGR")
+    teacher.rules = preprocessing_of(teacher.model, "BGR")
     padded = {}
     backbone.register_forward_hook(lambda module, args, maps: padded.update(maps))
     found = kd_loss(model, batch)

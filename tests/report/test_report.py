@@ -30,7 +30,7 @@ from ssimkd.engine import lazy_driver as lazy_engine
 from ssimkd.engine import yaml_driver as engine
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import in_words, read_record, record_run
-from ssimkd.report import pictures
+from ssimkd.report import images as pictures
 from ssimkd.report.config_diff import differences, flat
 from ssimkd.report.detection_errors import KINDS, detection_errors
 from ssimkd.report.page import Report, adapters_in

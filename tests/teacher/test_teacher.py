@@ -12,7 +12,7 @@ from conftest import image_batch, narrow_opts, shapes_cfg
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
-from ssimkd.teacher.frozen import Rules, Teacher, TeacherSpec
+from ssimkd.teacher.frozen import Preprocessing, Teacher, TeacherSpec
 from ssimkd.utils.compat import model_zoo
 
 CONFIG = "configs/shapes/teacher.yaml"
@@ -35,7 +35,7 @@ NOTHING = torch.zeros(0)  # for a student whose images are of no use to the teac
 
 
 def maps_of(teacher, batch=BATCH, input_format="BGR"):
-    return teacher(batch, NOTHING, Rules(input_format))[0]
+    return teacher(batch, NOTHING, Preprocessing(input_format))[0]
 
 
 def test_it_is_the_detectors_own_backbone(teacher_file, state):
@@ -43,7 +43,7 @@ def test_it_is_the_detectors_own_backbone(teacher_file, state):
     detector.load_state_dict(state)
     expected = detector.eval().backbone(detector.preprocess_image(BATCH).tensor)
     teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
-    found, padded = teacher(BATCH, NOTHING, Rules("BGR"))
+    found, padded = teacher(BATCH, NOTHING, Preprocessing("BGR"))
     assert padded == (96, 128)
     for level, value in expected.items():
         value = value.detach()  # equal but for rounding: its batch norms are folded

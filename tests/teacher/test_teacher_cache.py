@@ -13,7 +13,7 @@ from conftest import image_batch
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError
 from ssimkd.teacher.cache import STEPS, TeacherCache, identify, pack, unpack
-from ssimkd.teacher.frozen import Rules, Teacher, TeacherSpec
+from ssimkd.teacher.frozen import Preprocessing, Teacher, TeacherSpec
 
 CONFIG = "configs/shapes/teacher.yaml"
 KEY = "MODEL.DISTILL.TEACHER"
@@ -283,5 +283,5 @@ def test_config_and_precision_are_part_of_the_name(teacher_file, tmp_path):
     ]
     for count, spec in enumerate(specs, start=1):
         for _ in range(2):  # built twice: the same name
-            Teacher(spec, CPU)(BATCH[:1], torch.zeros(0), Rules("BGR"))
+            Teacher(spec, CPU)(BATCH[:1], torch.zeros(0), Preprocessing("BGR"))
         assert len(files(tmp_path)) == count

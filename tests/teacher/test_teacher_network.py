@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.ssim.definition import ssim_map
 from ssimkd.ssim.normalize import normalize_maps
-from ssimkd.teacher.frozen import Rules, Teacher, TeacherSpec, rules_of
+from ssimkd.teacher.frozen import Preprocessing, Teacher, TeacherSpec, preprocessing_of
 from ssimkd.teacher.network import TeacherNetwork, fold_norms
 
 CONFIG = "configs/shapes/teacher.yaml"
@@ -60,7 +60,7 @@ def test_what_only_looks_like_an_affine_map_is_not_folded():
     [("bfloat16", 2e-3), ("float16", 2e-4)],  # 8 and 11 bits; measured: 3e-4 and 1e-5 at most
 )
 def test_half_precision_changes_the_structure_little(precision, bound):
-    rules = Rules("BGR")
+    rules = Preprocessing("BGR")
     full, _ = Teacher(TeacherSpec(CONFIG, WEIGHTS), CPU)(BATCH, torch.zeros(0), rules)
     spec = TeacherSpec(CONFIG, WEIGHTS, precision=precision)
     half, _ = Teacher(spec, CPU)(BATCH, torch.zeros(0), rules)
@@ -103,8 +103,8 @@ def test_the_compiled_teacher_is_the_teacher(precision):
     bound = 1e-5 if precision == "float32" else 0.05
     for sizes in ([(96, 96)] * 2, [(96, 128)] * 3, [(128, 96)]):
         batch = image_batch(*sizes)
-        expected, _ = eager(batch, torch.zeros(0), Rules("BGR"))
-        found, _ = compiled(batch, torch.zeros(0), Rules("BGR"))
+        expected, _ = eager(batch, torch.zeros(0), Preprocessing("BGR"))
+        found, _ = compiled(batch, torch.zeros(0), Preprocessing("BGR"))
         for level, value in expected.items():
             assert (found[level] - value).abs().max() < bound * value.abs().max()
 
@@ -122,7 +122,7 @@ def pair(student):
 def test_the_students_images_are_the_teachers_where_the_rules_agree(pair, monkeypatch):
     model, teacher = pair
     images = model.preprocess_image(BATCH).tensor
-    own, size = teacher(BATCH, images, Rules("BGR"))  # unknown rules: it makes its own
+    own, size = teacher(BATCH, images, Preprocessing("BGR"))  # unknown rules: it makes its own
     monkeypatch.setattr(teacher, "preprocess", None)
     shared, shared_size = teacher(BATCH, images, model.rules)
     assert size == shared_size and all(torch.equal(shared[level], x) for level, x in own.items())
@@ -143,15 +143,15 @@ def test_other_settings_are_other_rules(teacher_file, student, opts):
 
 def test_other_code_and_other_padding_are_other_rules(pair, monkeypatch):
     model, teacher = pair
-    assert model.rules == teacher.rules == rules_of(model, "BGR")
+    assert model.rules == teacher.rules == preprocessing_of(model, "BGR")
     with monkeypatch.context() as patch:
         patch.setattr(type(model.backbone), "size_divisibility", 64)
-        assert rules_of(model, "BGR") != teacher.rules
+        assert preprocessing_of(model, "BGR") != teacher.rules
     monkeypatch.setattr(type(model), "preprocess_image", lambda self, inputs: None)
-    assert rules_of(model, "BGR") != teacher.rules
+    assert preprocessing_of(model, "BGR") != teacher.rules
 
 
 def test_a_detector_without_statistics_has_unknown_rules(pair):
     model, teacher = copy.copy(pair[0]), pair[1]
     del model.pixel_mean
-    assert rules_of(model, "BGR") == Rules("BGR") != teacher.rules
+    assert preprocessing_of(model, "BGR") == Preprocessing("BGR") != teacher.rules

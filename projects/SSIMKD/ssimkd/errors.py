@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 # The folder of a run, as errors name it.
 OUTPUT = "OUTPUT_DIR (.yaml) or train.output_dir (.py)"
 # What a user can mend: a FloatingPointError says which loss or map is not finite.
-MENDABLE = (ConfigError, FloatingPointError, OmegaConfBaseException)
+USER_ERRORS = (ConfigError, FloatingPointError, OmegaConfBaseException)
 
 
 def one_line(error: BaseException) -> str:
@@ -34,15 +34,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def in_user_terms(error: BaseException) -> str:
-    """One of MENDABLE as one line that names what to change."""
+def describe_error(error: BaseException) -> str:
+    """One of USER_ERRORS as one line that names what to change."""
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the config'}: {one_line(error)}"
     return str(error)
 
 
 @contextmanager
-def naming(
+def as_config_error(
     what: str,
     failures: Union[Type[Exception], Tuple[Type[Exception], ...]] = ConfigError,
     sep: str = ": ",
@@ -63,9 +63,9 @@ def naming(
         raise ConfigError(f"{what}{sep}{text}") from error
 
 
-def writing(what: str) -> ContextManager[None]:
+def as_output_error(what: str) -> ContextManager[None]:
     """Around a change of a run's folder, in words: that it cannot be made is a ConfigError."""
-    return naming(f"{OUTPUT}: cannot {what}", OSError)
+    return as_config_error(f"{OUTPUT}: cannot {what}", OSError)
 
 
 @contextmanager
@@ -100,10 +100,10 @@ def exit_in_one_line(debug: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except MENDABLE as error:
+    except USER_ERRORS as error:
         if debug:
             raise
-        sys.exit(f"error: {in_user_terms(error)}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def traceback_in_log_only(debug: bool = False) -> Iterator[None]:
 
 
 def _off_terminal(record: logging.LogRecord) -> bool:
-    if not (record.exc_info and isinstance(record.exc_info[1], MENDABLE)):
+    if not (record.exc_info and isinstance(record.exc_info[1], USER_ERRORS)):
         return True
     for handler in logging.getLogger("detectron2").handlers:
         if getattr(handler, "stream", None) not in (sys.stdout, sys.stderr):

@@ -18,7 +18,7 @@ from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.utils.lazy_config import target_of
 
 from .reader import CheckpointReader
-from .run_checkpointer import whole_file
+from .run_checkpointer import atomic_write
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."
@@ -48,7 +48,7 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     check_weights(plain, weights)
     os.makedirs(folder, exist_ok=True)
     # Written beside and renamed: an interrupted export leaves what was there.
-    with whole_file(paths[0]) as file:
+    with atomic_write(paths[0]) as file:
         torch.save({"model": weights, "__author__": "SSIMKD"}, file)
     reason = write_config(plain, folder)
     if reason:

@@ -18,7 +18,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, building, naming
+from ssimkd.errors import ConfigError, as_config_error, building
 
 SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}  # of the formats
 # Masks, boxes and scores of graph and detector may differ by this; boxes are in pixels.
@@ -121,7 +121,7 @@ def compare(
     )
     for number, (image, fields) in enumerate(zip(images, expected), start=1):
         # a graph that is wrong may fail anywhere
-        with naming(f"{failure} on image {number}", Exception):
+        with as_config_error(f"{failure} on image {number}", Exception):
             outputs = graph(image)
             for (name, tensor), output in zip(fields.items(), outputs):
                 torch.testing.assert_close(output, tensor, rtol=RTOL, atol=ATOL, msg=name)

@@ -24,7 +24,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
 
-from ssimkd.errors import ConfigError, building, naming, one_line
+from ssimkd.errors import ConfigError, as_config_error, building, one_line
 
 logger = logging.getLogger(__name__)
 _CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
@@ -192,7 +192,7 @@ class CheckpointReader(DetectionCheckpointer, _Reader):
         """
         if path and "://" in path:
             fetch(path.split("?")[0])
-        with building(f"{path} cannot be loaded"), naming(path, sep=" "):
+        with building(f"{path} cannot be loaded"), as_config_error(path, sep=" "):
             return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
@@ -216,7 +216,7 @@ def fetch(address: str) -> str:
     Raises:
         ConfigError: it cannot be had, or see :func:`check_download`.
     """
-    with naming(f"cannot fetch {address}", Exception):
+    with as_config_error(f"cannot fetch {address}", Exception):
         path = PathManager.get_local_path(address)
     if "://" in address:
         check_download(address, path)

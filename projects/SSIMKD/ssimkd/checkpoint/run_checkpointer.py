@@ -13,12 +13,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ssimkd.errors import OUTPUT, ConfigError, naming, one_line, writing
+from ssimkd.errors import OUTPUT, ConfigError, as_config_error, as_output_error, one_line
 from ssimkd.utils.random_state import preserve_random_state, set_random_state
 
 from .reader import NAMED, read_raw
 from .same_run import check_same_run
-from .strict import RunCheckpointer
+from .strict import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
@@ -26,7 +26,7 @@ LAST = "last_checkpoint"
 NUMBERED = re.compile(r"model_\d{7,}\.pth")  # names sort as their iterations do
 
 
-class WholeCheckpointer(RunCheckpointer):
+class RunCheckpointer(StrictCheckpointer):
     """A run's checkpointer, whose files survive a crash at any moment.
 
     Names and format are Detectron2's; stock Detectron2 reads the files.
@@ -36,7 +36,7 @@ class WholeCheckpointer(RunCheckpointer):
         save_dir (str): as Detectron2's.
         run (dict or None): what `same_run.describe_run` says of this run: it is kept in the
             checkpoints, and a resume compares it.
-        options: as :class:`RunCheckpointer`'s.
+        options: as :class:`StrictCheckpointer`'s.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class WholeCheckpointer(RunCheckpointer):
         **options: Any,
     ) -> None:
         super().__init__(model, save_dir, **options)
-        self.path_manager = WholeFiles()
+        self.path_manager = AtomicPathManager()
         self.run = run
         self.resuming = False
         self.source = ""  # what was resumed from, until something is saved
@@ -60,7 +60,7 @@ class WholeCheckpointer(RunCheckpointer):
             ConfigError: it cannot be written; the checkpoints before it are as they were.
         """
         self.source = ""
-        with writing(f"write {name}.pth to {self.save_dir}"):
+        with as_output_error(f"write {name}.pth to {self.save_dir}"):
             try:
                 super().save(name, **kwargs, **({"run": self.run} if self.run else {}))
             except RuntimeError as error:
@@ -98,7 +98,7 @@ class WholeCheckpointer(RunCheckpointer):
         """Writes `model_final` where a crash came just before it: no step was left to take."""
         if self.source and self.save_to_disk and os.path.basename(self.source) != FINAL:
             target = os.path.join(self.save_dir, FINAL)
-            with open(self.source, "rb") as source, whole_file(target) as file:
+            with open(self.source, "rb") as source, atomic_write(target) as file:
                 shutil.copyfileobj(source, file)
             self.tag_last_checkpoint(FINAL)
 
@@ -106,7 +106,7 @@ class WholeCheckpointer(RunCheckpointer):
         names = checkpoints_in(self.save_dir)
         for name in names:
             path = os.path.join(self.save_dir, name)
-            fault = fault_of(path)
+            fault = find_damage(path)
             if not fault:
                 return path
             logger.warning("%s is not whole and is left out: %s", path, fault)
@@ -115,7 +115,7 @@ class WholeCheckpointer(RunCheckpointer):
             "start anew without --resume"
         )
 
-    def set_aside(self) -> None:
+    def move_earlier_checkpoints(self) -> None:
         """Moves an earlier run's checkpoints to a folder of their own: no resume is to find them.
 
         For a run that starts anew; `model_final.pth` stays where it is until it is written over.
@@ -128,7 +128,7 @@ class WholeCheckpointer(RunCheckpointer):
         if not names or not self.save_to_disk:
             return
         folder = os.path.join(self.save_dir, f"before-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        with writing(f"move the checkpoints of an earlier run to {folder}"):
+        with as_output_error(f"move the checkpoints of an earlier run to {folder}"):
             os.mkdir(folder)
             for name in sorted(names):  # `last_checkpoint` first
                 os.rename(os.path.join(self.save_dir, name), os.path.join(folder, name))
@@ -187,23 +187,23 @@ def check_state(checkpoint: Dict[str, Any]) -> None:
         raise ConfigError("is damaged: its place in the training data is no number")
     with preserve_random_state():
         for state in exact["random"]:
-            with naming("is damaged: its random state cannot be restored", Exception):
+            with as_config_error("is damaged: its random state cannot be restored", Exception):
                 set_random_state(state)
 
 
-class WholeFiles:
-    """Detectron2's PathManager, except that what it opens for writing is a :func:`whole_file`."""
+class AtomicPathManager:
+    """Detectron2's PathManager, except that what it opens for writing is a :func:`atomic_write`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(PathManager, name)
 
     def open(self, path: str, mode: str = "r") -> Any:
         """A context manager of the file."""
-        return whole_file(path, mode) if "w" in mode else PathManager.open(path, mode)
+        return atomic_write(path, mode) if "w" in mode else PathManager.open(path, mode)
 
 
 @contextmanager
-def whole_file(path: str, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """Opens a file that takes its name, and the place of an older one, once it is on the disk."""
     draft = f"{path}.tmp"
     try:
@@ -224,7 +224,7 @@ def whole_file(path: str, mode: str = "wb") -> Iterator[IO]:
         os.close(folder)
 
 
-def fault_of(path: str) -> str:
+def find_damage(path: str) -> str:
     """Why a checkpoint is not whole, in words; "" of a whole one: every byte is checked."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes the sums, but does not read them

@@ -8,14 +8,14 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from ssimkd.errors import ConfigError, naming
+from ssimkd.errors import ConfigError, as_config_error
 
 from .reader import CheckpointReader
 
 logger = logging.getLogger(__name__)
 
 
-class RunCheckpointer(CheckpointReader):
+class StrictCheckpointer(CheckpointReader):
     """The checkpoints of a run's model, which never keeps random values unnoticed.
 
     Args:
@@ -33,18 +33,18 @@ class RunCheckpointer(CheckpointReader):
         self.whole = whole
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = lacking(incompatible)
+        wrong = unloaded_tensors(incompatible)
         if wrong and self.whole:
-            raise ConfigError(f"does not fit the model: {few(list(wrong.values()))}")
+            raise ConfigError(f"does not fit the model: {first_three(list(wrong.values()))}")
         none = all(name in wrong for name, _ in self.model.named_parameters())
         # heads may differ, in their number of classes; a backbone of other shapes is another one
         other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
         if none or other:
-            raise ConfigError(f"is another model's: {few(other or list(wrong.values()))}")
+            raise ConfigError(f"is another model's: {first_three(other or list(wrong.values()))}")
         super()._log_incompatible_keys(incompatible)
 
 
-def lacking(incompatible) -> Dict[str, str]:
+def unloaded_tensors(incompatible) -> Dict[str, str]:
     """Tensors that a file does not hold in the model's shape -> that in words."""
     wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
     wrong.update(
@@ -55,12 +55,12 @@ def lacking(incompatible) -> Dict[str, str]:
     return {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
 
 
-def few(texts: List[str]) -> str:
+def first_three(texts: List[str]) -> str:
     """The first three of several facts."""
     return "; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
-class _WholeBackbone(CheckpointReader):
+class _TeacherCheckpointer(CheckpointReader):
     """Loads a checkpoint and raises unless it covers the backbone; the heads may differ.
 
     Attributes:
@@ -85,10 +85,10 @@ class _WholeBackbone(CheckpointReader):
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = lacking(incompatible)
+        wrong = unloaded_tensors(incompatible)
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
-            raise ConfigError(f"does not fit the backbone of its config: {few(backbone)}")
+            raise ConfigError(f"does not fit the backbone of its config: {first_three(backbone)}")
         # a teacher that was a student itself needs nothing of its own teacher's
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
@@ -108,8 +108,8 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
         ConfigError: it cannot be read, or a tensor of the backbone is missing, of another shape or
             not finite.
     """
-    checkpointer = _WholeBackbone(model)
-    with naming(key):
+    checkpointer = _TeacherCheckpointer(model)
+    with as_config_error(key):
         checkpointer.load(weights)
     part = "backbone." if hasattr(model, "backbone") else ""
     for name, tensor in model.state_dict().items():

@@ -24,7 +24,7 @@ from ssimkd.engine import yaml_driver as engine
 from ssimkd.engine.arguments import argument_parser, check_config, load_arguments
 from ssimkd.engine.run_record import record_run
 from ssimkd.engine.writers import quiet_terminal
-from ssimkd.errors import naming, traceback_in_log_only
+from ssimkd.errors import as_config_error, traceback_in_log_only
 from ssimkd.utils.config_keys import key_of, setting
 
 
@@ -33,7 +33,7 @@ def run(args) -> None:
     cfg = load_arguments(args)
     trust_checkpoints(args.trust_checkpoint)
     folder = setting(cfg, "output")
-    with naming(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
+    with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
         if args.quiet:
             quiet_terminal(folder, comm.get_rank())
         default_setup(cfg, args)

@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any, Dict, List, Tuple
 
-from ssimkd.errors import ConfigError, naming
+from ssimkd.errors import ConfigError, as_config_error
 
 logger = logging.getLogger(__name__)
 MOST = 1e9  # pixels of a side, beyond which a number is none
@@ -40,7 +40,10 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
     Raises:
         ConfigError: what is wrong with the file, to be put after its name.
     """
-    with naming("cannot be read", (OSError, RecursionError, ValueError)), open(json_file) as f:
+    with (
+        as_config_error("cannot be read", (OSError, RecursionError, ValueError)),
+        open(json_file) as f,
+    ):
         content = json.load(f)
     parts = ("images", "annotations", "categories")
     for part in parts:
@@ -53,7 +56,7 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
         kinds = dict(REQUIRED[part], **(SCORED if scored and part == "annotations" else {}))
         ids[part] = check_entries(part, content[part], kinds)
     check_annotations(content["annotations"], ids)
-    warn_of_unseen(json_file, content)
+    warn_of_boxes_outside(json_file, content)
     first = os.path.join(images, content["images"][0]["file_name"])
     if not os.path.isfile(first):
         raise ConfigError(f"names the image {first}, which does not exist")
@@ -114,7 +117,7 @@ def is_mask(segmentation: Any) -> bool:
     return numbers(size) and len(size) == 2 and (isinstance(counts, str) or numbers(counts))
 
 
-def warn_of_unseen(json_file: str, content: Dict[str, Any]) -> None:
+def warn_of_boxes_outside(json_file: str, content: Dict[str, Any]) -> None:
     """Warns of boxes without area or outside their image: Detectron2 leaves them out.
 
     Raises:

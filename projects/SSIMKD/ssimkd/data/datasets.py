@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ssimkd.errors import ConfigError, naming
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import ICDLoss
 from ssimkd.utils.config_keys import key_of, names_of
 from ssimkd.utils.lazy_config import lazy_losses, target_of
@@ -103,7 +103,7 @@ def register_coco(
             continue
         if not os.path.isdir(images):
             raise ConfigError(f"{key}: {name}: there is no folder {images}")
-        with naming(f"{key}: {name}: {json_file}", sep=" "):
+        with as_config_error(f"{key}: {name}: {json_file}", sep=" "):
             metadata = read_coco(json_file, images, name in scored)
         if name not in DatasetCatalog:
             register_coco_instances(name, metadata, json_file, images)

@@ -22,14 +22,14 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ssimkd.engine.preemption import leave_to_parent
+from ssimkd.engine.preemption import ignore_cluster_signals
 from ssimkd.errors import ConfigError
 from ssimkd.utils.random_state import preserve_random_state
 
 from .bad_images import BadImageError, NamingMapper
 
 logger = logging.getLogger(__name__)
-MOST_IN_A_ROW = 10  # bad images, beyond which the data or the disk is wrong
+MAX_BAD_IN_A_ROW = 10  # bad images, beyond which the data or the disk is wrong
 SKIPPED = "skipped"  # key of an item: the images that it stands in for
 # Attributes of Detectron2's samplers that hold random draws.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
@@ -74,10 +74,10 @@ class ResumableLoader:
         skip_bad_images: bool = False,
         **options,
     ) -> None:
-        self.lies: Optional[List[bool]] = None
+        self.landscape: Optional[List[bool]] = None
         if aspect_ratio_grouping:
             try:
-                self.lies = [record["width"] > record["height"] for record in dataset]
+                self.landscape = [record["width"] > record["height"] for record in dataset]
             except KeyError as error:
                 raise ConfigError(
                     "DATALOADER.ASPECT_RATIO_GROUPING (.yaml) or aspect_ratio_grouping (.py): a "
@@ -98,7 +98,7 @@ class ResumableLoader:
         self.options = {
             "collate_fn": trivial_batch_collator,
             "num_workers": num_workers,
-            "worker_init_fn": leave_to_parent,
+            "worker_init_fn": ignore_cluster_signals,
             **options,
         }
         self.batches = 0  # taken so far
@@ -142,11 +142,13 @@ class ResumableLoader:
 
     def _seeded(self) -> "SeededDataset":
         seed = getattr(self.sampler, "_seed", 0)
-        return SeededDataset(self.dataset, seed, self.skip_bad_images, self.lies)
+        return SeededDataset(self.dataset, seed, self.skip_bad_images, self.landscape)
 
     def _places(self) -> Iterator[List[Position]]:
         """Batches of places that were not taken yet."""
-        return islice(group_batches(self.sampler, self.batch_size, self.lies), self.batches, None)
+        return islice(
+            group_batches(self.sampler, self.batch_size, self.landscape), self.batches, None
+        )
 
     def state_dict(self) -> Dict[str, Any]:
         """What the sampler drew when it was made, and the number of batches taken from it."""
@@ -165,7 +167,7 @@ class SeededDataset(Dataset):
     Args:
         dataset (Dataset): items by index.
         seed (int): any integer.
-        skip_bad_images (bool), lies (list[bool] or None): see :class:`ResumableLoader`.
+        skip_bad_images (bool), landscape (list[bool] or None): see :class:`ResumableLoader`.
     """
 
     def __init__(
@@ -173,9 +175,9 @@ class SeededDataset(Dataset):
         dataset: MapDataset,
         seed: int,
         skip_bad_images: bool = False,
-        lies: Optional[List[bool]] = None,
+        landscape: Optional[List[bool]] = None,
     ) -> None:
-        self.dataset, self.skip_bad_images, self.lies = dataset, skip_bad_images, lies
+        self.dataset, self.skip_bad_images, self.landscape = dataset, skip_bad_images, landscape
         self.seed = (seed % 2**64, 0)  # Detectron2's "no seed" is -1; 0: as one process ever drew
         self.rank, self.processes = comm.get_rank(), comm.get_world_size()
 
@@ -194,7 +196,7 @@ class SeededDataset(Dataset):
                 if not self.skip_bad_images:
                     raise
                 bad.append(str(error))
-                if len(bad) > MOST_IN_A_ROW:
+                if len(bad) > MAX_BAD_IN_A_ROW:
                     break
                 continue
             if bad:
@@ -209,23 +211,23 @@ class SeededDataset(Dataset):
         """An image, then those that may stand in for it."""
         size = len(self.dataset)
         for candidate in chain(range(index, size), range(index)):
-            if self.lies is None or self.lies[candidate] == self.lies[index]:
+            if self.landscape is None or self.landscape[candidate] == self.landscape[index]:
                 yield candidate
 
 
 def group_batches(
-    sampler: Sampler, batch_size: int, lies: Optional[List[bool]]
+    sampler: Sampler, batch_size: int, landscape: Optional[List[bool]]
 ) -> Iterator[List[Position]]:
     """Batches of an endless sampler, in the order of Detectron2's AspectRatioGroupedDataset.
 
     Args:
         sampler (Sampler): indices of images.
         batch_size (int): images in a batch.
-        lies (list[bool] or None): of each image, whether it is wider than high; None: no grouping.
+        landscape (list[bool] or None): of each image, whether it is wider than high; None: no grouping.
     """
     waiting: Dict[bool, List[Position]] = defaultdict(list)
     for position, index in enumerate(sampler):
-        group = waiting[lies[index] if lies else False]
+        group = waiting[landscape[index] if landscape else False]
         group.append((position, index))
         if len(group) == batch_size:
             yield group[:]

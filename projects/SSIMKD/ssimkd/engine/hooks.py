@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import MENDABLE, in_user_terms
+from ssimkd.errors import USER_ERRORS, describe_error
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class ExactResume(HookBase):
             logger.warning("The training data starts anew: this resume is not exact")
 
 
-class AfterTraining(HookBase):
+class CallAfterTraining(HookBase):
     """Calls a function on the main process once training has come to its end.
 
     Its failure is an error of the log and waits for :meth:`raise_failure`: the evaluation behind it
@@ -98,8 +98,8 @@ class AfterTraining(HookBase):
                 self.function()
             except Exception as error:
                 self.failure = error
-                name, mendable = self.function.__name__, isinstance(error, MENDABLE)
-                logger.error("%s failed: %s", name, in_user_terms(error), exc_info=not mendable)
+                name, mendable = self.function.__name__, isinstance(error, USER_ERRORS)
+                logger.error("%s failed: %s", name, describe_error(error), exc_info=not mendable)
 
     def raise_failure(self) -> None:
         """Raises what the function raised, for the status of a run whose other hooks are done."""

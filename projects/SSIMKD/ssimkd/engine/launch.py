@@ -18,7 +18,14 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ssimkd.errors import MENDABLE, WORKER, ConfigError, exit_in_one_line, in_user_terms, one_line
+from ssimkd.errors import (
+    USER_ERRORS,
+    WORKER,
+    ConfigError,
+    describe_error,
+    exit_in_one_line,
+    one_line,
+)
 from ssimkd.utils.compat import create_local_process_group
 
 from .preemption import forward_to_children
@@ -77,8 +84,8 @@ def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: 
     """This process's part of a run that torchrun or Slurm has started."""
     timeout = timedelta(minutes=args.timeout)
     with exit_in_one_line(args.debug):
-        store = meet(timeout)
-    with said_once(store, args.debug):
+        store = rendezvous(timeout)
+    with print_error_once(store, args.debug):
         join(store, check(args), timeout)
         main(args)
         comm.synchronize()  # the main process may be writing still
@@ -155,7 +162,7 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+).*?\]", r"\1", first.group() if first else nodelist)
 
 
-def meet(timeout: timedelta) -> dist.Store:
+def rendezvous(timeout: timedelta) -> dist.Store:
     """Waits for the other processes; returns the store that they share.
 
     Raises:
@@ -174,14 +181,14 @@ def meet(timeout: timedelta) -> dist.Store:
 
 
 @contextmanager
-def said_once(store: dist.Store, debug: bool) -> Iterator[None]:
+def print_error_once(store: dist.Store, debug: bool) -> Iterator[None]:
     """As :func:`exit_in_one_line`, silent where another process has said the same."""
     try:
         yield
-    except MENDABLE as error:
+    except USER_ERRORS as error:
         if debug:
             raise
-        said = in_user_terms(error)
+        said = describe_error(error)
         try:
             # the images that follow it are each process's own
             first = store.add("error/" + said.split(" (iteration ")[0], 1) == 1

@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
-from ssimkd.checkpoint.run_checkpointer import WholeCheckpointer
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.checkpoint.same_run import describe_run
 from ssimkd.data.bad_images import CountSkipped, NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, building, naming, writing
+from ssimkd.errors import ConfigError, as_config_error, as_output_error, building
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.student import build_teacher, steps_to_skip, unwrap
@@ -32,8 +32,8 @@ from ssimkd.utils.lazy_config import target_of
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import FiniteSteps
-from .hooks import AfterTraining, EvalHook, ExactResume
-from .preemption import StopOnSignal, leave_to_parent
+from .hooks import CallAfterTraining, EvalHook, ExactResume
+from .preemption import StopOnSignal, ignore_cluster_signals
 from .preflight import prepare
 from .tensorboard_images import build_pictures
 from .writers import build_writers
@@ -55,7 +55,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     folder = cfg.train.output_dir
     model = lazy_model(cfg)
     if comm.is_main_process():
-        with writing(f"write to {folder}"):
+        with as_output_error(f"write to {folder}"):
             warn_unless_exportable(original, folder)
     logger.info("Model:\n%s", model)
     check_image_format(cfg, model, "train", "test")
@@ -71,7 +71,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     run = describe_run(original, unwrap(model))
-    checkpointer = WholeCheckpointer(model, folder, run=run, trainer=trainer)
+    checkpointer = RunCheckpointer(model, folder, run=run, trainer=trainer)
     exact = ExactResume(loader, unwrap(model), cfg.train.checkpointer.period)
     results: Dict[str, Any] = {}
 
@@ -80,11 +80,11 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         return results
 
     def export() -> None:
-        with writing(f"write the student to {folder}"):
+        with as_output_error(f"write the student to {folder}"):
             checkpointer.complete()
             export_student(original, unwrap(model).state_dict(), folder)
 
-    exporting = AfterTraining(export)
+    exporting = CallAfterTraining(export)
 
     with building("lr_multiplier"):
         scheduler = instantiate(cfg.lr_multiplier)
@@ -116,12 +116,12 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         ]
     )
     resumed = resume and checkpointer.has_checkpoint()
-    with naming("--resume" if resumed else "train.init_checkpoint"):
+    with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     check_classes(unwrap(model), datasets_of(cfg, "TRAIN", "TEST"))
     prepare(unwrap(model), loader, resumed=resumed)
     if not resume:
-        checkpointer.set_aside()
+        checkpointer.move_earlier_checkpoints()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     exporting.raise_failure()
     return results
@@ -166,9 +166,9 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     check_image_format(cfg, model, "test")
     model = create_ddp_model(model)
     check_classes(unwrap(model), datasets_of(cfg, "TEST"))
-    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, whole=True)
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, whole=True)
     resumed = resume and checkpointer.has_checkpoint()
-    with naming("--resume" if resumed else "train.init_checkpoint"):
+    with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return lazy_test(cfg, model)
 
@@ -185,7 +185,7 @@ def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
             node.mapper = NamingMapper(instantiate(node.mapper))
             loader = instantiate(node)
             evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
-        loader.worker_init_fn = leave_to_parent  # as DistillTrainer.build_test_loader
+        loader.worker_init_fn = ignore_cluster_signals  # as DistillTrainer.build_test_loader
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper
 from omegaconf import DictConfig, ListConfig
 
-from ssimkd.errors import ConfigError, building, naming
+from ssimkd.errors import ConfigError, as_config_error, building
 from ssimkd.modeling.distiller import Distiller
 from ssimkd.modeling.several_teachers import Distillers, build_distiller
 from ssimkd.utils.config_keys import key_of, setting, value_of
@@ -100,7 +100,7 @@ def check_limits(cfg: Any, eval_only: bool) -> None:
     check_folder(key_of(cfg, "output"), setting(cfg, "output"))
     if not isinstance(setting(cfg, "weights"), str):
         raise ConfigError(f"{key_of(cfg, 'weights')} must name a checkpoint, or be empty")
-    with naming(key_of(cfg, "device"), (RuntimeError, ValueError)):
+    with as_config_error(key_of(cfg, "device"), (RuntimeError, ValueError)):
         torch.device(str(setting(cfg, "device")))
     check_formats(cfg, ("test",) if eval_only else ("train", "test"))
     if not lazy:
@@ -174,19 +174,19 @@ def check_yaml(cfg: CfgNode) -> None:
             "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, "
             f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: it is scaled to the number of processes"
         )
-    refuse_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
+    check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
     if cfg.MODEL.DISTILL.LOSSES:
         with building("MODEL.DISTILL"):  # a value may be of a kind that nothing expects
             build_distiller(cfg)
 
 
-def refuse_none(node: CfgNode, name: str) -> None:
+def check_no_none(node: CfgNode, name: str) -> None:
     """Raises ConfigError for a key set to None, which yacs takes in place of any value."""
     for key, value in node.items():
         if value is None:
             raise ConfigError(f"{name}.{key} is None: give it a value, or leave it out")
         if isinstance(value, CfgNode):
-            refuse_none(value, f"{name}.{key}")
+            check_no_none(value, f"{name}.{key}")
 
 
 def check_expected(results: Sequence[Any]) -> None:

@@ -79,7 +79,7 @@ class StopOnSignal(HookBase):
             signal.raise_signal(self.received)
 
 
-def leave_to_parent(worker: int = 0) -> None:
+def ignore_cluster_signals(worker: int = 0) -> None:
     """In a process that loads images: of these signals it obeys its parent's alone.
 
     A cluster sends them to all of a job's processes; the parent needs its images for the iteration

@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, naming, one_line
+from ssimkd.errors import ConfigError, as_config_error, one_line
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.modeling.meta_arch import image_format_of, output_of
+from ssimkd.modeling.meta_arch import capture_backbone, image_format_of
 from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
-from ssimkd.teacher.frozen import as_seen, rules_of, trained_format
+from ssimkd.teacher.frozen import convert_channel_order, preprocessing_of, training_image_format
 from ssimkd.teacher.inherit import inherit
 from ssimkd.utils.random_state import preserve_random_state
 
@@ -93,7 +93,7 @@ def check_pair(
             absent[0],
         )
         return
-    shown, wanted = image_format_of(model), trained_format(cfg, detector)
+    shown, wanted = image_format_of(model), training_image_format(cfg, detector)
     check_detections(who, detector, list(chain(*batches)), shown, wanted)
 
 
@@ -103,7 +103,7 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
         f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here, an "
         "operator that Detectron2 compiles is missing"
     )
-    with naming(what, (ImportError, NotImplementedError)):
+    with as_config_error(what, (ImportError, NotImplementedError)):
         student, _ = paired_maps(model, distiller, batch)
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
 
@@ -132,9 +132,14 @@ def paired_maps(
     model.eval()  # batch statistics must not move
     model.training = training  # of the detector alone
     try:
-        with output_of(model.backbone) as taken, hook(_end), EventStorage(), suppress(_Taken):
+        with (
+            capture_backbone(model.backbone) as taken,
+            hook(_end),
+            EventStorage(),
+            suppress(_Taken),
+        ):
             model(batch)
-        rules = rules_of(model, image_format_of(model))
+        rules = preprocessing_of(model, image_format_of(model))
         return distiller.pair(batch, taken["maps"], taken["images"], rules)
     finally:
         model.train(training)
@@ -155,7 +160,7 @@ def check_detections(
     found = total = 0
     try:
         for x in batch:
-            image = as_seen([x["image"]], shown, wanted)[0]
+            image = convert_channel_order([x["image"]], shown, wanted)[0]
             detections = detector([{"image": image}])[0]["instances"]
             found += count_found(detections, x["instances"].to(detections.scores.device))
             total += len(x["instances"])

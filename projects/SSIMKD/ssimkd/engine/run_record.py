@@ -17,8 +17,8 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from detectron2.utils import comm
 
-from ssimkd.checkpoint.run_checkpointer import whole_file
-from ssimkd.errors import ConfigError, one_line, writing
+from ssimkd.checkpoint.run_checkpointer import atomic_write
+from ssimkd.errors import ConfigError, as_output_error, one_line
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
@@ -47,7 +47,7 @@ def record_run(folder: str) -> Iterator[None]:
     }
     old, path = read_record(folder), os.path.join(folder, FILE)
     entries = [*old, entry]
-    with writing(f"write {FILE} to {folder}"):
+    with as_output_error(f"write {FILE} to {folder}"):
         if not old and os.path.exists(path):  # unreadable
             os.replace(path, f"{path}.unreadable")
     write(folder, entries)
@@ -95,7 +95,10 @@ def in_words(time: Optional[str]) -> str:
 
 def write(folder: str, entries: List[Dict[str, Any]]) -> None:
     """Replaces `run.json` at once: an interruption leaves the former one."""
-    with writing(f"write {FILE} to {folder}"), whole_file(os.path.join(folder, FILE), "w") as f:
+    with (
+        as_output_error(f"write {FILE} to {folder}"),
+        atomic_write(os.path.join(folder, FILE), "w") as f,
+    ):
         json.dump(entries, f, indent=2)
 
 

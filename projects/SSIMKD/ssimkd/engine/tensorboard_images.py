@@ -68,7 +68,7 @@ class Pictures(HookBase):
 
     def show(self) -> None:
         """Puts the pictures of now."""
-        with preserve_random_state(), evaluating(self.model), torch.no_grad():
+        with preserve_random_state(), evaluation_mode(self.model), torch.no_grad():
             pictures = self.draw()
         for name, picture in pictures.items():
             get_event_storage().put_image(name, picture.transpose(2, 0, 1))
@@ -90,7 +90,7 @@ class Pictures(HookBase):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module has its own mode again, parts set apart too."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

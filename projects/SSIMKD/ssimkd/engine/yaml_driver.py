@@ -15,19 +15,19 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from ssimkd.checkpoint.export import export_student
-from ssimkd.checkpoint.run_checkpointer import WholeCheckpointer
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.checkpoint.same_run import describe_run
 from ssimkd.data.bad_images import CountSkipped, NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import building, naming, writing
+from ssimkd.errors import as_config_error, as_output_error, building
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.student import build_teacher, check_distils, steps_to_skip, unwrap
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import FiniteSteps
-from .hooks import AfterTraining, EvalHook, ExactResume
-from .preemption import StopOnSignal, leave_to_parent
+from .hooks import CallAfterTraining, EvalHook, ExactResume
+from .preemption import StopOnSignal, ignore_cluster_signals
 from .preflight import prepare
 from .tensorboard_images import build_pictures
 from .writers import build_writers
@@ -69,7 +69,7 @@ class DistillTrainer(DefaultTrainer):
         with building(f"DATASETS.TEST: {dataset_name}"):
             mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        loader.worker_init_fn = leave_to_parent
+        loader.worker_init_fn = ignore_cluster_signals
         return loader
 
     @classmethod
@@ -100,7 +100,7 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
         resumed = resume and self.checkpointer.has_checkpoint()
-        with naming("--resume" if resumed else "MODEL.WEIGHTS"):
+        with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
             super().resume_or_load(resume=resume)
         model = unwrap(self.model)
         data = self.cfg.DATASETS
@@ -111,7 +111,7 @@ class DistillTrainer(DefaultTrainer):
         """Detectron2's hooks, the state for an exact resume, and the export at the end."""
         model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
         # before the hook that saves takes Detectron2's own
-        self.checkpointer = WholeCheckpointer(
+        self.checkpointer = RunCheckpointer(
             self.checkpointer.model,
             self.cfg.OUTPUT_DIR,
             run=describe_run(self.cfg, model),
@@ -119,7 +119,7 @@ class DistillTrainer(DefaultTrainer):
         )
         ret = super().build_hooks()
         exact = ExactResume(self.data_loader, model, period)
-        self.exporting = AfterTraining(self.export)
+        self.exporting = CallAfterTraining(self.export)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
         tests = self.cfg.DATASETS.TEST
@@ -146,7 +146,7 @@ class DistillTrainer(DefaultTrainer):
     def export(self):
         """Completes the checkpoints and writes the student for stock Detectron2."""
         folder = self.cfg.OUTPUT_DIR
-        with writing(f"write the student to {folder}"):
+        with as_output_error(f"write the student to {folder}"):
             self.checkpointer.complete()
             export_student(self.cfg, unwrap(self.model).state_dict(), folder)
 
@@ -177,7 +177,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
         trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     if not resume:
-        trainer.checkpointer.set_aside()
+        trainer.checkpointer.move_earlier_checkpoints()
     trainer.train()
     trainer.exporting.raise_failure()
     return getattr(trainer, "_last_eval_results", {})
@@ -191,8 +191,10 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     with building("MODEL"):
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
-    with naming("--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"):
+    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+    with as_config_error(
+        "--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"
+    ):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():

@@ -26,7 +26,7 @@ from detectron2.utils import comm
 from omegaconf import ListConfig
 from pycocotools import cocoeval
 
-from ssimkd.checkpoint.run_checkpointer import whole_file
+from ssimkd.checkpoint.run_checkpointer import atomic_write
 from ssimkd.errors import ConfigError
 from ssimkd.utils.compat import has_compiled_ops
 from ssimkd.utils.lazy_config import target_of
@@ -144,7 +144,7 @@ def has_panopticapi() -> bool:
 def save_results(results: Dict[str, Any], folder: str) -> None:
     """Writes an evaluation's metrics to `results.json`, on the main process."""
     if comm.is_main_process() and results:
-        with whole_file(os.path.join(folder, "results.json"), "w") as f:
+        with atomic_write(os.path.join(folder, "results.json"), "w") as f:
             json.dump(without_nan(results), f, indent=2)
 
 

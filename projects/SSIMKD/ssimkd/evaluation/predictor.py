@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.errors import ConfigError, naming
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.config_keys import names_of, setting
 from ssimkd.utils.random_state import preserve_random_state
 
@@ -68,7 +68,7 @@ def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
         raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
 
     def read(path: str) -> Dict[str, Any]:
-        with naming(f"{path} cannot be read as an image", (OSError, ValueError)):
+        with as_config_error(f"{path} cannot be read as an image", (OSError, ValueError)):
             return mapper({"file_name": path})
 
     return read

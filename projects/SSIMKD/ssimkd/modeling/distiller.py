@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ssimkd.errors import ConfigError, wrong_input
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
-from ssimkd.teacher.frozen import Rules, Teacher
+from ssimkd.teacher.frozen import Preprocessing, Teacher
 from ssimkd.teacher.spec import TeacherSpec
 
 from .distiller_options import check_level_weights, check_names, check_values
@@ -207,7 +207,7 @@ class Distiller(nn.Module):
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
         images: Tensor,
-        rules: Rules,
+        rules: Preprocessing,
     ) -> Dict[str, Tensor]:
         """The weighted losses of one batch; per-level values go to the event storage.
 
@@ -215,7 +215,7 @@ class Distiller(nn.Module):
             batched_inputs (list[dict]): what the student was given.
             student_maps (dict[str, Tensor]): level -> (N, C, H, W), with gradient.
             images (Tensor): (N, 3, H, W), what the student's backbone was given.
-            rules (Rules): by which it was made of the images.
+            rules (Preprocessing): by which it was made of the images.
 
         Returns:
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
@@ -234,7 +234,7 @@ class Distiller(nn.Module):
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
         images: Tensor,
-        rules: Rules,
+        rules: Preprocessing,
     ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """The maps of student (after the adapter) and teacher, cell by cell; see :meth:`forward`.
 
@@ -280,13 +280,13 @@ class Distiller(nn.Module):
                 if math.isfinite(value):
                     storage.put_scalar(f"{loss.name}_kd/{level}", value)
                 else:
-                    self._refuse(explain(loss.name, level, value, student, teacher))
+                    self._report_nonfinite(explain(loss.name, level, value, student, teacher))
             factor = loss.weight * self.loss_weight * ramp
             parts = [self.level_weights.get(part, 1.0) * term for part, term in terms.items()]
             weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(parts).sum()
         return weighted
 
-    def _refuse(self, text: str) -> None:
+    def _report_nonfinite(self, text: str) -> None:
         text = f"{self.name}/{text}" if self.name else text  # as the event storage calls it
         if not self.skip_nonfinite_steps:
             raise FloatingPointError(text)

@@ -14,7 +14,7 @@ from torch import Tensor
 Maps = Dict[str, Tensor]
 
 
-class GradientBalance:
+class GradientRatio:
     """Compares two gradients at the same maps in the one backward of a training step.
 
     Both sides get views of the maps. When the backward is done, the event storage gets

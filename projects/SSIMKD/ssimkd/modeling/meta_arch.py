@@ -16,11 +16,11 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ssimkd.engine.finite_steps import naming_place
-from ssimkd.teacher.frozen import Rules, rules_of
+from ssimkd.teacher.frozen import Preprocessing, preprocessing_of
 from ssimkd.utils.compat import FCOS
 
 from .distiller import Distiller
-from .gradient_ratio import GradientBalance
+from .gradient_ratio import GradientRatio
 from .several_teachers import Distillers, build_distiller
 
 
@@ -58,9 +58,9 @@ class DistillMixin:
         return ret
 
     @cached_property
-    def rules(self) -> Rules:
+    def rules(self) -> Preprocessing:
         """How images are prepared; read once, because a GPU would be waited for."""
-        return rules_of(self, image_format_of(self))
+        return preprocessing_of(self, image_format_of(self))
 
     def forward(self, batched_inputs):
         """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
@@ -69,7 +69,10 @@ class DistillMixin:
         period = self.distiller.log_gradients
         watch = bool(period) and get_event_storage().iter % period == 0
         rules = self.rules._replace(input_format=image_format_of(self))
-        with output_of(self.backbone, watch) as backbone, naming_place(batched_inputs, backbone):
+        with (
+            capture_backbone(self.backbone, watch) as backbone,
+            naming_place(batched_inputs, backbone),
+        ):
             losses = super().forward(batched_inputs)
             kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
         return {**losses, **kd_losses}
@@ -85,7 +88,7 @@ def image_format_of(detector: Any) -> str:
 
 
 @contextmanager
-def output_of(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, Any]]:
+def capture_backbone(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, Any]]:
     """Takes what a backbone returns while the block runs; afterwards nothing stays registered.
 
     Args:
@@ -101,7 +104,7 @@ def output_of(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, An
     def take(module, inputs, output):
         taken.update(images=inputs[0], maps=output)
         if watch:
-            balance = GradientBalance(output)
+            balance = GradientRatio(output)
             taken["maps"] = balance.view("distiller")
             return balance.view("detector")
         return output

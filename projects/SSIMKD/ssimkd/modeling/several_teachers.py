@@ -7,8 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, naming
-from ssimkd.teacher.frozen import Rules
+from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.teacher.frozen import Preprocessing
 
 from .distiller import Distiller
 
@@ -75,7 +75,7 @@ class Distillers(nn.ModuleDict):
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
         images: Tensor,
-        rules: Rules,
+        rules: Preprocessing,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
@@ -96,7 +96,7 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
 
 def naming_teacher(name: str) -> ContextManager[None]:
     """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
-    return naming(name and f"MODEL.DISTILL.TEACHERS: {name}")
+    return as_config_error(name and f"MODEL.DISTILL.TEACHERS: {name}")
 
 
 def build_distiller(cfg) -> Union[Distiller, Distillers]:
@@ -116,7 +116,7 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
         )
     distillers: Dict[str, Distiller] = {}
     for number, entry in enumerate(node.TEACHERS, start=1):
-        name, one = of_entry(cfg, entry, number)
+        name, one = parse_teacher_entry(cfg, entry, number)
         if name in distillers:
             raise ConfigError(f"MODEL.DISTILL.TEACHERS: the NAME {name} is there twice")
         with naming_teacher(name):
@@ -124,7 +124,7 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
     return Distillers(**distillers)
 
 
-def of_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
+def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
     """An entry of TEACHERS: its name, and `cfg` with this teacher alone.
 
     What it does not say is as in `cfg`; but not the WEIGHTS and OPTS, which belong to a CONFIG.

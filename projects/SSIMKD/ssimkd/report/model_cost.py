@@ -18,7 +18,7 @@ from ssimkd.checkpoint.reader import read_checkpoint
 from ssimkd.errors import ConfigError
 from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import distillers_of
-from ssimkd.teacher.frozen import as_seen, trained_format
+from ssimkd.teacher.frozen import convert_channel_order, training_image_format
 
 from .run import Run
 
@@ -48,7 +48,7 @@ class Detector:
     def detect(self, x: Dict[str, Any], shown: str) -> Any:
         """Its Instances in one image, whose channel order is `shown`."""
         assert self.model is not None
-        image = as_seen([x["image"]], shown, self.format)[0]
+        image = convert_channel_order([x["image"]], shown, self.format)[0]
         with torch.no_grad():
             return self.model([{**x, "image": image}])[0]["instances"].to("cpu")
 
@@ -121,7 +121,7 @@ def teachers_of(model: nn.Module, notes: List[str]) -> List[Detector]:
         label = f"teacher {name}".rstrip()
         try:
             detector, cfg, absent = distiller.spec.load(next(model.parameters()).device)
-            weights, order = distiller.spec.find_weights(), trained_format(cfg, detector)
+            weights, order = distiller.spec.find_weights(), training_image_format(cfg, detector)
         except ConfigError as error:
             notes.append(f"The {label} could not be loaded: {error}")
             continue

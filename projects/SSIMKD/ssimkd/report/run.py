@@ -19,7 +19,7 @@ from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import lazy_use_own_data
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import in_words, read_json, read_record
-from ssimkd.errors import ConfigError, building, naming
+from ssimkd.errors import ConfigError, as_config_error, building
 from ssimkd.evaluation.predictor import device_of
 from ssimkd.utils.config_keys import names_of, setting
 
@@ -185,7 +185,9 @@ class Run:
             ConfigError: there is no checkpoint, it does not hold all of the detector, or a class
                 that the config names is not to be found, as one that its own file defines.
         """
-        with naming("its model cannot be built", Exception):  # a class of the user's may raise any
+        with as_config_error(
+            "its model cannot be built", Exception
+        ):  # a class of the user's may raise any
             if self.lazy:
                 model = instantiate(self.cfg.model).to(self.device)
             else:
@@ -210,7 +212,7 @@ class Run:
         records = DatasetCatalog.get(self.dataset) if self.dataset else []
         chosen = records[:: max(1, len(records) // count)][:count]
         mapper: Any
-        with naming(f"{self.folder}: its mapper cannot be built", Exception):
+        with as_config_error(f"{self.folder}: its mapper cannot be built", Exception):
             if self.lazy:
                 mapper = instantiate(self.cfg.dataloader.test.mapper)
             else:

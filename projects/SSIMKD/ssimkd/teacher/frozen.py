@@ -15,7 +15,7 @@ from .network import TeacherNetwork
 from .spec import TeacherSpec
 
 
-class Rules(NamedTuple):
+class Preprocessing(NamedTuple):
     """How a detector turns images into what its backbone is given.
 
     Attributes:
@@ -32,15 +32,15 @@ class Rules(NamedTuple):
     padding: Tuple = ()
 
 
-def rules_of(detector: Any, input_format: str) -> Rules:
+def preprocessing_of(detector: Any, input_format: str) -> Preprocessing:
     """The rules of a detector for images in `input_format`; those of a strange one are unknown."""
     if not (hasattr(detector, "pixel_mean") and hasattr(detector, "pixel_std")):
-        return Rules(input_format)
+        return Preprocessing(input_format)
     backbone = detector.backbone  # not every one is Detectron2's Backbone
     padding = [
         getattr(backbone, name, None) for name in ("size_divisibility", "padding_constraints")
     ]
-    return Rules(
+    return Preprocessing(
         input_format,
         getattr(type(detector), "preprocess_image", None),
         tuple(detector.pixel_mean.flatten().tolist()),
@@ -67,7 +67,7 @@ class Teacher:
 
     def __init__(self, spec: TeacherSpec, device: torch.device) -> None:
         model, cfg, _ = spec.load(device)
-        self.rules = rules_of(model, trained_format(cfg, model))
+        self.rules = preprocessing_of(model, training_image_format(cfg, model))
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         for name, _ in list(model.named_children()):
             if name != "backbone":
@@ -85,7 +85,7 @@ class Teacher:
     # inference_mode is not faster (docs/performance.md), and autograd could not save its maps
     @torch.no_grad()
     def __call__(
-        self, batched_inputs: List[Dict], images: Tensor, rules: Rules
+        self, batched_inputs: List[Dict], images: Tensor, rules: Preprocessing
     ) -> Tuple[Dict[str, Tensor], Tuple[int, int]]:
         """Runs backbone and neck on a batch of the student's.
 
@@ -93,7 +93,7 @@ class Teacher:
             batched_inputs (list[dict]): "image" is (C, H, W) in [0, 255].
             images (Tensor): (N, C, H, W), what the student made of them; it is used where its rules
                 are the teacher's, too. The maps are wanted where it is.
-            rules (Rules): the student's.
+            rules (Preprocessing): the student's.
 
         Returns:
             dict[str, Tensor]: level -> (N, C, H, W).
@@ -110,11 +110,11 @@ class Teacher:
     def preprocess(self, batched_inputs: List[Dict], input_format: str) -> Tensor:
         """(N, C, H, W): images in `input_format`, normalised and padded by the teacher's rules."""
         images = [x["image"] for x in batched_inputs]
-        images = as_seen(images, input_format, self.rules.input_format)
+        images = convert_channel_order(images, input_format, self.rules.input_format)
         return self.model.preprocess_image([{"image": image} for image in images]).tensor
 
 
-def as_seen(images: List[Tensor], shown: str, wanted: str) -> List[Tensor]:
+def convert_channel_order(images: List[Tensor], shown: str, wanted: str) -> List[Tensor]:
     """Images (C, H, W) in the format `shown`, turned to the format `wanted`.
 
     Raises:
@@ -130,7 +130,7 @@ def as_seen(images: List[Tensor], shown: str, wanted: str) -> List[Tensor]:
     return [image.flip(0) for image in images]
 
 
-def trained_format(cfg, model: nn.Module) -> str:
+def training_image_format(cfg, model: nn.Module) -> str:
     """Format of the images that a detector was trained on.
 
     Raises:

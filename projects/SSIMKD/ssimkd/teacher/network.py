@@ -12,7 +12,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ssimkd.errors import naming
+from ssimkd.errors import as_config_error
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -63,7 +63,7 @@ class TeacherNetwork:
             "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
             "machine; set it to False"
         )
-        with naming(failure, torch._dynamo.exc.TorchDynamoException):
+        with as_config_error(failure, torch._dynamo.exc.TorchDynamoException):
             maps = self.run(images.to(self.dtype, memory_format=self.layout))
         return {
             level: x.to(images.dtype, memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.config import add_ssimkd_config
 from ssimkd.data.datasets import lazy_use_own_data, use_own_data
-from ssimkd.errors import ConfigError, naming, wrong_input
+from ssimkd.errors import ConfigError, as_config_error, wrong_input
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.validate import check_switches
 from ssimkd.utils.yaml_config import merge_yaml
@@ -71,7 +71,7 @@ class TeacherSpec:
         """
         path = self._find_config()
         key = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
-        with naming(f"{key}: cannot load {self.config}", Exception):
+        with as_config_error(f"{key}: cannot load {self.config}", Exception):
             if path.endswith(".py"):
                 cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
                 lazy_use_own_data(cfg, ())  # it may take its number of classes from its data
@@ -90,7 +90,7 @@ class TeacherSpec:
             ConfigError: none is named and the zoo has none, or it cannot be read.
         """
         weights = self.weights or self._zoo_weights()
-        with naming("MODEL.DISTILL.TEACHER.WEIGHTS"):
+        with as_config_error("MODEL.DISTILL.TEACHER.WEIGHTS"):
             path = fetch(weights)
         if not os.path.isfile(path):
             raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
@@ -138,7 +138,9 @@ class TeacherSpec:
         return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
 
     def _building(self) -> ContextManager[None]:
-        return naming(f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception)
+        return as_config_error(
+            f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception
+        )
 
     def _find_config(self) -> str:
         if not self.config:
