@@ -29,8 +29,7 @@ from ssimkd.checkpoint.reader import (
 )
 from ssimkd.checkpoint.strict import StrictCheckpointer, load_teacher
 from ssimkd.commands import export as export_student
-
-import train_net
+from ssimkd.commands import train as train_net
 
 
 class Attack:
@@ -239,7 +238,7 @@ def test_a_user_who_insists_may_run_it(tmp_path, name, untrusted):
     "command, words",
     [
         (
-            train_net.run,
+            train_net.main,
             "--config-file configs/shapes/vanilla.yaml --eval-only {flag} MODEL.WEIGHTS {file} "
             "OUTPUT_DIR {out}",
         ),

@@ -16,13 +16,12 @@ from detectron2.engine import SimpleTrainer
 from omegaconf import OmegaConf
 from PIL import Image
 from ssimkd import ConfigError
+from ssimkd.commands import train as train_net
 from ssimkd.data.bad_images import BadImageError, CountSkipped, NamingMapper
 from ssimkd.data.coco_json import read_coco
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.engine.yaml_driver import DistillTrainer
 from ssimkd.errors import exit_in_one_line
-
-import train_net
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
@@ -353,11 +352,11 @@ def test_a_training_names_or_skips_it(own, flags, workers, tmp_path, monkeypatch
     ]  # fmt: skip
     logging.getLogger("ssimkd").addHandler(caplog.handler)
     if flags:
-        train_net.run(words)
+        train_net.main(words)
         assert "1 images were skipped" in caplog.text and f"{tmp_path}/2.png: " in caplog.text
     else:
         with pytest.raises(SystemExit, match=f"^error: {tmp_path}/2.png: Unidentified"):
-            train_net.run(words)
+            train_net.main(words)
     logging.getLogger("ssimkd").removeHandler(caplog.handler)
 
 

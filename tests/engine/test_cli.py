@@ -7,9 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 from ssimkd import ConfigError
+from ssimkd.commands import train as train_net
 from ssimkd.engine.arguments import argument_parser
-
-import train_net
 
 
 def run(tmp_path, config, *args):

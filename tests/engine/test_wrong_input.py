@@ -14,9 +14,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from PIL import Image
 from ssimkd import ConfigError
+from ssimkd.commands import train as train_net
 from ssimkd.errors import exit_in_one_line
-
-import train_net
 
 HEADS = "MODEL.ROI_HEADS"
 KD, TEACHER = "MODEL.DISTILL", "MODEL.DISTILL.TEACHER"
@@ -296,7 +295,7 @@ def said_by(words, monkeypatch, capsys):
     monkeypatch.setattr(SimpleTrainer, "run_step", start)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        train_net.run(words)
+        train_net.main(words)
     if isinstance(end.value.code, str):
         return end.value.code
     assert end.value.code == 2
@@ -422,13 +421,13 @@ def test_an_integer_is_a_weight(few_shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(SimpleTrainer, "run_step", start)
     words = ["--config-file", YAML, "OUTPUT_DIR", str(tmp_path), f"{KD}.SSIM.WEIGHT", "16"]
     with pytest.raises(StartedError):
-        train_net.run(words)
+        train_net.main(words)
     assert "WEIGHT: 16.0" in (tmp_path / "config.yaml").read_text()
 
 
 def test_debug_shows_the_traceback(monkeypatch, capsys):
     with pytest.raises(ConfigError, match="MAX_ITER"):
-        train_net.run(["--config-file", YAML, "--debug", "SOLVER.MAX_ITER", "-1"])
+        train_net.main(["--config-file", YAML, "--debug", "SOLVER.MAX_ITER", "-1"])
 
 
 def test_losses_that_are_not_finite_end_in_one_line():
