@@ -41,7 +41,7 @@ class FGDLoss(KDLoss):
 
     def __init__(
         self,
-        # [authors: for Faster and Mask R-CNN; in brackets for RetinaNet, then for FCOS and RepPoints]
+        # [authors: for Faster and Mask R-CNN; in brackets for RetinaNet; then FCOS and RepPoints]
         weight: float = 1.0,
         temperature: float = 0.5,  # (0.5; 0.8 and 0.5)
         foreground: float = 5e-5,  # (1e-3; 1.6e-3)
