@@ -99,10 +99,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.SSIM.K2 = 0.03  # [paper]
     # Of luminance, contrast, structure [paper]; the last carries the loss [shapes: components]
     cfg.MODEL.DISTILL.SSIM.EXPONENTS = (1.0, 1.0, 1.0)
-    # Faster forms of the same loss: an analytic gradient on CPUs, Triton kernels on GPUs
-    cfg.MODEL.DISTILL.SSIM.FAST = True
-    # The one for CPUs in C++, built in a second at the start, where there is a C++ compiler
-    cfg.MODEL.DISTILL.SSIM.COMPILE = True
+    # "auto" | "definition" (autograd) | "analytic" | "cpp" | "triton": the same loss, by what
+    cfg.MODEL.DISTILL.SSIM.BACKEND = "auto"
 
     cfg.MODEL.DISTILL.L1 = CN()
     cfg.MODEL.DISTILL.L1.WEIGHT = 4.0  # as for SSIM [shapes: 256]
