@@ -22,7 +22,7 @@ from ssimkd.losses import (
     SSIMLoss,
     build_loss,
 )
-from ssimkd.ssim.definition import ssim_loss
+from ssimkd.ssim import ssim_loss
 from ssimkd.ssim.normalize import NORMALIZATIONS, SCOPES, normalize_maps
 
 NORMALIZING = {"ssim": SSIMLoss, "l1": L1Loss, "l2": L2Loss, "ms_ssim": MSSSIMLoss}
