@@ -44,9 +44,6 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.PRECISION = "float32"
     # Run the teacher through torch.compile; a CPU needs a C++ compiler for it
     cfg.MODEL.DISTILL.TEACHER.COMPILE = False
-    # Folder that keeps the teacher's maps, for images that come again just as they were; "" = none
-    cfg.MODEL.DISTILL.TEACHER.CACHE = ""
-    cfg.MODEL.DISTILL.TEACHER.CACHE_GIB = 20.0  # size of that folder from which nothing is added
     # Factor of all losses of this teacher
     cfg.MODEL.DISTILL.TEACHER.LOSS_WEIGHT = 1.0
     # Several teachers at once, instead of TEACHER: a list of mappings with TEACHER's keys, NAME
