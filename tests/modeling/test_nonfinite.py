@@ -42,7 +42,7 @@ def test_the_distiller_itself_returns_nan(student):
 
 
 def test_nothing_is_said_and_nothing_changes_if_all_is_finite(student):
-    model = student("MODEL.DISTILL.LOSSES", ("ssim", "mgd"))
+    model = student("MODEL.DISTILL.LOSSES", ("ssim", "mgd", "icd"))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert explain_nonfinite(model, BATCH) == ""
     assert torch.equal(state, torch.get_rng_state())

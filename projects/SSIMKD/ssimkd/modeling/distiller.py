@@ -125,8 +125,12 @@ class Distiller(nn.Module):
         """The pair of a name and this distiller; a single teacher has the name ""."""
         yield "", self
 
-    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
-        """Makes the trainable parts for a student's backbone.
+    def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
+        """Makes the trainable parts for a student.
+
+        Args:
+            student_shapes (dict[str, ShapeSpec]): the levels of its backbone.
+            num_classes (int): object classes that its head predicts; 0: not known.
 
         Raises:
             ConfigError: the student lacks a level.
@@ -153,7 +157,7 @@ class Distiller(nn.Module):
                     channels[level] = teacher_channels
             for loss in self._losses():
                 with wrong_input():
-                    loss.attach(channels)
+                    loss.attach(channels, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
         """Builds and loads the teacher, and checks that it fits the student.
@@ -203,9 +207,10 @@ class Distiller(nn.Module):
             ConfigError: see :meth:`build_teacher` and :meth:`match_maps`.
         """
         student, teacher = self.match_maps(batched_inputs, student_maps, images, preprocessing)
-        terms = self.compare(student, teacher, batched_inputs)
+        iteration = get_event_storage().iter
+        terms = self.compare(student, teacher, batched_inputs, iteration)
         log_terms(terms)
-        return self.weigh(terms, get_event_storage().iter)
+        return self.weigh(terms, iteration)
 
     def match_maps(
         self,
@@ -239,13 +244,18 @@ class Distiller(nn.Module):
         return student, teacher
 
     def compare(
-        self, student: Dict[str, Tensor], teacher: Dict[str, Tensor], batched_inputs: List[Dict]
+        self,
+        student: Dict[str, Tensor],
+        teacher: Dict[str, Tensor],
+        batched_inputs: List[Dict],
+        iteration: int = 0,
     ) -> Dict[str, Dict[str, Tensor]]:
         """Each loss by level, not weighted.
 
         Args:
             student, teacher (dict[str, Tensor]): what :meth:`match_maps` returns.
             batched_inputs (list[dict]): the batch that they belong to.
+            iteration (int): of the training, from 0.
 
         Returns:
             dict: loss -> level -> scalar.
@@ -256,6 +266,7 @@ class Distiller(nn.Module):
             strides={level: shape.stride for level, shape in self.student_shapes.items()},
             targets=[x["instances"] for x in batched_inputs] if has_targets else None,
             mask_padding=self.mask_padding,
+            iteration=iteration,
         )
         device = next(iter(student.values())).device
         with torch.autocast(device.type, enabled=False), wrong_input():

@@ -53,11 +53,11 @@ class Distillers(nn.ModuleDict):
         """Whether every teacher that is needed has been built."""
         return all(distiller.has_teacher or not distiller.enabled for _, distiller in self.named())
 
-    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
+    def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """See :meth:`Distiller.attach`."""
         for name, distiller in self.named():
             with naming_teacher(name):
-                distiller.attach(student_shapes)
+                distiller.attach(student_shapes, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
         """See :meth:`Distiller.build_teacher`."""
