@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from ssimkd.losses import FGDLoss, FKDLoss, ICDLoss, L1Loss
+from ssimkd.losses import FGDLoss, FKDLoss, ICDLoss, L1Loss, SSIMLoss
 from ssimkd.utils.validate import check_coefficients, check_integers, check_positive, check_switches
 
 NO_NUMBERS = (math.inf, math.nan, "1", None, True)
@@ -36,6 +36,7 @@ def test_the_least_integer():
 @pytest.mark.parametrize(
     "loss, option, value",
     [
+        (SSIMLoss, "backend", "cuda"),
         (FKDLoss, "channel_attention", "no"),
         (FKDLoss, "temperature", math.inf),
         (FGDLoss, "temperature", math.inf),

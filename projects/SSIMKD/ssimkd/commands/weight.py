@@ -28,7 +28,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Sequence
 
 from detectron2.config import CfgNode, instantiate
 from tqdm import tqdm
@@ -67,13 +67,10 @@ def weights_of(cfg) -> Dict[str, float]:
 
 
 def watching(cfg) -> List[str]:
-    """Overrides of a config that log the gradients; of several teachers one says it for all."""
+    """Overrides of a config that log the gradients."""
     if isinstance(cfg, CfgNode):
         return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
-    node = cfg.model.distiller
-    teachers = [f"{name}." for name in node if isinstance(node[name], Mapping)]
-    name = "" if "losses" in node else teachers[0]
-    return [f"model.distiller.{name}log_gradients={PERIOD}"]
+    return [f"model.log_gradients={PERIOD}"]
 
 
 def probe(
