@@ -54,8 +54,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
     folder = cfg.train.output_dir
     model = lazy_model(cfg)
     if comm.is_main_process():
-        with as_output_error(f"write to {folder}"):
-            warn_unless_exportable(original, folder)
+        warn_unless_exportable(original)
     logger.info("Model:\n%s", model)
     check_image_format(cfg, model, "train", "test")
     build_teacher(model)
