@@ -13,6 +13,8 @@ from ssimkd.registry import KD_LOSS_REGISTRY, loss_defaults
 # (node, key) of everything that is added to Detectron2's config
 OWN_KEYS = (
     ("MODEL", "DISTILL"),
+    ("MODEL", "TORCHVISION"),
+    ("MODEL", "TIMM"),
     ("DATASETS", "COCO"),
     ("DATASETS", "NUM_CLASSES_FROM_DATA"),
     ("DATALOADER", "SKIP_BAD_IMAGES"),
@@ -20,7 +22,7 @@ OWN_KEYS = (
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL` and three other keys to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL`, two backbones and three other keys to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
     the code of a loss's own authors. [shapes]: measured on the embedded data set by
@@ -86,11 +88,20 @@ def add_ssimkd_config(cfg: CN) -> None:
     # Project in Weights & Biases that receives the training log; "": none
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 
+    # The network of BACKBONE.NAME "build_torchvision_fpn_backbone" or, with p6 and p7 for RetinaNet,
+    # "build_retinanet_torchvision_fpn_backbone"; see modeling/backbones.py
+    cfg.MODEL.TORCHVISION = CN()
+    cfg.MODEL.TORCHVISION.NAME = ""  # such as "mobilenet_v2"
+    # Where MODEL.WEIGHTS is "". "DEFAULT": torchvision's ImageNet weights; a file; "": random
+    cfg.MODEL.TORCHVISION.WEIGHTS = "DEFAULT"
+    # Of the batch norms: "FrozenBN", "BN" or "SyncBN"
+    cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
+    # The same for timm: "build_timm_fpn_backbone" and "build_retinanet_timm_fpn_backbone"
+    cfg.MODEL.TIMM = cfg.MODEL.TORCHVISION.clone()
+
     for name, cls in KD_LOSS_REGISTRY:
         key = name.upper()
         if key in cfg.MODEL.DISTILL:
-            raise ConfigError(
-                f"MODEL.DISTILL.{key} exists already: rename the loss {name}"
-            )
+            raise ConfigError(f"MODEL.DISTILL.{key} exists already: rename the loss {name}")
         defaults = loss_defaults(cls)
         cfg.MODEL.DISTILL[key] = CN({option.upper(): value for option, value in defaults.items()})

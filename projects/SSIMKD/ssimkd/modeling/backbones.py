@@ -320,10 +320,13 @@ def build_fpn(cfg, bottom_up: TorchvisionBackbone, dense: bool) -> FPN:
 
 
 def options_of(cfg, node) -> Dict[str, Any]:
-    """Arguments of a backbone from its config node, `cfg.MODEL.TORCHVISION` or `.TIMM`."""
+    """Arguments of a backbone from its config node, `cfg.MODEL.TORCHVISION` or `.TIMM`.
+
+    The library's weights are not fetched where a checkpoint, MODEL.WEIGHTS, replaces them.
+    """
     return dict(
         name=node.NAME,
-        weights=node.WEIGHTS,
+        weights="" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
         norm=node.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         out_features=cfg.MODEL.FPN.IN_FEATURES,
