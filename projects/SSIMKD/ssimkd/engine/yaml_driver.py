@@ -61,6 +61,7 @@ class DistillTrainer(DefaultTrainer):
         names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
         options = {name: parts[name] for name in names}
         options["skip_bad_images"] = cfg.DATALOADER.SKIP_BAD_IMAGES
+        options["worker_init_fn"] = ignore_cluster_signals
         return ResumableLoader(parts["dataset"], **options)
 
     @classmethod
