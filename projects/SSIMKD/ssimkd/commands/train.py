@@ -24,6 +24,7 @@ from ssimkd.engine.arguments import argument_parser, check_config, load_argument
 from ssimkd.engine.run_record import record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log_only
+from ssimkd.utils.config_files import find_config
 from ssimkd.utils.config_keys import key_of, setting
 from ssimkd.utils.known_warnings import silence_known_warnings
 
@@ -32,6 +33,7 @@ def run(args) -> None:
     """One process of a run."""
     silence_known_warnings()
     cfg = load_arguments(args)
+    args.config_file = find_config(args.config_file)  # Detectron2 copies it to log.txt
     trust_checkpoints(args.trust_checkpoint)
     folder = setting(cfg, "output")
     with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
