@@ -19,7 +19,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from ssimkd import ConfigError
-from ssimkd.teacher.frozen import Teacher, TeacherSpec, preprocessing_of
+from ssimkd.teacher.frozen import Teacher
+from ssimkd.teacher.preprocessing import preprocessing_of
+from ssimkd.teacher.spec import TeacherSpec
 
 CPU = torch.device("cpu")
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x"

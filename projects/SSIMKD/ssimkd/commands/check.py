@@ -94,7 +94,7 @@ def pair_rows(model: Any) -> Iterator[Row]:
         teacher = distiller.teacher
         if teacher is None:  # of several, one without losses
             continue
-        order = teacher.rules.input_format
+        order = teacher.preprocessing.input_format
         yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, order)
         for level, other in distiller.teacher_levels.items():
             shape, channels = distiller.student_shapes[level], teacher.shapes[other].channels

@@ -33,7 +33,7 @@ def run(args) -> None:
     """One process of a run."""
     silence_known_warnings()
     cfg = load_arguments(args)
-    args.config_file = find_config(args.config_file)  # Detectron2 copies it to log.txt
+    args.config_file = find_config(args.config_file)  # Detectron2 prints the file
     trust_checkpoints(args.trust_checkpoint)
     folder = setting(cfg, "output")
     with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):

@@ -23,7 +23,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode, instantiate
 from tqdm import tqdm
@@ -62,13 +62,10 @@ def weights_of(cfg) -> Dict[str, float]:
 
 
 def logging_gradients(cfg) -> List[str]:
-    """Overrides that log the gradients; with several teachers one of them does it for all."""
+    """Overrides that log the gradients."""
     if isinstance(cfg, CfgNode):
         return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
-    node = cfg.model.distiller
-    teachers = [f"{name}." for name in node if isinstance(node[name], Mapping)]
-    name = "" if "losses" in node else teachers[0]
-    return [f"model.distiller.{name}log_gradients={PERIOD}"]
+    return [f"model.log_gradients={PERIOD}"]
 
 
 def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
