@@ -16,7 +16,6 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine import launch
 from ssimkd.engine import lazy_driver as lazy_engine
 from ssimkd.engine import yaml_driver as engine
@@ -34,7 +33,6 @@ def run(args) -> None:
     silence_known_warnings()
     cfg = load_arguments(args)
     args.config_file = find_config(args.config_file)  # Detectron2 prints the file
-    trust_checkpoints(args.trust_checkpoint)
     folder = setting(cfg, "output")
     with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
         if args.quiet:
