@@ -5,41 +5,11 @@ import logging
 import re
 from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
 
-from detectron2.config import CfgNode
-from omegaconf import OmegaConf
-from torch import nn
-
 from ssimkd.errors import ConfigError
-from ssimkd.modeling.several_teachers import distillers_of
 
 logger = logging.getLogger(__name__)
 # Settings that may change without another word: where a run lies, and how fast it reads.
 FREE = re.compile(r"OUTPUT_DIR|train\.output_dir|.*NUM_WORKERS|.*\.num_workers")
-
-
-def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
-    """What a checkpoint keeps of a run.
-
-    Args:
-        cfg (CfgNode or DictConfig): its config.
-        model (nn.Module): a student, or a plain detector, which has no teachers.
-
-    Returns:
-        dict: "settings", key -> value in words; "teachers", key -> "file", its "sha256" and
-            "config" as settings.
-    """
-    if not isinstance(cfg, CfgNode):
-        cfg = OmegaConf.to_container(cfg)
-    teachers = {}
-    for name, distiller in distillers_of(model):
-        if distiller.enabled:
-            key = f"MODEL.DISTILL.TEACHERS, {name}" if name else "MODEL.DISTILL.TEACHER.WEIGHTS"
-            path = distiller.spec.find_weights()
-            config = distiller.spec.load_config()
-            if not isinstance(config, CfgNode):
-                config = OmegaConf.to_container(config)
-            teachers[key] = {"file": path, "sha256": sha256(path), "config": dict(flatten(config))}
-    return {"settings": dict(flatten(cfg)), "teachers": teachers}
 
 
 def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from detectron2.modeling import (
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ssimkd.engine.finite_steps import naming_place
 from ssimkd.teacher.frozen import Preprocessing, preprocessing_of
 from ssimkd.utils.compat import FCOS
 
@@ -69,10 +68,7 @@ class DistillMixin:
         period = self.distiller.log_gradients
         watch = bool(period) and get_event_storage().iter % period == 0
         rules = self.rules._replace(input_format=image_format_of(self))
-        with (
-            capture_backbone(self.backbone, watch) as backbone,
-            naming_place(batched_inputs, backbone),
-        ):
+        with capture_backbone(self.backbone, watch) as backbone:
             losses = super().forward(batched_inputs)
             kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
         return {**losses, **kd_losses}
