@@ -22,7 +22,7 @@ from ssimkd.losses import (
     SSIMLoss,
     build_loss,
 )
-from ssimkd.ssim.definition import ssim_loss
+from ssimkd.ssim import ssim_loss
 from ssimkd.ssim.normalize import NORMALIZATIONS, SCOPES, normalize_maps
 
 NORMALIZING = {"ssim": SSIMLoss, "l1": L1Loss, "l2": L2Loss, "ms_ssim": MSSSIMLoss}
@@ -101,7 +101,7 @@ def make_loss(name, **options):
         options["mask_ratio"] = 0.0  # nothing is drawn: calls compare
     loss = KD_LOSS_REGISTRY.get(name)(**options)
     torch.manual_seed(0)
-    loss.attach(dict.fromkeys(STRIDES, 3))
+    loss.attach(dict.fromkeys(STRIDES, 3), num_classes=4)
     for parameter in loss.parameters():
         torch.nn.init.normal_(parameter)
     return loss.double()

@@ -20,10 +20,10 @@ from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
 
-from ssimkd.checkpoint.run_checkpointer import atomic_write
 from ssimkd.checkpoint.same_run import flatten, sha256
 from ssimkd.errors import ConfigError, as_output_error, one_line
 from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.utils.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"

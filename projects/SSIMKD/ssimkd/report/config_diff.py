@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssimkd.checkpoint.same_run import flatten
 from ssimkd.config import add_ssimkd_config
 from ssimkd.errors import ConfigError
-from ssimkd.utils.yaml_config import merge_yaml
+from ssimkd.utils.config_files import merge_yaml
 
 from .run import Run
 
