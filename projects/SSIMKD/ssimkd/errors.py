@@ -124,7 +124,7 @@ def blames_settings(error: BaseException) -> bool:
 
 
 def log_traceback(error: BaseException) -> List[str]:
-    """Writes an error's traceback to the logs of a run, not to the terminal; returns their paths."""
+    """Writes an error's traceback to the log files of a run alone; returns their paths."""
     record = logging.LogRecord(
         *("ssimkd", logging.ERROR, __file__, 0, "The run ends with an error:", None),
         exc_info=(type(error), error, error.__traceback__),

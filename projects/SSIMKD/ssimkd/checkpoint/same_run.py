@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
+from typing import Any, Callable, Iterator, Mapping, Tuple
 
 from ssimkd.errors import ConfigError
 

@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 MOST_OVERFLOWS = 20
 
 
+class _StepLeftOutError(Exception):
+    """Ends the optimizer's step before it begins; the gradients are not finite."""
+
+
 class FiniteSteps:
     """Makes Detectron2's SimpleTrainer or AMPTrainer keep NaN and infinity out of the weights.
 
@@ -52,6 +56,8 @@ class FiniteSteps:
         self.losses, self.refused, self.stepped = None, None, False
         try:
             super().run_step()  # type: ignore[misc]
+        except _StepLeftOutError:
+            pass
         except FloatingPointError as error:
             if self.losses is not None:
                 raise
@@ -75,19 +81,21 @@ class FiniteSteps:
             self.refused = error
 
     def _check_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Runs before the optimizer's step; without gradients that step does nothing."""
+        """Runs before the optimizer's step.
+
+        A step without gradients would do nothing as well, but Detectron2's clipping of gradients
+        by value fails where there are none.
+        """
         if self.stepped:  # Detectron2's clipping optimizer calls the step of its parent
             return
         self.stepped = True
         scaler = getattr(self, "grad_scaler", None)
         if scaler is None or not scaler.is_enabled():  # else it has looked at the gradients
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            groups = optimizer.param_groups
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             if not get_total_norm(gradients).isfinite():
                 self._leave_out()
-                for parameter in parameters:
-                    parameter.grad = None
-                return
+                raise _StepLeftOutError
         if self.refused:  # only the main process knows of it, so the step cannot be left out
             raise FloatingPointError(self._explain())
 

@@ -61,8 +61,8 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
                 inherited |= copied
             if check:
                 if not hasattr(loader, "peek"):
-                    kind = type(loader).__name__
-                    logger.warning("Teacher and student are not checked: a %s shows no images", kind)
+                    text = "Teacher and student are not checked: a %s shows no images"
+                    logger.warning(text, type(loader).__name__)
                     continue
                 batches = loader.peek(settings.check_images)
                 check_pair(model, name, distiller, batches, (detector, cfg, absent))
