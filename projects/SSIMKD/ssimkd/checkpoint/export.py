@@ -16,7 +16,7 @@ from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, one_line
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import target_of
 
 from .reader import CheckpointReader
 

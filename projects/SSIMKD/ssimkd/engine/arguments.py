@@ -10,7 +10,7 @@ from detectron2.engine import default_argument_parser
 
 from ssimkd.checkpoint.reader import TRUST
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
-from ssimkd.data.datasets import check_datasets, lazy_use_own_data, use_own_data
+from ssimkd.data.datasets import check_datasets, use_own_data
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
@@ -99,10 +99,9 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
     cfg = config_files.load_config(path, overrides)
     if isinstance(cfg, CfgNode):
         check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
-        use_own_data(cfg, splits)
+    use_own_data(cfg, splits)
+    if isinstance(cfg, CfgNode):
         cfg.freeze()
-    else:
-        lazy_use_own_data(cfg, splits)
     return cfg
 
 

@@ -26,8 +26,7 @@ from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.student import build_teacher, unwrap
 from ssimkd.utils.compat import create_ddp_model
-from ssimkd.utils.config_keys import datasets_of, names_of
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import datasets_of, names_of, target_of
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer

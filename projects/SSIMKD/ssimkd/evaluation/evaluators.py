@@ -29,7 +29,7 @@ from pycocotools import cocoeval
 from ssimkd.errors import ConfigError
 from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.compat import has_compiled_ops
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import target_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.data.datasets import lazy_use_own_data
+from ssimkd.data.datasets import use_own_data
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import in_words, read_json, read_record
 from ssimkd.errors import ConfigError, as_config_error, building
@@ -47,7 +47,7 @@ class Run:
                 lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
             if lazy:
                 self.cfg = LazyConfig.load(path)
-                lazy_use_own_data(self.cfg, ("TEST",))
+                use_own_data(self.cfg, ("TEST",))
             else:
                 self.cfg = load_config(path, [], ("TEST",))
         self.record = read_record(self.folder)

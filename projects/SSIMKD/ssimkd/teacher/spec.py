@@ -12,7 +12,7 @@ from omegaconf import ListConfig, OmegaConf
 
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.data.datasets import lazy_use_own_data, use_own_data
+from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error, wrong_input
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, load_config
@@ -76,8 +76,7 @@ class TeacherSpec:
             path = find_config(self.config)
         with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
             cfg = load_config(path, self.opts)
-            # It may take its number of classes from its data.
-            (use_own_data if isinstance(cfg, CfgNode) else lazy_use_own_data)(cfg, ())
+            use_own_data(cfg, ())  # It may take its number of classes from its data.
         return cfg
 
     def find_weights(self) -> str:
