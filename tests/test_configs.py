@@ -20,8 +20,8 @@ from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.engine.arguments import load_config
 from ssimkd.modeling.levels import match_levels
 from ssimkd.modeling.several_teachers import distillers_of
-from ssimkd.teacher.frozen import TeacherSpec
 from ssimkd.teacher.inherit import inherit
+from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.compat import FCOS, has_compiled_ops, model_zoo
 
 BASES = {

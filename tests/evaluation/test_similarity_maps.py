@@ -27,7 +27,7 @@ def losses_of(model, batch):
     images = model.preprocess_image(batch)
     with torch.no_grad(), EventStorage() as storage:
         maps = model.backbone(images.tensor)
-        model.distiller(batch, maps, images.tensor, model.rules)
+        model.distiller(batch, maps, images.tensor, model.preprocessing)
         return {name: value for name, (value, _) in storage.latest().items()}
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from ssimkd.losses import Context, DeFeatLoss
-from ssimkd.losses.defeat import box_cells, owning_levels
+from ssimkd.losses.defeat import box_cells, level_ranks
 from test_losses import SIZES, STRIDES, equal_batch, padded_batch
 from torch.autograd import gradcheck
 
@@ -104,14 +104,14 @@ def test_objects_go_to_the_level_of_their_size():
         assert losses[level].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_owning_levels():
+def test_level_ranks():
     # Sides with both end pixels counted: 111, 112 and 223, 224 are the limits; sqrt(56 * 224) = 112
     sides = [(1, 1), (111, 111), (112, 112), (223, 223), (224, 224), (56, 224), (2000, 2000)]
     boxes = torch.tensor([[5.0, 7.0, 4.0 + w, 6.0 + h] for w, h in sides])
-    assert owning_levels(boxes, 5).tolist() == [0, 0, 1, 1, 2, 1, 4]  # 2000 / 56 = 35.7 >= 2^4
-    assert owning_levels(boxes, 2).tolist() == [0, 0, 1, 1, 1, 1, 1]
-    assert owning_levels(boxes, 1).tolist() == [0] * 7
-    assert owning_levels(boxes[:0], 5).tolist() == []
+    assert level_ranks(boxes, 5).tolist() == [0, 0, 1, 1, 2, 1, 4]  # 2000 / 56 = 35.7 >= 2^4
+    assert level_ranks(boxes, 2).tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert level_ranks(boxes, 1).tolist() == [0] * 7
+    assert level_ranks(boxes[:0], 5).tolist() == []
 
 
 def test_a_side_that_rounding_leaves_below_its_limit_has_reached_it():
@@ -119,7 +119,7 @@ def test_a_side_that_rounding_leaves_below_its_limit_has_reached_it():
     boxes = torch.cat([corners, corners + 111], dim=1)  # 112 with both end pixels, but for rounding
     sides = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=1).sqrt()
     assert (sides < 112).any() and (sides > 112).any()
-    owners = owning_levels(boxes, 5).tolist()
+    owners = level_ranks(boxes, 5).tolist()
     assert owners == [reference_owner(box, 5) for box in boxes.tolist()] == [1] * 500
 
 
@@ -131,11 +131,13 @@ def test_box_cells():
             [-9.0, 25.0, 9.0, 99.0],  # beyond the map on both sides: column 0 of row 3
         ]
     )
-    mask = box_cells([boxes, boxes[:0]], 8, torch.zeros(2, 5, 4, 6))
-    expected = torch.zeros(2, 1, 4, 6, dtype=torch.bool)
+    expected = torch.zeros(4, 6, dtype=torch.bool)
     for row, column in [(0, 1), (0, 2), (2, 4), (3, 0)]:
-        expected[0, 0, row, column] = True
-    assert torch.equal(mask, expected)
+        expected[row, column] = True
+    assert torch.equal(box_cells(boxes / 8, torch.tensor([True] * 3), (4, 6)), expected)
+    expected[2, 4] = False
+    assert torch.equal(box_cells(boxes / 8, torch.tensor([True, False, True]), (4, 6)), expected)
+    assert not box_cells(boxes[:0], torch.tensor([], dtype=torch.bool), (4, 6)).any()
 
 
 def test_without_objects_all_is_background():

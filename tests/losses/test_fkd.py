@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ssimkd.losses import Context, FKDLoss
-from ssimkd.losses.blocks import NonLocal, by_cell
+from ssimkd.losses.fkd import NonLocal, by_cell
 
 STRIDE = 8
 SIZES = [(32, 40), (17, 24), (32, 40), (25, 9)]  # pixels; 4 x 5, 3 x 3, 4 x 5 and 4 x 2 cells
@@ -258,7 +258,7 @@ def test_the_attention_passes_no_gradient():
     student, teacher, context = batch([(16, 24)])
     loss = agree(make(**ONLY["feature"], trained=False))
     (gradient,) = torch.autograd.grad(loss(student, teacher, context)["p3"], student["p3"])
-    weight = loss._root_attention(student["p3"], teacher["p3"])  # as if it were a constant
+    weight = loss.root_attention(student["p3"], teacher["p3"])  # as if it were a constant
     fixed = torch.linalg.vector_norm(weight * (teacher["p3"] - student["p3"]))
     torch.testing.assert_close(gradient, torch.autograd.grad(fixed, student["p3"])[0])
 

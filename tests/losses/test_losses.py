@@ -273,7 +273,7 @@ def test_targets_matter_only_to_losses_that_need_them(loss_class):
     student, teacher, context = padded_batch()
     context.targets = None
     if loss_class is DeFeatLoss:
-        with pytest.raises(ValueError, match=r"defeat needs ground-truth boxes.*instances"):
+        with pytest.raises(ValueError, match=r"defeat needs the ground truth.*instances"):
             loss_class()(student, teacher, context)
     else:
         expected = loss_class()(*padded_batch())

@@ -202,7 +202,7 @@ def check_levels(report, levels):
         images = report.model.preprocess_image([x])
         with torch.no_grad(), EventStorage() as storage:
             maps = report.model.backbone(images.tensor)
-            report.model.distiller([x], maps, images.tensor, report.model.rules)
+            report.model.distiller([x], maps, images.tensor, report.model.preprocessing)
             for level in values:
                 values[level].append(1 - 2 * storage.latest()[f"ssim_kd/{level}"][0])
     for level, found in values.items():

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ssimkd.errors import one_line
+from ssimkd.modeling.nonfinite import explain_nonfinite
+from ssimkd.modeling.student import unwrap
 
 logger = logging.getLogger(__name__)
 # A loss scale starts at 2^16 and halves with each overflow: after so many, gradients do not fit
@@ -119,10 +121,14 @@ class FiniteSteps:
         logger.warning("Left out a step (%d of %d allowed): %s", self.skipped, self.allowed, text)
 
     def _explain(self, text: str = "") -> str:
-        """What is not finite (unless the text says it), the iteration and the images."""
+        """What is not finite (unless the text says it) and why, the iteration and the images."""
         images = ", ".join(str(x.get("file_name", "of no file")) for x in self.batch)
         what = text or self._wrong_losses() or f"the gradient of {self._wrong_gradients()}"
-        return f"{what} (iteration {self.iter}, images: {images})"
+        try:
+            why = explain_nonfinite(unwrap(self.model), self.batch)
+        except Exception as error:  # the first fault must not be lost behind a second one
+            why = f"a second run on these images fails: {one_line(error)}"
+        return f"{what}{why and f': {why}'} (iteration {self.iter}, images: {images})"
 
     def _wrong_losses(self) -> str:
         losses = self.losses or {}

@@ -25,6 +25,7 @@ from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_sett
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.student import build_teacher, unwrap
+from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.compat import create_ddp_model
 from ssimkd.utils.config_keys import datasets_of, names_of, target_of
 from ssimkd.utils.random_state import preserve_random_state
@@ -143,21 +144,20 @@ def lazy_train_loader(cfg) -> Any:
 def check_image_format(cfg, model: Any, *splits: str) -> None:
     """Raises ConfigError unless mappers and student agree on the images' format.
 
-    A student that does not say which one it takes (FCOS) takes the first mapper's.
-
     Args:
         cfg (DictConfig): has a mapper for each split; one that does not say is left alone.
         model (nn.Module): a student; another model is left alone.
         splits (str): "train", "test".
     """
-    source = "model.input_format"
     for split in splits if isinstance(model, DistillMixin) else ():
         key = f"dataloader.{split}.mapper.image_format"
-        expected = getattr(model, "input_format", None)
+        expected = image_format_of(model)
         found = OmegaConf.select(cfg, key) or expected
-        if expected and found != expected:
-            raise ConfigError(f"{key} is {found}, {source} {expected}: make them equal")
-        model.input_format, source = found, source if expected else key
+        if found != expected:
+            raise ConfigError(
+                f"{key} is {found} and the student takes {expected} (model.input_format, or "
+                "model.image_format of a detector without it): make them equal"
+            )
 
 
 def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:

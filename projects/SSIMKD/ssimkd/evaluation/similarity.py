@@ -19,8 +19,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from torch import Tensor
 
-from ssimkd.engine.preflight import paired_maps
 from ssimkd.losses import Context, SSIMLoss
+from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.ssim.definition import ssim_map
 from ssimkd.ssim.normalize import normalize_maps

@@ -19,7 +19,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from ssimkd import ConfigError
-from ssimkd.teacher.frozen import Teacher, TeacherSpec, preprocessing_of
+from ssimkd.teacher.frozen import Teacher
+from ssimkd.teacher.preprocessing import preprocessing_of
+from ssimkd.teacher.spec import TeacherSpec
 
 CPU = torch.device("cpu")
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x"
@@ -216,7 +218,7 @@ def test_a_teacher_is_the_detector_of_its_file(config, file, tmp_path):
     assert found.keys() == expected.keys()
     for level, value in expected.items():  # its batch norms are folded: equal but for rounding
         torch.testing.assert_close(
-            found[level], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())
+            found[level], value, rtol=1e-4, atol=1e-4 * float(value.abs().max())
         )
 
 
