@@ -9,13 +9,8 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.solver.build import maybe_add_gradient_clipping
-<<<<<<< HEAD:tests/engine/test_finite_steps.py
 from ssimkd.engine import finite_steps
 from ssimkd.engine.finite_steps import MOST_OVERFLOWS, FiniteSimpleTrainer, FiniteSteps
-=======
-from ssimkd.engine import finite_steps as finite
-from ssimkd.engine.finite_steps import MOST_OVERFLOWS, FiniteSteps
->>>>>>> main
 from torch import nn
 
 
@@ -138,7 +133,6 @@ def test_all_processes_count_what_mixed_precision_leaves_out_alike(said, counts,
     assert (trainer.skipped, trainer.overflows) == counts
 
 
-<<<<<<< HEAD:tests/engine/test_finite_steps.py
 def test_an_error_of_the_forward_gets_iteration_and_images():
     """Detectron2's proposals refuse boxes that are not finite."""
 
@@ -154,10 +148,6 @@ def test_an_error_of_the_forward_gets_iteration_and_images():
 
 
 def test_one_wrong_gradient_of_many_is_found_and_named():
-=======
-def test_all_gradients_are_looked_at_by_one_norm():
-    """Many parameters, one of them wrong: it is found and named."""
->>>>>>> main
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = FiniteSimpleTrainer(model, [], optimizer, skip=0)

@@ -199,3 +199,15 @@ def test_what_counts_as_found():
     assert count_found(detections[:0], targets) == 0
     targets.gt_boxes = Boxes(torch.tensor([[0.0, 0, 10, 21], [70, 70, 80, 80]]))  # IoU 10/21
     assert count_found(detections, targets) == 0
+
+
+def test_each_teacher_is_checked_and_named(teacher_file, loader, caplog):
+    caplog.set_level(logging.INFO)
+    entry = {"CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": teacher_file}
+    teachers = [{**entry, "NAME": "a"}, {**entry, "NAME": "b"}]
+    cfg = shapes_cfg(
+        "ssimkd", "MODEL.DISTILL.TEACHERS", teachers, "MODEL.DISTILL.TEACHER.CONFIG", ""
+    )
+    prepare(build_model(cfg).train(), loader, read_settings(cfg), resumed=False)
+    for name in "ab":
+        assert f"Teacher {name} and student agree cell by cell" in caplog.text
