@@ -17,18 +17,21 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd.engine import launch, lazy_driver, yaml_driver
 from ssimkd.engine.arguments import argument_parser, check_config, load_arguments
 from ssimkd.engine.run_record import record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log
+from ssimkd.utils.config_files import find_config
 from ssimkd.utils.config_keys import key_of, setting
+from ssimkd.utils.known_warnings import silence_known_warnings
 
 
 def run(args) -> None:
     """One process of a run."""
+    silence_known_warnings()
     cfg = load_arguments(args)
+    args.config_file = find_config(args.config_file)  # Detectron2 prints the file
     folder = setting(cfg, "output")
     quiet = quiet_terminal(folder, comm.get_rank()) if args.quiet else nullcontext()
     with quiet:

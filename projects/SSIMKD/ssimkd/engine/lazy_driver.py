@@ -61,8 +61,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     folder, settings = cfg.train.output_dir, read_settings(cfg)
     student = lazy_model(cfg)
     if comm.is_main_process():
-        with as_output_error(f"write to {folder}"):
-            warn_unless_exportable(original, folder)
+        warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
     check_image_format(cfg, student, "train", "test")
     build_teacher(student)
