@@ -1,0 +1,18 @@
+# Faster R-CNN MobileNetV2-FPN, 1x, learns from the zoo's Faster R-CNN R101-FPN 3x, which has 42.0 box AP.
+# The student starts from torchvision's ImageNet weights, which are downloaded.
+#
+#   python train_net.py --config-file configs/ssimkd_mobilenet_v2.py --num-gpus 8
+#
+# Cost and parameters beside R50's: configs/README.md. Expected: not measured, and not published.
+from detectron2.config import LazyCall as L
+from ssimkd.modeling.backbones import TorchvisionBackbone
+
+from .ssimkd_R50 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
+
+model.backbone.bottom_up = L(TorchvisionBackbone)(name="mobilenet_v2", weights="DEFAULT", freeze_at=2)
+model.pixel_mean, model.pixel_std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+# as in torchvision; the teacher still gets BGR
+model.input_format = dataloader.train.mapper.image_format = "RGB"
+dataloader.test.mapper.image_format = "RGB"
+train.init_checkpoint = ""
+train.output_dir = "output/ssimkd_mobilenet_v2"
