@@ -4,10 +4,12 @@ import pytest
 import torch
 import torchvision
 from conftest import image_batch, save_teacher, shapes_cfg
+from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from ssimkd import ConfigError
+from ssimkd import ConfigError, add_ssimkd_config
+from ssimkd.engine import yaml_driver
 from ssimkd.modeling.backbones import STRIDES, TimmBackbone, TorchvisionBackbone
 from torch import nn
 
@@ -159,3 +161,33 @@ def test_a_student_learns_from_a_teacher_of_any_backbone(library_teacher, tmp_pa
     losses["ssim_kd_loss"].backward()
     moved = {n for n, p in model.backbone.named_parameters() if p.grad is not None}
     assert any(".layer2." in n for n in moved) and not any(".layer1." in n for n in moved)
+
+
+def test_a_student_is_exported_evaluated_and_resumed_without_a_download(
+    monkeypatch, tmp_path, few_names, teacher_file
+):
+    """Weights "DEFAULT" are fetched when training starts from them, and never after that."""
+    own, fetched = torchvision.models.resnet18(weights=None).state_dict(), []
+
+    def fetch(url, *args, **kwargs):
+        fetched.append(url)
+        return own
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fetch)
+    opts = [*SMALL, "MODEL.TORCHVISION.NAME", "resnet18", "OUTPUT_DIR", str(tmp_path)]
+    opts += ["DATASETS.TRAIN", few_names[:1], "DATASETS.TEST", few_names[1:], "SOLVER.STEPS", ()]
+    opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "SOLVER.MAX_ITER", 2]
+    cfg = shapes_cfg("ssimkd", *opts, "SOLVER.IMS_PER_BATCH", 2, "MODEL.DISTILL.CHECK_IMAGES", 0)
+    yaml_driver.train(cfg, resume=False)
+    assert len(fetched) == 1
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    assert "bbox" in yaml_driver.evaluate(cfg, resume=False)
+    text = (tmp_path / "student.yaml").read_text()
+    assert text.startswith("# The backbone comes with the package ssimkd")
+    plain = get_cfg()
+    add_ssimkd_config(plain)
+    plain.merge_from_file(str(tmp_path / "student.yaml"))
+    model = build_model(plain)
+    saved = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
+    assert model.load_state_dict(saved) and type(model).__name__ == "GeneralizedRCNN"
+    assert len(fetched) == 1

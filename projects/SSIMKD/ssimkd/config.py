@@ -88,7 +88,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     # Project in Weights & Biases that receives the training log; "": none
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 
-    # The network of BACKBONE.NAME "build_torchvision_fpn_backbone" or, with p6 and p7 for RetinaNet,
+    # The network of MODEL.BACKBONE.NAME "build_torchvision_fpn_backbone" or, for RetinaNet,
     # "build_retinanet_torchvision_fpn_backbone"; see modeling/backbones.py
     cfg.MODEL.TORCHVISION = CN()
     cfg.MODEL.TORCHVISION.NAME = ""  # such as "mobilenet_v2"
