@@ -195,17 +195,15 @@ def test_no_object_is_made_of_bytes(tmp_path, name, forged):
         read_checkpoint(write(tmp_path / name, {"model": forged}))
 
 
-@pytest.mark.parametrize("name", ["it's.pkl", "x $y`.pth"])
-def test_the_error_names_a_command_that_converts_the_file(tmp_path, name):
+def test_the_error_names_a_command_that_converts_the_file(tmp_path):
     """For a file whose author the user trusts."""
     weights = {"a": np.ones(3, np.float32), "note": fractions.Fraction(1, 2)}
-    path = write(tmp_path / name, {"model": weights, "config": fractions.Fraction(3)})
+    path = write(tmp_path / "it's $y`.pkl", {"model": weights, "config": fractions.Fraction(3)})
     with pytest.raises(ConfigError, match="it names fractions.Fraction") as error:
         read_checkpoint(path)
     command = str(error.value).partition("convert it: ")[2].replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True)
-    found = read_checkpoint(path[:-4] + "_weights.pth")
-    assert_same(found, {"model": {"a": torch.ones(3)}})
+    assert_same(read_checkpoint(path[:-4] + "_weights.pth"), {"model": {"a": torch.ones(3)}})
 
 
 def test_a_teacher_is_read_so(tmp_path):
