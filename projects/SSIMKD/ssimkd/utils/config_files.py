@@ -63,6 +63,13 @@ def find_config(name: str) -> str:
     return found
 
 
+def find_weights(name: str) -> str:
+    """A checkpoint that lies beside our configs, such as "shapes/teacher.pth"; else `name` itself."""
+    own = name[len("configs/") :] if name.startswith("configs/") else name
+    found = [str(folder / own) for folder in FOLDERS if own and (folder / own).is_file()]
+    return found[0] if found and not os.path.isfile(name) else name
+
+
 def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
     """Reads a config and applies overrides.
 
