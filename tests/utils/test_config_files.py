@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from ssimkd import ConfigError, config
 from ssimkd.utils import config_files
 from ssimkd.utils.compat import model_zoo
-from ssimkd.utils.config_files import find_config, find_weights, load_config
+from ssimkd.utils.config_files import find_config, load_config
 
 RETINA = "COCO-Detection/retinanet_R_50_FPN_1x"
 
@@ -37,14 +37,6 @@ def test_our_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/ssimkd_R50.yaml").write_text("")
     assert find_config("ssimkd_R50") == f"{tmp_path}/configs/ssimkd_R50.yaml"
-
-
-def test_the_teacher_of_the_shapes_is_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_weights("shapes/teacher.pth") == f"{ROOT}/configs/shapes/teacher.pth"
-    assert find_weights("configs/shapes/teacher.pth") == f"{ROOT}/configs/shapes/teacher.pth"
-    for other in ("", "teacher.pth", "detectron2://x/model.pkl"):
-        assert find_weights(other) == other
 
 
 @pytest.mark.parametrize("base", ["shapes/vanilla.yaml", "ssimkd_R50.yaml", RETINA + ".yaml"])

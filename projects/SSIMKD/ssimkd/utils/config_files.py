@@ -63,11 +63,12 @@ def find_config(name: str) -> str:
     return found
 
 
-def find_weights(name: str) -> str:
-    """A checkpoint that lies beside our configs, such as "shapes/teacher.pth"; else `name` itself."""
-    own = name[len("configs/") :] if name.startswith("configs/") else name
-    found = [str(folder / own) for folder in FOLDERS if own and (folder / own).is_file()]
-    return found[0] if found and not os.path.isfile(name) else name
+def find_shipped(path: str) -> str:
+    """A path such as "configs/shapes/teacher.pth"; in another folder, the project's file of it."""
+    inside = path[len("configs/") :] if path.startswith("configs/") else None
+    if inside is None or os.path.exists(path):
+        return path
+    return next((str(f / inside) for f in FOLDERS if (f / inside).is_file()), path)
 
 
 def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
