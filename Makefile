@@ -13,7 +13,7 @@ train: $(READY)  ## distil a small student on the embedded data and print the ta
 compare: $(READY)  ## train the student with every method and print the table; ARGS="--help" for more
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-test: lint  ## lint, types and all tests
+test: lint  ## lint, types, the order of the folders, and all tests
 	$(BIN)/python -m pytest
 
 soak: $(READY)  ## the tests of faults and long runs that take minutes each
@@ -26,6 +26,7 @@ bench: $(READY)  ## time and memory of the loss and of a training step, and how 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/codespell
 

@@ -14,11 +14,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from ssimkd import ConfigError
-from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, atomic_write, check_state
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, check_state
 from ssimkd.checkpoint.same_run import check_same_run, flatten
 from ssimkd.engine.hooks import CallAfterTraining, EvalHook
 from ssimkd.engine.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
 from ssimkd.engine.run_record import read_record, record_run
+from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.random_state import get_random_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

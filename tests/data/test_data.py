@@ -20,7 +20,6 @@ from ssimkd.data.coco_json import read_coco
 from ssimkd.data.datasets import check_classes, count_classes, lazy_use_own_data, register_coco
 from ssimkd.engine.arguments import load_config
 from ssimkd.evaluation.evaluators import build_evaluator, build_lazy_evaluator
-from ssimkd.losses import ICDLoss
 
 KEY = "DATASETS.COCO"
 CLASSES = ["crack", "hole"]
@@ -165,7 +164,7 @@ def test_data_that_a_run_does_not_use_is_not_read(own):
     with pytest.raises(ConfigError, match="own_missing: there is no folder nowhere"):
         load_config("configs/shapes/vanilla.yaml", opts)
     cfg = load_config("configs/shapes/vanilla.yaml", opts, splits=("TEST",))  # --eval-only
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.DISTILL.ICD.NUM_CLASSES == 2
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
 
 
 def test_the_same_ids_must_have_the_same_names(own):
@@ -195,12 +194,12 @@ def test_the_losses_of_a_lazy_config_learn_the_number_of_classes(own):
         {
             "datasets": {"num_classes_from_data": True, "coco": []},
             "dataloader": {"train": {"dataset": {"names": "ssimkd_shapes_train"}}},
-            "model": {"num_classes": 80, "distiller": {"a": {"losses": [L(ICDLoss)()]}}},
+            "model": {"num_classes": 80},
         },
         flags={"allow_objects": True},
     )
     lazy_use_own_data(cfg, ("TRAIN",))
-    assert cfg.model.num_classes == cfg.model.distiller.a.losses[0].num_classes == 4
+    assert cfg.model.num_classes == 4
 
 
 @pytest.mark.parametrize(

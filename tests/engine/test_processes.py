@@ -172,7 +172,7 @@ def test_a_loss_over_a_batch_is_the_mean_over_its_parts(name):
         node.SSIM.NORMALIZE_SCOPE = "batch"
     node.MGD.MASK_RATIO = 0.0  # what it draws is drawn in each process
     loss = build_loss(name.split()[0], node)
-    loss.attach(dict.fromkeys(strides, 16))
+    loss.attach(dict.fromkeys(strides, 16), num_classes=4)
     loss.double()
 
     def value_and_gradient(images):

@@ -37,7 +37,7 @@ def make(channels=4, trained=True, seed=0, **options):
     """A loss for the level p3; its parameters are random where `trained`, else as at the start."""
     loss = FGDLoss(**options)
     torch.manual_seed(seed)
-    loss.attach({"p3": channels})
+    loss.attach({"p3": channels}, num_classes=4)
     for parameter in loss.parameters():
         if trained:
             torch.nn.init.normal_(parameter)

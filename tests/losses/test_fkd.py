@@ -24,7 +24,7 @@ def make(channels=4, trained=True, **options):
     """A loss for the level p3; its parameters are random where `trained`, else as at the start."""
     loss = FKDLoss(**options)
     torch.manual_seed(0)
-    loss.attach({"p3": channels})
+    loss.attach({"p3": channels}, num_classes=4)
     for parameter in loss.parameters():
         if trained:
             torch.nn.init.normal_(parameter)
@@ -225,7 +225,7 @@ def test_batch_normalisation_is_torchs_over_whole_maps():
 
 def test_pool_sizes_and_widths_follow_the_levels():
     loss = FKDLoss()
-    loss.attach(dict.fromkeys(["p2", "p3", "p4", "p5", "p6"], 256))
+    loss.attach(dict.fromkeys(["p2", "p3", "p4", "p5", "p6"], 256), 4)
     blocks = [(parts["student"], parts["teacher"]) for parts in loss.parts.values()]
     # the authors' blocks: 64 of 256 channels at the two finest levels, 128 at the others
     for pair, expected in zip(blocks, [(8, 64), (4, 64), (2, 128), (2, 128), (2, 128)]):

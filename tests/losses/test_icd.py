@@ -18,12 +18,12 @@ COUNTS = [2, 1, 0, 3]  # instances of each image
 CLASSES, CHANNELS, HEADS = 5, 8, 2
 
 
-def build(channels=CHANNELS, levels=STRIDES, **options):
+def build(channels=CHANNELS, levels=STRIDES, num_classes=CLASSES, **options):
     """A loss in double precision whose every parameter matters (none is 0 or 1 any more)."""
-    settings = dict(weight=2.0, aux_weight=1.0, num_classes=CLASSES, heads=HEADS, detach_iters=0)
+    settings = dict(weight=2.0, aux_weight=1.0, heads=HEADS, detach_iters=0)
     loss = ICDLoss(**{**settings, "max_queries": 12, **options})
     torch.manual_seed(0)
-    loss.attach(dict.fromkeys(levels, channels))
+    loss.attach(dict.fromkeys(levels, channels), num_classes)
     loss.double()
     with torch.no_grad():
         for parameter in loss.parameters():
@@ -326,8 +326,8 @@ def test_first_only_the_own_parts_learn():
     student, teacher, context = batch()
     later = run(build(), student, teacher, context)
     for iteration in (0, 9, 10):
-        with EventStorage(iteration):
-            parts = run(loss, student, teacher, context)
+        context.iteration = iteration
+        parts = run(loss, student, teacher, context)
         torch.testing.assert_close(parts, later)
         wanted = [*student.values(), loss.student_value.weight, loss.decoder.key.weight]
         *to_student, to_projection, to_decoder = torch.autograd.grad(sum(parts.values()), wanted)
@@ -468,16 +468,16 @@ def test_positions_are_relative_to_the_image():
 
 def test_errors_name_what_to_change():
     student, teacher, context = batch()
-    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.ICD\.NUM_CLASSES is 2, .* \[[0-9, ]+\]"):
+    with pytest.raises(ValueError, match=r"icd: the student predicts 2 classes, .* \[[0-9, ]+\]"):
         run(build(num_classes=2), student, teacher, context)
     context.targets = None
     with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.LOSSES: icd needs the ground truth"):
         run(build(), student, teacher, context)
     with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.IN_FEATURES: .*'p3': 8, 'p4': 16"):
-        ICDLoss().attach({"p3": 8, "p4": 16})
+        ICDLoss().attach({"p3": 8, "p4": 16}, 4)
     for channels in (24, 8):
         with pytest.raises(ValueError, match=rf"MODEL\.DISTILL\.ICD\.HEADS: {channels} .* 2 x 8"):
-            ICDLoss().attach({"p3": channels})
+            ICDLoss().attach({"p3": channels}, 4)
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,6 @@ def test_errors_name_what_to_change():
         ("weight", -1.0),
         ("aux_weight", math.inf),
         ("aux_clip", -0.5),
-        ("num_classes", 0),
         ("heads", 0),
         ("fake_ratio", -0.1),
         ("max_queries", 0),
@@ -502,7 +501,7 @@ def test_options_out_of_range(name, value):
 
 def test_in_a_student(student):
     key = "MODEL.DISTILL"
-    model = student(f"{key}.LOSSES", ("icd",), f"{key}.ICD.NUM_CLASSES", 4)
+    model = student(f"{key}.LOSSES", ("icd",))
     with EventStorage(1000) as storage:
         losses = model(image_batch((96, 96), (64, 96)))
     parts = {k: v[0] for k, v in storage.latest().items() if k.startswith("icd_kd/")}

@@ -101,7 +101,7 @@ def make_loss(name, **options):
         options["mask_ratio"] = 0.0  # nothing is drawn: calls compare
     loss = KD_LOSS_REGISTRY.get(name)(**options)
     torch.manual_seed(0)
-    loss.attach(dict.fromkeys(STRIDES, 3))
+    loss.attach(dict.fromkeys(STRIDES, 3), num_classes=4)
     for parameter in loss.parameters():
         torch.nn.init.normal_(parameter)
     return loss.double()

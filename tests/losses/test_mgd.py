@@ -21,7 +21,7 @@ def batch(sizes=SIZES, channels=3, seed=0):
 def make(channels=3, **options):
     loss = MGDLoss(**options)
     torch.manual_seed(0)
-    loss.attach({"p3": channels})
+    loss.attach({"p3": channels}, num_classes=4)
     return loss.double()
 
 

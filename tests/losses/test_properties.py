@@ -162,7 +162,7 @@ def test_the_fast_form_is_the_reference(pair, option, kind, a, b):
 def loss_of(name):
     torch.manual_seed(0)
     loss = KD_LOSS_REGISTRY.get(name)(**({"detach_iters": 0} if name == "icd" else {}))
-    loss.attach({"p3": 16, "p5": 16})
+    loss.attach({"p3": 16, "p5": 16}, num_classes=4)
     return loss
 
 

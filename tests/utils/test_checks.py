@@ -42,7 +42,6 @@ def test_the_least_integer():
         (FKDLoss, "temperature", math.inf),
         (FGDLoss, "temperature", math.inf),
         (ICDLoss, "heads", 7.5),
-        (ICDLoss, "num_classes", 80.5),
         (ICDLoss, "max_queries", 10.5),
         (ICDLoss, "detach_iters", 0.5),
         (ICDLoss, "jitter", "0.3"),

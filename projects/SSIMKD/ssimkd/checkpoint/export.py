@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, one_line
 from ssimkd.modeling.meta_arch import DistillMixin
+from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.lazy_config import target_of
 
 from .reader import CheckpointReader
-from .run_checkpointer import atomic_write
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."

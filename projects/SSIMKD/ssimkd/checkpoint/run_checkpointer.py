@@ -5,15 +5,15 @@ import os
 import re
 import shutil
 import zipfile
-from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import IO, Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ssimkd.errors import OUTPUT, ConfigError, as_config_error, as_output_error, one_line
+from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.random_state import preserve_random_state, set_random_state
 
 from .reader import NAMED, read_raw
@@ -200,28 +200,6 @@ class AtomicPathManager:
     def open(self, path: str, mode: str = "r") -> Any:
         """A context manager of the file."""
         return atomic_write(path, mode) if "w" in mode else PathManager.open(path, mode)
-
-
-@contextmanager
-def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Opens a file that takes its name, and the place of an older one, once it is on the disk."""
-    draft = f"{path}.tmp"
-    try:
-        with open(draft, mode) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(draft)
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot; then the name may come late
-            os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def find_damage(path: str) -> str:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Writes one HTML page about a finished run: figures, curves, pictures, errors, settings.
+"""Writes a page about a finished run: results, curves, pictures, kinds of errors, settings.
 
-    python tools/report.py --run output/shapes/SSIM_student_seed1 \
-        --compare output/shapes/vanilla_student_seed1 output/shapes/teacher_seed1
+    ssimkd report --run output/student --compare output/vanilla output/teacher
 
-The page needs no network and nothing beside it. A folder of --compare is a twin without teacher,
-another student, or the evaluation of the teacher (`train_net.py --eval-only` with its config and
-weights). Stay in the folder in which the runs were started: their configs name files from there.
+The page is one HTML file. A folder of --compare is any other run: the same student trained without
+a teacher, another student, or an evaluation of the teacher (`train_net.py --eval-only` with its
+config and weights). Start it in the folder in which the runs were started, because their configs
+name files from there.
 """
 
 import argparse
@@ -21,14 +21,13 @@ from ssimkd.report.run import Run
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--compare", nargs="+", default=[], help="folders of other runs")
-    parser.add_argument("--out", help="the page; report.html in the run's folder if left out")
-    parser.add_argument("--pictures", help="folder for two small PNGs as well")
+    parser.add_argument("--out", help="the page; default: report.html in the run's folder")
     add_flags(parser)
     args = parser.parse_args()
     trust_checkpoints(args.trust_checkpoint)
@@ -37,11 +36,8 @@ def main() -> None:
         runs = [Run(folder) for folder in (args.run, *args.compare)]
         if not out.parent.is_dir():
             raise ConfigError(f"--out: there is no folder {out.parent}")
-        report = Report(runs[0], runs[1:])
-        out.write_text(report.html(), encoding="utf-8")
-        print(f"Report: {out}")
-        if args.pictures:
-            print("Pictures:", *report.save_pictures(args.pictures))
+        out.write_text(Report(runs[0], runs[1:]).html(), encoding="utf-8")
+    print(f"Report: {out}")
 
 
 if __name__ == "__main__":

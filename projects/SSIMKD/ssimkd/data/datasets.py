@@ -9,9 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ssimkd.errors import ConfigError, as_config_error
-from ssimkd.losses import ICDLoss
 from ssimkd.utils.config_keys import key_of, names_of
-from ssimkd.utils.lazy_config import lazy_losses, target_of
 
 from .coco_json import read_coco
 from .shapes import FOLDER
@@ -44,7 +42,7 @@ def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     if count:
         split = next(iter(names))
         classes = count_classes(names[split], key_of(cfg, split))
-        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.DISTILL.ICD):
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
             node.NUM_CLASSES = classes
         cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
 
@@ -71,9 +69,6 @@ def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
         classes = count_classes(names[split], key_of(cfg, split))
         head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
         head.num_classes = classes
-        for loss in lazy_losses(cfg.model.get("distiller")):
-            if target_of(loss) is ICDLoss:
-                loss.num_classes = classes
         cfg.datasets.num_classes_from_data = False
 
 

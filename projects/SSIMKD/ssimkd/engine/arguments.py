@@ -2,21 +2,18 @@
 
 import argparse
 import os
-import re
-from typing import Any, List, Sequence
+from typing import List, Sequence
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
-from omegaconf import OmegaConf
 
 from ssimkd.checkpoint.reader import TRUST
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
-from ssimkd.config import add_ssimkd_config
 from ssimkd.data.datasets import check_datasets, lazy_use_own_data, use_own_data
-from ssimkd.errors import ConfigError, building
+from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
-from ssimkd.utils.yaml_config import merge_yaml
 
 from .limits import check_limits
 
@@ -79,17 +76,17 @@ def load_arguments(args: argparse.Namespace):
         raise ConfigError(f"{flags[0]}: flags stand before the overrides")
     overrides = list(args.opts)
     if args.skip_bad_images:
-        lazy = args.config_file.endswith(".py")
+        with as_config_error("--config-file"):
+            lazy = config_files.find_config(args.config_file).endswith(".py")
         overrides += SKIP[lazy]
     return load_config(args.config_file, overrides, ("TEST",) if args.eval_only else SPLITS)
 
 
 def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS):
-    """The config of a file: a CfgNode (`.yaml`) or a DictConfig (`.py`).
+    """The config that a user names, with their own data registered.
 
     Args:
-        path (str): the file.
-        overrides (list[str]): "KEY", "value", ... for `.yaml`; "key=value", ... for `.py`.
+        path (str), overrides (list[str]): see :func:`config_files.load_config`.
         splits (sequence[str]): "TRAIN", "TEST": whose own data is registered (`DATASETS.COCO`).
 
     Raises:
@@ -99,54 +96,15 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
         raise ConfigError(
             "--config-file is missing, for example --config-file configs/ssimkd_R50.yaml"
         )
-    if not os.path.isfile(path) or not path.endswith((".py", ".yaml", ".yml")):
-        raise ConfigError(f"--config-file: {path} is no file that ends in .yaml or .py")
-    with building(" ".join([path, "with", *map(str, overrides)]) if overrides else path):
-        if path.endswith(".py"):
-            cfg = LazyConfig.load(path)
-            check_overrides(cfg, overrides)
-            cfg = LazyConfig.apply_overrides(cfg, overrides)
-        else:
-            cfg = get_cfg()
-            add_ssimkd_config(cfg)
-            merge_yaml(cfg, path)
-            merge_overrides(cfg, overrides)
+    with as_config_error("--config-file"):
+        path = config_files.find_config(path)
+    cfg = config_files.load_config(path, overrides)
     if isinstance(cfg, CfgNode):
         use_own_data(cfg, splits)
         cfg.freeze()
     else:
         lazy_use_own_data(cfg, splits)
     return cfg
-
-
-def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
-    """Merges "KEY", "value", ... into a config, in place; an integer will do for a float."""
-    values = list(overrides)
-    for i in range(1, len(values), 2):
-        node: Any = cfg
-        for part in values[i - 1].split("."):
-            node = node.get(part) if isinstance(node, CfgNode) else None
-        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", values[i]):
-            values[i] += ".0"
-    cfg.merge_from_list(values)
-
-
-def check_overrides(cfg, overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override of a LazyConfig that would only make a key of its own.
-
-    What is called is not looked at: it refuses arguments that it does not know.
-    """
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override}: an override of a .py config is written key=value")
-        node, called = cfg, False
-        for part in [] if key.startswith(("+", "~")) else key.split("."):
-            called = called or "_target_" in node
-            if not OmegaConf.is_config(node) or not (called or part in node):
-                known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
-                raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
-            node = OmegaConf.select(node, part)
 
 
 def check_config(cfg, args: argparse.Namespace) -> str:

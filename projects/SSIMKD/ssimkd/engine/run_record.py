@@ -17,8 +17,8 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from detectron2.utils import comm
 
-from ssimkd.checkpoint.run_checkpointer import atomic_write
 from ssimkd.errors import ConfigError, as_output_error, one_line
+from ssimkd.utils.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"

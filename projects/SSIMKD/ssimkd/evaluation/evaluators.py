@@ -26,8 +26,8 @@ from detectron2.utils import comm
 from omegaconf import ListConfig
 from pycocotools import cocoeval
 
-from ssimkd.checkpoint.run_checkpointer import atomic_write
 from ssimkd.errors import ConfigError
+from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.compat import has_compiled_ops
 from ssimkd.utils.lazy_config import target_of
 

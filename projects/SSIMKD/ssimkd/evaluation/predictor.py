@@ -80,7 +80,9 @@ def metadata_of(cfg) -> Metadata:
     return MetadataCatalog.get(names[0] if names else "__unused")
 
 
-def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
+def draw_detections(
+    file_name: str, detections: Instances, metadata: Metadata, width: int = 0
+) -> np.ndarray:
     """An image file with a detector's boxes, masks and keypoints.
 
     A small image is enlarged, so that its labels can be read. Each class has its colour, the same
@@ -90,9 +92,10 @@ def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -
         file_name (str): the image.
         detections (Instances): in its pixels.
         metadata (Metadata): names the classes.
+        width (int): of the picture in pixels; 0 gives a short side of at least READABLE pixels.
 
     Returns:
-        ndarray: (H, W, 3) uint8, RGB, its short side at least READABLE pixels.
+        ndarray: (H, W, 3) uint8, RGB.
     """
     image, detections = read_image(file_name, "RGB"), detections.to("cpu")
     scale = max(1.0, READABLE / min(image.shape[:2]))
@@ -105,7 +108,9 @@ def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -
     count = len(names) if names else max(labels, default=0) + 1
     colors = [colormap(rgb=True)[i % len(colormap())].tolist() for i in range(count)]
     shown = Metadata(**{**metadata.as_dict(), "thing_colors": colors})
-    visualizer = Visualizer(image, shown, instance_mode=ColorMode.SEGMENTATION)
+    # the labels are as large in every picture: Visualizer divides their size by this scale
+    scale = width / image.shape[1] if width else 1.0
+    visualizer = Visualizer(image, shown, scale, ColorMode.SEGMENTATION)
     with preserve_random_state():
         np.random.seed(0)
         drawn = visualizer.draw_instance_predictions(detections)

@@ -1,34 +1,33 @@
-"""The losses, one file each; `MODEL.DISTILL.LOSSES` picks them from the registry by name."""
+"""The losses, one file each; `MODEL.DISTILL.LOSSES` selects them by name.
 
-from .base import KD_LOSS_REGISTRY, Context, KDLoss, MapLoss, register_loss
+Every module of this folder is imported here, and each loss class registers itself. A new loss is
+therefore one new file. `from ssimkd.losses import SSIMLoss` works for every registered class.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from ssimkd.registry import KD_LOSS_REGISTRY, register_loss
+
+from .base import Context, KDLoss, MapLoss
 from .build import build_loss
-from .cwd import CWDLoss
-from .defeat import DeFeatLoss
-from .fgd import FGDLoss
-from .fkd import FKDLoss
-from .icd import ICDLoss
-from .lp import L1Loss, L2Loss
-from .mgd import MGDLoss
-from .ms_ssim import MSSSIMLoss
-from .pkd import PKDLoss
-from .ssim import SSIMLoss
 
 __all__ = [
     "KD_LOSS_REGISTRY",
-    "CWDLoss",
     "Context",
-    "DeFeatLoss",
-    "FGDLoss",
-    "FKDLoss",
-    "ICDLoss",
     "KDLoss",
-    "L1Loss",
-    "L2Loss",
-    "MGDLoss",
-    "MSSSIMLoss",
     "MapLoss",
-    "PKDLoss",
-    "SSIMLoss",
     "build_loss",
     "register_loss",
 ]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+
+def __getattr__(name: str) -> type:
+    """A registered loss class by its own name, such as `SSIMLoss`."""
+    for _, cls in KD_LOSS_REGISTRY:
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,33 +10,16 @@ returns   Dict[str, Tensor]   part -> scalar, not weighted; their sum is the los
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Instances
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ssimkd.ssim.normalize import check_options, inside_of, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
-KD_LOSS_REGISTRY = Registry("KD_LOSS")
-KD_LOSS_REGISTRY.__doc__ = (
-    "Losses by the name that `MODEL.DISTILL.LOSSES` and the training log use."
-)
-
 Maps = Dict[str, Tensor]
-
-
-def register_loss(name: str) -> Callable[[Type["KDLoss"]], Type["KDLoss"]]:
-    """Class decorator: enters a loss as `name`; `MODEL.DISTILL.<NAME>` holds its settings."""
-
-    def register(cls: Type["KDLoss"]) -> Type["KDLoss"]:
-        cls.name = name
-        KD_LOSS_REGISTRY._do_register(name, cls)
-        return cls
-
-    return register
 
 
 @dataclass
@@ -48,12 +31,14 @@ class Context:
         strides (dict[str, int]): level -> pixels per cell.
         targets (list[Instances] or None): ground truth of each image, boxes in pixels.
         mask_padding (bool): whether cells outside an image are left out.
+        iteration (int): the training iteration, from 0.
     """
 
     image_sizes: List[Tuple[int, int]]
     strides: Dict[str, int]
     targets: Optional[List[Instances]] = None
     mask_padding: bool = True
+    iteration: int = 0
 
     def cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:
         """Height and width, in cells of a level, of what each image covers of the padded map."""
@@ -106,7 +91,7 @@ class KDLoss(nn.Module):
         check_coefficients(weight=weight)
         self.weight = float(weight)
 
-    def attach(self, channels: Dict[str, int]) -> None:
+    def attach(self, channels: Dict[str, int], num_classes: int) -> None:
         """Makes the trainable parts, if a loss has any, once the levels are known.
 
         They are trained with the student and kept under `distiller.` in its checkpoint. Each must
@@ -114,6 +99,7 @@ class KDLoss(nn.Module):
 
         Args:
             channels (dict[str, int]): level -> channels of both maps, after the adapter.
+            num_classes (int): object classes that the student's head predicts; 0: not known.
         """
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """A loss from its node in a config."""
 
 from ssimkd.errors import ConfigError
+from ssimkd.registry import KD_LOSS_REGISTRY
 
-from .base import KD_LOSS_REGISTRY, KDLoss
+from .base import KDLoss
 
 
 def build_loss(name: str, node) -> KDLoss:

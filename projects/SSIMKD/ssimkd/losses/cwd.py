@@ -3,9 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_positive
 
-from .base import MapLoss, register_loss
+from .base import MapLoss
 
 
 @register_loss("cwd")
@@ -24,7 +25,12 @@ class CWDLoss(MapLoss):
         ValueError: an option is out of its range.
     """
 
-    def __init__(self, weight: float = 10.0, tau: float = 1.0) -> None:
+    def __init__(
+        self,
+        # [MMRazor: on p2 to p6; the code that the authors link to: 5, on p3 to p6 of RetinaNet]
+        weight: float = 10.0,
+        tau: float = 1.0,  # [authors]
+    ) -> None:
         super().__init__(weight, normalize="none", normalize_scope="image")
         check_positive(tau=tau)
         self.tau = float(tau)

@@ -5,9 +5,10 @@ from typing import Dict, List
 import torch
 from torch import Tensor
 
+from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import Context, KDLoss, Maps, register_loss
+from .base import Context, KDLoss, Maps
 
 # Pixels: a box of side (root of its area) below twice this goes to the finest level, below four
 # times to the next, ... [authors; FPN's rule for p2, p3, ...]
@@ -35,7 +36,11 @@ class DeFeatLoss(KDLoss):
     """
 
     def __init__(
-        self, weight: float = 1.0, foreground_weight: float = 3.0, background_weight: float = 12.0
+        self,
+        weight: float = 1.0,
+        # [authors: for VOC; for COCO they give 4 and 16, beside losses on backbone and head]
+        foreground_weight: float = 3.0,
+        background_weight: float = 12.0,
     ) -> None:
         super().__init__(weight)
         check_coefficients(foreground_weight=foreground_weight, background_weight=background_weight)

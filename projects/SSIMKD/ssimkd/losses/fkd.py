@@ -5,10 +5,11 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive, check_switches
 
 from .attention import channel_attention, spatial_attention
-from .base import Context, KDLoss, Maps, register_loss
+from .base import Context, KDLoss, Maps
 from .blocks import NonLocal
 
 
@@ -40,13 +41,14 @@ class FKDLoss(KDLoss):
 
     def __init__(
         self,
+        # [authors: their code for two-stage detectors; in brackets, for one-stage detectors]
         weight: float = 1.0,
-        temperature: float = 0.5,
-        feature: float = 7e-5,
-        channel: float = 4e-3,
-        spatial: float = 4e-3,
-        non_local: float = 7e-5,
-        channel_attention: bool = False,
+        temperature: float = 0.5,  # (0.1); the paper has these two the other way round
+        feature: float = 7e-5,  # (4.2e-4)
+        channel: float = 4e-3,  # (2.4e-2)
+        spatial: float = 4e-3,  # (2.4e-2)
+        non_local: float = 7e-5,  # (4.2e-4)
+        channel_attention: bool = False,  # (True), as in the paper
         pool_sizes: Sequence[int] = (8, 4, 2),
     ) -> None:
         super().__init__(weight)
@@ -60,7 +62,7 @@ class FKDLoss(KDLoss):
         self.pool_sizes = tuple(pool_sizes)
         self.parts = nn.ModuleDict()
 
-    def attach(self, channels: Dict[str, int]) -> None:
+    def attach(self, channels: Dict[str, int], num_classes: int) -> None:
         """Makes f, g, h, r, R_S and R_T, one of each per level."""
         for index, (level, width) in enumerate(channels.items()):
             pool_size = self.pool_sizes[min(index, len(self.pool_sizes) - 1)]

@@ -12,13 +12,13 @@ from typing import Dict, List, Tuple
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .base import Context, KDLoss, Maps, register_loss
+from .base import Context, KDLoss, Maps
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
 SCALES = 5  # classes of a box's side: below 64, 128, 256, 512 pixels, or longer
@@ -158,14 +158,12 @@ class ICDLoss(KDLoss):
     holds 1.0 GB until `clip`, which has the peak at 1.8 GB, and 0.3 GB until the backward pass.
 
     Args:
-        weight (float): lambda, times all parts; 3 for two-stage, 8 for one-stage detectors.
+        weight (float): lambda, times all parts.
         aux_weight (float): of L_aux within the parts; 1 / weight is the paper's L.
         aux_clip (float): upper bound of the norm of L_aux's gradient.
-        num_classes (int): classes in the ground truth.
         heads (int): M; C must be a multiple of 2 M.
         fake_ratio (float): fake instances per real one; an image without any has one.
-        max_queries (int): fake instances end there; real ones are never left out. 100 with p2,
-            300 without.
+        max_queries (int): most queries of an image; real instances are never left out.
         jitter (float): a centre moves by up to this share of the box's width and height.
         detach_iters (int): first iterations without gradient to the student's maps, while decoder
             and projection learn.
@@ -176,35 +174,40 @@ class ICDLoss(KDLoss):
 
     def __init__(
         self,
-        weight: float = 3.0,
-        aux_weight: float = 1 / 3,
-        aux_clip: float = 1.0,
-        num_classes: int = 80,
-        heads: int = 8,
-        fake_ratio: float = 5.0,
-        max_queries: int = 100,
-        jitter: float = 0.3,
-        detach_iters: int = 1000,
+        weight: float = 3.0,  # for two-stage detectors; 8 for one-stage detectors [authors]
+        aux_weight: float = 1 / 3,  # its product with `weight` is 1 [authors]
+        aux_clip: float = 1.0,  # not tuned; 0.01 with AdamW [authors]
+        heads: int = 8,  # [authors]
+        fake_ratio: float = 5.0,  # [authors]
+        max_queries: int = 100,  # with p2; 300 without [authors]. Memory grows with it
+        jitter: float = 0.3,  # [authors]
+        detach_iters: int = 1000,  # of 90000 iterations [authors]
     ) -> None:
         super().__init__(weight)
         check_coefficients(
             aux_weight=aux_weight, aux_clip=aux_clip, fake_ratio=fake_ratio, jitter=jitter
         )
-        check_integers(1, num_classes=num_classes, heads=heads, max_queries=max_queries)
+        check_integers(1, heads=heads, max_queries=max_queries)
         check_integers(detach_iters=detach_iters)
         if jitter > 0.5:  # beyond, a centre may lie outside of its box
             raise ValueError(f"jitter must be at most 0.5, got {jitter!r}")
         self.aux_weight, self.aux_clip = aux_weight, aux_clip
-        self.num_classes, self.heads = num_classes, heads
+        self.heads = heads
         self.fake_ratio, self.max_queries, self.jitter = fake_ratio, max_queries, jitter
         self.detach_iters = detach_iters
 
-    def attach(self, channels: Dict[str, int]) -> None:
+    def attach(self, channels: Dict[str, int], num_classes: int) -> None:
         """Makes the decoder and the student's projection.
 
         Raises:
-            ValueError: levels differ in channels, or the heads cannot share them.
+            ValueError: levels differ in channels, the heads cannot share them, or the number of
+                classes is not known.
         """
+        if not num_classes:
+            raise ValueError(
+                "MODEL.DISTILL.LOSSES: icd needs the number of classes, and the student's head has "
+                "no attribute num_classes"
+            )
         if len(set(channels.values())) > 1:
             raise ValueError(
                 f"MODEL.DISTILL.IN_FEATURES: icd needs levels of equal channels, got {channels}"
@@ -214,6 +217,7 @@ class ICDLoss(KDLoss):
             raise ValueError(
                 f"MODEL.DISTILL.ICD.HEADS: {width} channels are no multiple of 2 x {self.heads}"
             )
+        self.num_classes = num_classes
         code_length = self.num_classes + 2 * (CENTER_FEATURES + SCALES)
         self.decoder = Decoder(code_length, width, self.heads)
         self.student_value = projection(width)
@@ -222,11 +226,11 @@ class ICDLoss(KDLoss):
         """See the head of base.py.
 
         Raises:
-            ValueError: there is no ground truth, or it has a class beyond `num_classes`.
+            ValueError: there is no ground truth, or it has a class that the student lacks.
         """
         if context.targets is None:
             raise ValueError("MODEL.DISTILL.LOSSES: icd needs the ground truth of the images")
-        if self.detach_iters and get_event_storage().iter < self.detach_iters:
+        if context.iteration < self.detach_iters:
             # a gradient of 0, not none: DistributedDataParallel waits for the adapters'
             student = {level: maps.detach() + 0 * maps for level, maps in student.items()}
         distilled: Dict[str, List[Tensor]] = {level: [] for level in student}
@@ -286,13 +290,13 @@ class ICDLoss(KDLoss):
                 the CPU's generator wherever that is.
 
         Raises:
-            ValueError: a class beyond `num_classes`.
+            ValueError: a class that the student lacks.
         """
         classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
         if ((classes < 0) | (classes >= self.num_classes)).any():
             raise ValueError(
-                f"MODEL.DISTILL.ICD.NUM_CLASSES is {self.num_classes}, but the ground truth has "
-                f"the classes {sorted(set(classes.tolist()))}"
+                f"icd: the student predicts {self.num_classes} classes, but the ground truth has "
+                f"the classes {sorted(set(classes.tolist()))}: set the head's NUM_CLASSES"
             )
         real = len(classes)
         wanted = min(max(1, int(real * (1 + self.fake_ratio))), max(self.max_queries, real))

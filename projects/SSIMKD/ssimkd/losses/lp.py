@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from .base import MapLoss, register_loss
+from ssimkd.registry import register_loss
+
+from .base import MapLoss
 
 
 @register_loss("l1")
@@ -18,7 +20,10 @@ class L1Loss(MapLoss):
     """
 
     def __init__(
-        self, weight: float = 4.0, normalize: str = "minmax", normalize_scope: str = "channel"
+        self,
+        weight: float = 4.0,  # as for SSIM [shapes: 256]
+        normalize: str = "minmax",  # as for SSIM
+        normalize_scope: str = "channel",
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
 
@@ -40,7 +45,10 @@ class L2Loss(MapLoss):
     """
 
     def __init__(
-        self, weight: float = 100.0, normalize: str = "minmax", normalize_scope: str = "channel"
+        self,
+        weight: float = 100.0,  # the best of 6.25 to 400 [shapes]
+        normalize: str = "minmax",  # as for SSIM
+        normalize_scope: str = "channel",
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
 

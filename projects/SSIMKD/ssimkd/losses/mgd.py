@@ -5,9 +5,10 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
+from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import Context, KDLoss, Maps, register_loss
+from .base import Context, KDLoss, Maps
 
 
 @register_loss("mgd")
@@ -31,7 +32,11 @@ class MGDLoss(KDLoss):
     """
 
     def __init__(
-        self, weight: float = 1.0, generation: float = 5e-7, mask_ratio: float = 0.45
+        self,
+        # [authors: for Faster and Mask R-CNN; in brackets for RetinaNet and RepPoints]
+        weight: float = 1.0,
+        generation: float = 5e-7,  # (2e-5)
+        mask_ratio: float = 0.45,  # (0.65)
     ) -> None:
         super().__init__(weight)
         check_coefficients(generation=generation)
@@ -40,7 +45,7 @@ class MGDLoss(KDLoss):
         self.generation, self.mask_ratio = generation, mask_ratio
         self.generators = nn.ModuleDict()
 
-    def attach(self, channels: Dict[str, int]) -> None:
+    def attach(self, channels: Dict[str, int], num_classes: int) -> None:
         """Makes G, one per level."""
         for level, width in channels.items():
             self.generators[level] = nn.Sequential(

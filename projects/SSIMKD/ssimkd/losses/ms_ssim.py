@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssimkd.registry import register_loss
 from ssimkd.ssim import definition as ssim
 from ssimkd.ssim.normalize import NORMALIZATIONS
 
-from .base import MapLoss, register_loss
+from .base import MapLoss
 
 # Similarity below which its logarithm continues as its tangent: low enough that such channels are
 # far from alike, high enough that the tangent's slope, 1 / FLOOR, does not push exp(log) to 0
@@ -45,6 +46,7 @@ class MSSSIMLoss(MapLoss):
 
     def __init__(
         self,
+        # As for SSIM, like all defaults down to k2
         weight: float = 4.0,
         normalize: str = "minmax",
         normalize_scope: str = "channel",
@@ -53,6 +55,7 @@ class MSSSIMLoss(MapLoss):
         sigma: float = 1.5,
         k1: float = 0.01,
         k2: float = 0.03,
+        # [Wang, Simoncelli, Bovik, 2003]
         scale_exponents: Sequence[float] = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333),
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)

@@ -5,9 +5,10 @@ from typing import Dict, Optional
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import normalize_maps
 
-from .base import Context, KDLoss, Maps, register_loss
+from .base import Context, KDLoss, Maps
 
 
 @register_loss("pkd")
@@ -24,14 +25,16 @@ class PKDLoss(KDLoss):
     it also adds 1e-6 to each deviation, in feature units.
 
     Args:
-        weight (float): lambda. The authors use 6 on p2 to p5 of Faster R-CNN and 10 on p3 to p6 of
-            RetinaNet.
+        weight (float): lambda.
 
     Raises:
         ValueError: the weight is out of its range.
     """
 
-    def __init__(self, weight: float = 6.0) -> None:
+    def __init__(
+        self,
+        weight: float = 6.0,  # of Faster R-CNN on p2 to p5; 10 for RetinaNet on p3 to p6 [authors]
+    ) -> None:
         super().__init__(weight)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:

@@ -5,13 +5,14 @@ from typing import Any, Dict, Sequence
 
 from torch import Tensor
 
+from ssimkd.registry import register_loss
 from ssimkd.ssim import analytic as ssim_fast
 from ssimkd.ssim import definition as ssim
 from ssimkd.ssim import gpu as ssim_gpu
 from ssimkd.ssim.normalize import NORMALIZATIONS
 from ssimkd.utils.validate import check_switches
 
-from .base import Context, MapLoss, register_loss
+from .base import Context, MapLoss
 
 
 @register_loss("ssim")
@@ -32,14 +33,17 @@ class SSIMLoss(MapLoss):
 
     def __init__(
         self,
-        weight: float = 4.0,
+        weight: float = 4.0,  # [paper: 2 or 4; shapes: 64 and more, with clipped gradients]
+        # [paper]; "teacher_range" is as good, "standardize" and "none" worse [shapes: normalize]
         normalize: str = "minmax",
+        # not known from the paper; "image" is as good, "batch" is worse [shapes: scope]
         normalize_scope: str = "channel",
-        border: str = "renormalize",
-        window_size: int = 11,
-        sigma: float = 1.5,
-        k1: float = 0.01,
-        k2: float = 0.03,
+        border: str = "renormalize",  # the others are as good [shapes: border]
+        window_size: int = 11,  # [paper]; 3 to 15 are as good [shapes: window]
+        sigma: float = 1.5,  # [paper]; 0.5 to 3 are as good [shapes: sigma]
+        k1: float = 0.01,  # [paper]
+        k2: float = 0.03,  # [paper]
+        # [paper]; most of the loss's effect comes from the last one [shapes: components]
         exponents: Sequence[float] = (1.0, 1.0, 1.0),
         fast: bool = True,
         compile: bool = True,

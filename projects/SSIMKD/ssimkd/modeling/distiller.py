@@ -144,8 +144,12 @@ class Distiller(nn.Module):
         """
         yield self.name, self
 
-    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
+    def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """Fits this distiller to a student's backbone; makes the adapters.
+
+        Args:
+            student_shapes (dict[str, ShapeSpec]): level -> channels and stride.
+            num_classes (int): object classes that the student's head predicts; 0: not known.
 
         Raises:
             ConfigError: the student lacks a level.
@@ -172,7 +176,7 @@ class Distiller(nn.Module):
                     channels[level] = wide
             for loss in self._losses():
                 with wrong_input():
-                    loss.attach(channels)
+                    loss.attach(channels, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
         """Builds, loads and checks the teacher.
@@ -263,6 +267,7 @@ class Distiller(nn.Module):
             strides={level: shape.stride for level, shape in self.student_shapes.items()},
             targets=[x["instances"] for x in batched_inputs] if has_targets else None,
             mask_padding=self.mask_padding,
+            iteration=get_event_storage().iter,
         )
 
     def _losses(self) -> Iterable[KDLoss]:

@@ -15,6 +15,7 @@ from detectron2.modeling import (
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ssimkd.data.datasets import classes_in
 from ssimkd.engine.finite_steps import naming_place
 from ssimkd.teacher.frozen import Preprocessing, preprocessing_of
 from ssimkd.utils.compat import FCOS
@@ -45,7 +46,8 @@ class DistillMixin:
     ) -> None:
         super().__init__(**kwargs)
         if distiller is not None:
-            distiller.attach(self.backbone.output_shape())
+            num_classes = classes_in(getattr(self, "roi_heads", self))
+            distiller.attach(self.backbone.output_shape(), num_classes)
         self.distiller = distiller
 
     @classmethod

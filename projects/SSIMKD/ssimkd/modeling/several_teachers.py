@@ -58,11 +58,11 @@ class Distillers(nn.ModuleDict):
         periods = [distiller.log_gradients for _, distiller in self.named()]
         return min(filter(None, periods), default=0)
 
-    def attach(self, student_shapes: Dict[str, ShapeSpec]) -> None:
+    def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """See :meth:`Distiller.attach`."""
         for name, distiller in self.named():
             with naming_teacher(name):
-                distiller.attach(student_shapes)
+                distiller.attach(student_shapes, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
         """See :meth:`Distiller.build_teacher`."""

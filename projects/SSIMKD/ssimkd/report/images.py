@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import annotations_to_instances, read_image
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from PIL import Image
 
 from ssimkd.evaluation.predictor import draw_detections
@@ -16,29 +16,29 @@ from ssimkd.evaluation.similarity import in_colour, render, similarity_maps
 from .detectors import Detector
 
 LEAST_SCORE = 0.3  # detections below it are not drawn
-WIDTH = 640  # pixels of a picture of detections, at most
+WIDTH = 420  # pixels of a picture of detections
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
 Maps = Mapping[str, Mapping[str, np.ndarray]]  # of ssimkd.evaluation.similarity
 
 
-def truth(record: Mapping[str, Any], fields: List[str]) -> Instances:
+def truth(record: Mapping[str, Any], masks: bool) -> Instances:
     """The annotated objects of an image, without crowds, as a detector would give them.
 
     Args:
         record (mapping): Detectron2's record of the image.
-        fields (list[str]): what a detector predicts, such as "pred_masks"; the rest is left out.
+        masks (bool): give their masks as well as their boxes and classes.
     """
     size = record["height"], record["width"]
-    objects = [o for o in record.get("annotations", ()) if not o.get("iscrowd", 0)]
-    if not objects:
-        none = Boxes(np.zeros((0, 4)))
-        return Instances(size, pred_boxes=none, pred_classes=np.zeros(0, int))
-    given = annotations_to_instances(objects, size, mask_format="bitmask").get_fields()
-    found = Instances(size)
-    for name, value in given.items():
-        name = name.replace("gt_", "pred_")
-        if name in fields or name in ("pred_boxes", "pred_classes"):
-            found.set(name, value if name == "pred_boxes" else getattr(value, "tensor", value))
+    keys = ("bbox", "bbox_mode", "category_id", *(["segmentation"] if masks else []))
+    objects = [
+        {key: o[key] for key in keys if key in o}
+        for o in record.get("annotations", ())
+        if not o.get("iscrowd", 0)
+    ]
+    given = annotations_to_instances(objects, size, mask_format="bitmask")
+    found = Instances(size, pred_boxes=given.gt_boxes, pred_classes=given.gt_classes)
+    if given.has("gt_masks"):
+        found.pred_masks = given.gt_masks.tensor
     return found
 
 
@@ -49,9 +49,9 @@ def draw_image(
     name = record["file_name"]
     found = {d.label: d.detect(name) for d in detectors if d.model is not None}
     kept = {label: x[x.scores >= LEAST_SCORE] for label, x in found.items() if x is not None}
-    fields = [name for x in kept.values() for name in x.get_fields()]
-    shown = {"ground truth": truth(record, fields), **kept}
-    return {label: draw_detections(name, x, metadata) for label, x in shown.items()}
+    masks = any(x.has("pred_masks") for x in kept.values())
+    shown = {"ground truth": truth(record, masks), **kept}
+    return {label: draw_detections(name, x, metadata, WIDTH) for label, x in shown.items()}
 
 
 def level_means(maps: Maps) -> Dict[str, float]:
@@ -67,7 +67,9 @@ def difference(maps: Maps) -> np.ndarray:
 def draw_difference(detector: Detector, file_name: str) -> Picture:
     """The map of :func:`difference`: dark is 0, bright is 1 and more."""
     maps = similarity_maps(detector.model, detector.read(file_name))
-    return in_colour(difference(maps), (0.0, 1.0))
+    picture = Image.fromarray(in_colour(difference(maps), (0.0, 1.0)))
+    size = WIDTH, round(picture.height * WIDTH / picture.width)
+    return np.asarray(picture.resize(size, Image.Resampling.NEAREST))
 
 
 def draw_maps(detector: Detector, file_name: str) -> Picture:
@@ -77,9 +79,7 @@ def draw_maps(detector: Detector, file_name: str) -> Picture:
 
 
 def data_url(picture: Picture, kind: str = "jpeg") -> str:
-    """A picture as the address of an <img>. A JPEG is made WIDTH pixels wide at most."""
-    image, out = Image.fromarray(picture), io.BytesIO()
-    if kind == "jpeg":
-        image.thumbnail((WIDTH, 10 * WIDTH))
-    image.save(out, kind)
+    """A picture as the address of an <img>."""
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, kind)
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -15,11 +15,11 @@ from torch import nn
 
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.data.datasets import lazy_use_own_data
-from ssimkd.engine.arguments import load_config
+from ssimkd.data.datasets import lazy_use_own_data, use_own_data
 from ssimkd.engine.run_record import in_words, read_json, read_record
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
+from ssimkd.utils.config_files import load_config
 from ssimkd.utils.config_keys import names_of, setting
 
 Series = Tuple[List[int], List[float]]  # iterations and values
@@ -47,14 +47,15 @@ class Run:
         path = self.path("config.yaml")
         if not os.path.isfile(path):
             raise ConfigError(f"{folder}: there is no config.yaml: is it the folder of a run?")
-        with as_config_error(path, Exception):
-            with open(path) as f:
-                lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
-            if lazy:
+        with open(path) as f:
+            lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
+        if lazy:
+            with as_config_error(path, Exception):
                 self.cfg = LazyConfig.load(path)
-                lazy_use_own_data(self.cfg, ("TEST",))
-            else:
-                self.cfg = load_config(path, [], ("TEST",))
+            lazy_use_own_data(self.cfg, ("TEST",))
+        else:
+            self.cfg = load_config(path)
+            use_own_data(self.cfg, ("TEST",))
         self.record = read_record(self.folder)
 
     def path(self, *parts: str) -> str:

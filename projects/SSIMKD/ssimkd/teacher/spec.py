@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import Any, ContextManager, Dict, List, Sequence, Tuple, cast
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
-from detectron2.utils.file_io import PathManager
 from omegaconf import ListConfig, OmegaConf
 
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.config import add_ssimkd_config
 from ssimkd.data.datasets import lazy_use_own_data, use_own_data
 from ssimkd.errors import ConfigError, as_config_error, wrong_input
 from ssimkd.utils.compat import model_zoo
+from ssimkd.utils.config_files import find_config, load_config
 from ssimkd.utils.validate import check_switches
-from ssimkd.utils.yaml_config import merge_yaml
 
 from .network import PRECISIONS
 
@@ -69,19 +67,18 @@ class TeacherSpec:
         Raises:
             ConfigError: no such file or zoo name, or an override that does not apply.
         """
-        path = self._find_config()
-        key = "MODEL.DISTILL.TEACHER.CONFIG or .OPTS"
-        with as_config_error(f"{key}: cannot load {self.config}", Exception):
-            if path.endswith(".py"):
-                cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(self.opts))
-                lazy_use_own_data(cfg, ())  # it may take its number of classes from its data
-                return cfg
-            cfg = get_cfg()
-            add_ssimkd_config(cfg)  # a distilled student can be the next one's teacher
-            merge_yaml(cfg, path)
-            cfg.merge_from_list(list(self.opts))
-            use_own_data(cfg, ())
-            return cfg
+        if not self.config:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.CONFIG is empty: name a config of Detectron2's zoo, such as "
+                "COCO-Detection/faster_rcnn_R_101_FPN_3x, or a path"
+            )
+        with as_config_error("MODEL.DISTILL.TEACHER.CONFIG"):
+            path = find_config(self.config)
+        with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
+            cfg = load_config(path, self.opts)
+            # It may take its number of classes from its data.
+            (use_own_data if isinstance(cfg, CfgNode) else lazy_use_own_data)(cfg, ())
+        return cfg
 
     def find_weights(self) -> str:
         """Local path of the checkpoint, downloaded if need be.
@@ -140,25 +137,6 @@ class TeacherSpec:
     def _building(self) -> ContextManager[None]:
         return as_config_error(
             f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception
-        )
-
-    def _find_config(self) -> str:
-        if not self.config:
-            raise ConfigError(
-                "MODEL.DISTILL.TEACHER.CONFIG is empty: name a config of Detectron2's zoo, such as "
-                "COCO-Detection/faster_rcnn_R_101_FPN_3x, or a path"
-            )
-        if PathManager.isfile(self.config):
-            return self.config
-        for suffix in ("", ".yaml", ".py"):
-            try:
-                path = model_zoo.get_config_file(self.config + suffix)
-            except RuntimeError:  # not in the zoo
-                continue
-            if os.path.isfile(path):
-                return path
-        raise ConfigError(
-            f"MODEL.DISTILL.TEACHER.CONFIG: {self.config} is neither a file nor in Detectron2's zoo"
         )
 
     def _zoo_weights(self) -> str:

@@ -1,0 +1,162 @@
+"""Finding and reading config files: `.yaml` into a CfgNode, `.py` into a DictConfig."""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any, List, Sequence, Union
+
+import yaml
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+
+from ssimkd.config import add_ssimkd_config
+from ssimkd.errors import ConfigError, as_config_error, one_line
+
+from .compat import model_zoo
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# This project's configs: inside an installed package, or in a checkout of the repository.
+FOLDERS = (PACKAGE / "configs", PACKAGE.parents[2] / "configs")
+SUFFIXES = (".yaml", ".py")
+
+# Detectron2's RetinaNet configs hold their anchors as code. Its value is read instead.
+ANCHORS = re.compile(
+    r'!!python/object/apply:eval \["\[\[x, x \* 2\*\*\(1\.0/3\), x \* 2\*\*\(2\.0/3\) \] '
+    r'for x in \[32, 64, 128, 256, 512 \]\]"\]'
+)
+ANCHOR_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]]
+
+# What yacs raises for a key or value that does not belong into a config.
+WRONG_SETTING = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+INTEGER_FOR_FLOAT = "Type mismatch (<class 'float'> vs. <class 'int'>)"
+
+
+def find_config(name: str) -> str:
+    """Local path of a config.
+
+    Args:
+        name (str): a file; or the name of a config of this project or of Detectron2's zoo, such as
+            "ssimkd_R50" or "COCO-Detection/retinanet_R_50_FPN_1x". The suffix and a leading
+            "configs/" can be left out.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name and PathManager.isfile(name):
+        return PathManager.get_local_path(name)
+    own = name[len("configs/") :] if name.startswith("configs/") else name
+    paths = [str(folder / (own + suffix)) for folder in FOLDERS for suffix in ("", *SUFFIXES)]
+    for suffix in ("", *SUFFIXES):
+        try:
+            paths.append(model_zoo.get_config_file(name + suffix))
+        except RuntimeError:  # The zoo has no such config.
+            continue
+    found = next((path for path in paths if path.endswith(SUFFIXES) and os.path.isfile(path)), None)
+    if not name or found is None:
+        raise ConfigError(
+            f"{name or 'the name is empty: it'} is neither a .yaml or .py file, nor the name of a "
+            "config of this project or of Detectron2's zoo"
+        )
+    return found
+
+
+def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
+    """Reads a config and applies overrides.
+
+    Args:
+        name (str): see :func:`find_config`.
+        overrides (sequence): "KEY", value, ... for `.yaml`; "key=value", ... for `.py`.
+
+    Returns:
+        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen.
+
+    Raises:
+        ConfigError: there is no such config, a `.yaml` is malformed or holds code, or an override
+            does not apply. What a `.py` config raises is raised as it is.
+    """
+    path = find_config(name)
+    if path.endswith(".py"):
+        cfg = LazyConfig.load(path)
+        return apply_lazy_overrides(cfg, [str(override) for override in overrides])
+    if not path.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{path} must end in .yaml or .py")
+    cfg = get_cfg()
+    add_ssimkd_config(cfg)
+    merge_yaml(cfg, path)
+    merge_overrides(cfg, overrides)
+    return cfg
+
+
+class _YamlFile(CfgNode):
+    """Reads a YAML file and its `_BASE_` files, with the anchors' code replaced by its value."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with PathManager.open(filename, "r") as f:
+            file = io.StringIO(ANCHORS.sub(str(ANCHOR_SIZES), f.read()))
+        file.name = filename  # type: ignore[misc]  # PyYAML's errors name it.
+        return file
+
+
+def merge_yaml(cfg: CfgNode, path: str) -> None:
+    """Merges a YAML file into a config, in place, without running code that it holds.
+
+    Raises:
+        ConfigError: it is malformed, holds code, or does not fit the config's keys and types.
+    """
+    try:
+        content = _YamlFile.load_yaml_with_base(path, allow_unsafe=False)
+        content = CfgNode(content)
+    except yaml.MarkedYAMLError as error:
+        problem = error.problem
+        if isinstance(error, yaml.constructor.ConstructorError):
+            problem = f"code in a .yaml is not run: {problem}; write its value, or a .py config"
+        mark: Any = error.problem_mark
+        raise ConfigError(f"{mark.name}, line {mark.line + 1}: {problem}") from error
+    except (AttributeError, TypeError) as error:  # It is empty, a list, or text.
+        raise ConfigError(f"{path} holds no keys") from error
+    except (AssertionError, OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+    try:
+        cfg.merge_from_other_cfg(content)
+    except WRONG_SETTING as error:
+        hint = "; write it with a decimal point" if INTEGER_FOR_FLOAT in str(error) else ""
+        raise ConfigError(f"{path}: {one_line(error)}{hint}") from error
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence) -> None:
+    """Merges "KEY", value, ... into a config, in place. An integer is taken for a float."""
+    values = list(overrides)
+    for i in range(1, len(values), 2):
+        node: Any = cfg
+        for part in str(values[i - 1]).split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(values[i])):
+            values[i] = float(values[i])
+    with as_config_error(" ".join(map(str, overrides)), WRONG_SETTING):
+        cfg.merge_from_list(values)
+
+
+def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
+    """A copy of a LazyConfig with overrides "key=value".
+
+    Raises:
+        ConfigError: an override is malformed, or names a key that does not exist. Arguments of
+            what a node calls are not checked here: the call checks them.
+    """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: an override of a .py config is written key=value")
+        node, called = cfg, False
+        for part in [] if key.startswith(("+", "~")) else key.split("."):
+            called = called or "_target_" in node
+            if not OmegaConf.is_config(node) or not (called or part in node):
+                known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
+                raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
+            node = OmegaConf.select(node, part)
+    # Hydra's parser, OmegaConf and Detectron2 raise many types here, and all blame the overrides.
+    with as_config_error(" ".join(overrides), Exception):
+        return LazyConfig.apply_overrides(cfg, overrides)
