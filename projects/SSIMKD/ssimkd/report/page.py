@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import jinja2
 import numpy as np
@@ -75,11 +75,8 @@ class Report:
         if not self.own.distils:
             self.notes.append("This run has no teacher: there are no maps to compare.")
             return {}
-        adapters = {
-            (name, x.shape) for name, x in self.own.model.state_dict().items() if ADAPTER.match(name)
-        }
-        kept = read_weights(fetch(self.run.weights)) if adapters else {}
-        if not adapters <= {(name, x.shape) for name, x in kept.items()}:
+        kept = read_weights(fetch(self.run.weights))
+        if not adapters_in(self.own.model.state_dict()) <= adapters_in(kept):
             self.notes.append(f"Maps are not compared: {self.run.weights} lacks the adapters.")
             return {}
         levels: Dict[str, List[float]] = {}
@@ -120,12 +117,14 @@ class Report:
                     f"{', '.join(losses)} on {', '.join(distiller.in_features)}, "
                     f"adapter {distiller.adapter}"
                 )
-        return {
-            **words,
-            "trained on": self.run.trained,
-            "evaluated on": self.run.dataset or "nothing",
-            "ended": self.run.ended,
-        }
+        words["trained on"] = self.run.trained
+        words["evaluated on"] = self.run.dataset or "nothing"
+        words["ended"] = self.run.ended
+        for entry in (self.run.training or self.run.record)[-1:]:
+            words["command"] = entry["command"]
+            words["commit"] = entry["commit"] or "not known"
+            words["machine"] = entry["machine"]
+        return words
 
     def rows(self) -> List[Dict[str, Any]]:
         """The first table: a row per detector with its AP and its costs."""
@@ -159,7 +158,7 @@ class Report:
         return charts.lines(name, series, self.colour, levels)
 
     def chosen(self) -> Dict[int, str]:
-        """The images of the sample that are shown: index -> why, "" for those at equal distances."""
+        """The images of the sample that are shown: index -> why; "" is at equal distances."""
         count = len(self.sample)
         found = dict.fromkeys(list(range(0, count, max(1, count // SHOWN)))[:SHOWN], "")
         if self.levels:
@@ -179,13 +178,14 @@ class Report:
             pictures = images.draw_image(self.sample[index], self.detectors, metadata)
             if self.levels:
                 pictures["where maps differ"] = images.draw_difference(self.own, name)
-            maps = images.draw_maps(self.own, name) if self.levels and index in [0, *least] else None
+            shown = self.levels and index in [0, *least]
+            maps = images.data_url(images.draw_maps(self.own, name), "png") if shown else ""
             found.append(
                 {
                     "name": os.path.basename(name),
                     "why": why,
                     "pictures": {label: images.data_url(p) for label, p in pictures.items()},
-                    "maps": None if maps is None else images.data_url(maps, "png"),
+                    "maps": maps,
                 }
             )
         return found
@@ -277,6 +277,11 @@ class Report:
         )
 
 
+def adapters_in(weights: Mapping[str, Any]) -> Set[Tuple[str, torch.Size]]:
+    """Names and shapes of the adapters among a student's tensors by name."""
+    return {(name, x.shape) for name, x in weights.items() if ADAPTER.match(name)}
+
+
 def gain(student: Optional[float], twin: Optional[float]) -> Optional[float]:
     """By how much a student is better than its twin without a teacher; None if not known."""
     return None if student is None or twin is None else student - twin
@@ -285,7 +290,7 @@ def gain(student: Optional[float], twin: Optional[float]) -> Optional[float]:
 def share(
     student: Optional[float], twin: Optional[float], teacher: Optional[float]
 ) -> Optional[float]:
-    """The gain in percent of the teacher's lead over the twin; None if the teacher does not lead."""
+    """The gain in percent of the teacher's lead over the twin; None if it does not lead."""
     if student is None or twin is None or teacher is None or teacher <= twin:
         return None
     return 100 * (student - twin) / (teacher - twin)
