@@ -12,7 +12,7 @@ from ssimkd import ConfigError
 from ssimkd.errors import building
 from ssimkd.losses import Context, SSIMLoss
 from ssimkd.ssim import compiled as ssim_compiled
-from ssimkd.ssim.definition import ssim_loss
+from ssimkd.ssim import ssim_loss
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.utils.measure import clock_of, interleave, markdown, peak_of
 from torch import Tensor
@@ -32,7 +32,7 @@ def own(normalize: str, compiled: bool = False) -> Loss:
     """This package's loss of one level, whose images fill it."""
     if compiled and ssim_compiled.library() is None:
         raise ImportError("it needs a C++ compiler")
-    loss = SSIMLoss(normalize=normalize, compile=compiled)
+    loss = SSIMLoss(normalize=normalize, backend="cpp" if compiled else "analytic")
 
     def compare(student: Tensor, teacher: Tensor) -> Tensor:
         h, w = student.shape[2:]

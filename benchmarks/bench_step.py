@@ -14,7 +14,6 @@ from detectron2.utils.events import EventStorage
 from ssimkd.engine.arguments import load_config
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.teacher.frozen import preprocessing_of
 from ssimkd.utils.measure import Call, clock_of, interleave, markdown, peak_of
 from torch import Tensor
 
@@ -111,22 +110,18 @@ class Bench:
     def pair(self, loss: str) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """Maps of student, with gradient, and teacher, as a loss gets them."""
         images = self.model.preprocess_image(self.batch).tensor
-        maps, rules = (
-            self.model.backbone(images),
-            preprocessing_of(self.model, self.cfg.INPUT.FORMAT),
-        )
-        student, teacher = self.distillers[loss].pair(self.batch, maps, images, rules)
+        maps, preprocessing = self.model.backbone(images), self.model.preprocessing
+        distiller = self.distillers[loss]
+        student, teacher = distiller.match_maps(self.batch, maps, images, preprocessing)
         return {level: m.requires_grad_() for level, m in student.items()}, teacher
 
     def compare(self, loss: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:
         """Forward and backward of a loss alone."""
-        distiller = self.distillers[loss]
-        context = distiller._context(self.batch)
-        context.targets = [x.to(self.device) for x in context.targets or ()]
+        batch = [{**x, "instances": x["instances"].to(self.device)} for x in self.batch]
         for m in student.values():
             m.grad = None
         with EventStorage(0):
-            terms = distiller.losses[loss](student, teacher, context)  # type: ignore[operator]
+            terms = self.distillers[loss].compare(student, teacher, batch)[loss]
             torch.stack(list(terms.values())).sum().backward()
 
 

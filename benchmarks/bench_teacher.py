@@ -5,7 +5,7 @@ r"""Times the teacher's settings, and says how far each of them changes its maps
     python benchmarks/bench_teacher.py --compile      # torch.compile, too: minutes on a CPU
     python benchmarks/bench_teacher.py --config COCO-Detection/faster_rcnn_R_101_FPN_3x \
         --images 1 --size 320 512                    # times of another one: random weights
-    python benchmarks/bench_teacher.py --step         # training steps, with maps kept on disk, too
+    python benchmarks/bench_teacher.py --step         # training steps
 
 Times are medians over repeats that take the settings in turn; CPU time, where a CPU runs them.
 Ratios are to the detector's own backbone under torch.no_grad(). Images are those of the embedded
@@ -117,7 +117,7 @@ def settings(
         teacher = Teacher(chosen, device)
 
         def run() -> Maps:
-            maps, _ = teacher(shown, images, teacher.rules)
+            maps, _ = teacher(shown, images, teacher.preprocessing)
             wait(device)
             return maps
 
@@ -141,20 +141,13 @@ def settings(
 def bench_step(args: argparse.Namespace, device: torch.device) -> None:
     """Prints a row per setting: time of a step on the embedded data, and the distillation loss."""
     _, shown = batches(4, 8)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {
-            "no distillation": Step(device, shown, "MODEL.DISTILL.LOSSES", ()),
-            "as it is": Step(device, shown),
-            "maps kept, all new": Step(device, shown, f"{KEY}.CACHE", f"{folder}/new"),
-            "maps kept, all known": Step(device, shown, f"{KEY}.CACHE", f"{folder}/known"),
-        }
-        if args.compile:
-            steps["fast teacher"] = Step(device, shown, *FAST_TEACHER)
-        steps["maps kept, all new"].forgets = folder
-        for _ in shown:
-            steps["maps kept, all known"]()  # fills
-        seconds = interleave(steps, args.repeats, clock_of(device, cpu_time=True))
-        size = sum(x.stat().st_size for x in Path(folder, "known").iterdir())
+    steps = {
+        "no distillation": Step(device, shown, "MODEL.DISTILL.LOSSES", ()),
+        "as it is": Step(device, shown),
+    }
+    if args.compile:
+        steps["fast teacher"] = Step(device, shown, *FAST_TEACHER)
+    seconds = interleave(steps, args.repeats, clock_of(device, cpu_time=True))
     base = seconds["as it is"]
     rows = [
         [name, f"{seconds[name] / base:.3f}", f"{step.losses[0]:.6f}"]
@@ -162,7 +155,6 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> None:
     ]
     print(markdown(["", "time of a step", "distillation loss of the first"], rows))
     print(f"\nas it is: {1000 * base:.0f} ms, {torch.get_num_threads()} threads, {device}")
-    print(f"maps: {size / sum(map(len, shown)) / 1024:.0f} KiB per image")
 
 
 class Step:
@@ -170,7 +162,6 @@ class Step:
 
     Attributes:
         losses (list[float]): the distillation loss of each step.
-        forgets (str): a folder under which every step begins an empty one for its maps; "": no.
     """
 
     def __init__(self, device: torch.device, shown: List[List[Dict]], *opts: Any) -> None:
@@ -181,12 +172,9 @@ class Step:
         self.optimizer = build_optimizer(cfg, self.model)
         self.shown = shown
         self.losses: List[float] = []
-        self.forgets = ""
 
     def __call__(self) -> None:
         """Forward, backward, update."""
-        if self.forgets:
-            self.model.distiller.teacher.cache.folder = tempfile.mkdtemp(dir=self.forgets)
         torch.manual_seed(0)  # the same proposals in all
         with EventStorage(0):
             losses = self.model(self.shown[len(self.losses) % len(self.shown)])

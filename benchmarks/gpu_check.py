@@ -1,7 +1,7 @@
 """Checks the Triton kernels of SSIM on a GPU: accuracy, determinism, capture; then times them.
 
     python benchmarks/gpu_check.py --out gpu.json
-    python benchmarks/gpu_check.py --sweep                         # BLOCK and ROWS of ssim_triton.py
+    python benchmarks/gpu_check.py --sweep  # BLOCK and ROWS
     compute-sanitizer --tool memcheck python benchmarks/gpu_check.py --small
     compute-sanitizer --tool racecheck python benchmarks/gpu_check.py --small
     TRITON_INTERPRET=1 python benchmarks/gpu_check.py --small      # without a GPU, minutes, untimed
@@ -19,8 +19,8 @@ import time
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
+from ssimkd.ssim import ssim_loss
 from ssimkd.ssim import triton_loss as ssim_triton
-from ssimkd.ssim.definition import ssim_loss
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.ssim.triton_loss import ssim_loss_triton
 from ssimkd.utils.measure import peak_of

@@ -28,7 +28,7 @@ SHORT_SIDES = (640, 672, 704, 736, 768, 800)  # pixels, INPUT.MIN_SIZE_TRAIN
 # config -> seconds per iteration of training student and teacher on 8 V100, 16 images: MODEL_ZOO.md
 PUBLISHED = {
     "configs/ssimkd_R50.yaml": (0.210, 0.286),
-    "configs/ssimkd_retinanet_R50_1x_from_R101.yaml": (0.205, 0.291),
+    "configs/ssimkd_retinanet_R50.yaml": (0.205, 0.291),
 }
 
 

@@ -202,20 +202,6 @@ def test_a_drawing_that_failed_leaves_nothing_behind(tmp_path, monkeypatch):
     assert (root / "instances_val.json").stat().st_mtime_ns == before
 
 
-def test_a_set_without_masks_is_drawn_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "SPLITS", {"train": 2, "val": 2})
-    root = tmp_path / shapes.FOLDER
-    for split in shapes.SPLITS:  # as earlier code left it
-        (root / split).mkdir(parents=True)
-        (root / f"instances_{split}.json").write_text('{"annotations": [{"bbox": [0, 0, 9, 9]}]}')
-    shapes.ensure_shapes(str(root))
-    for split in shapes.SPLITS:
-        content = json.loads((root / f"instances_{split}.json").read_text())
-        assert all(a["segmentation"] and a["keypoints"] for a in content["annotations"])
-        assert len(list((root / f"panoptic_{split}").iterdir())) == 2
-    assert list(tmp_path.iterdir()) == [root]
-
-
 @pytest.mark.parametrize(
     "opts, name, losses",
     [

@@ -16,7 +16,10 @@ from ssimkd.engine.limits import check_limits
     "override, message",
     [
         ("model.distiller.losses.0.border=wrap", "border must be one of"),
-        ("model.distiller.losses.0.fast='no'", "fast must be True or False, got 'no'"),
+        (
+            "model.distiller.losses.0.backend='no'",
+            "backend must be one of auto, definition, analytic, cpp, triton, got 'no'",
+        ),
         ("+model.distiller.teacher.weight=x", "MODEL.DISTILL.TEACHER: "),
         ("model.distiller.in_features=p2", "MODEL.DISTILL.IN_FEATURES must be a list"),
     ],

@@ -12,11 +12,11 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.structures import Boxes, Instances
-from ssimkd import ConfigError, DistillRCNN
+from ssimkd import ConfigError
 from ssimkd.data.shapes import FOLDER
-from ssimkd.engine.preflight import LEAST_FOUND, count_found, paired_maps, prepare
+from ssimkd.engine.preflight import LEAST_FOUND, count_found, prepare
 from ssimkd.engine.yaml_driver import DistillTrainer
-from ssimkd.teacher.frozen import TeacherSpec
+from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.random_state import get_random_state
 
 TEACHER = ("MODEL.DISTILL.TEACHER.WEIGHTS", "configs/shapes/teacher.pth")  # a trained one
@@ -69,30 +69,6 @@ def test_a_wrongly_normalised_teacher_is_warned_of(student, loader, caplog):
     opts = ("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.PIXEL_STD", [0.05, 0.05, 0.05]])
     prepare(student(*TEACHER, *opts), loader, resumed=False)
     assert records(caplog, logging.WARNING)
-
-
-def test_it_needs_neither_a_students_inference_nor_its_heads(student, loader, caplog):
-    class Rescaling(DistillRCNN):
-        def inference(self, batched_inputs, *args):
-            raise KeyError("a field that its mapper gives for the test alone")
-
-    caplog.set_level(logging.INFO)
-    model = student(*TEACHER, "MODEL.DISTILL.LOG_GRADIENTS", 1)
-    model.__class__ = Rescaling
-    prepare(model, loader, resumed=False)
-    assert "Teacher and student agree cell by cell: p2 (64, " in caplog.text
-    assert all(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_students_heads_do_not_run_for_its_maps(student, training):
-    model, batch = student(*TEACHER).train(training), image_batch((96, 96))
-    model.proposal_generator.forward = None
-    maps, _ = paired_maps(model, model.distiller, batch)
-    with torch.no_grad():
-        expected = model.eval().backbone(model.preprocess_image(batch).tensor)
-    assert all(torch.equal(maps[level], expected[level]) for level in maps)
-    assert not model.backbone._forward_hooks
 
 
 def test_a_compiled_operator_that_is_missing_is_said(student, loader, monkeypatch):
@@ -200,7 +176,7 @@ def test_a_teacher_without_detections(student, caplog, monkeypatch):
     detector.proposal_generator = None  # as a Fast R-CNN, which wants proposals in the data
     monkeypatch.setattr(TeacherSpec, "load", lambda self, device: (detector, cfg, absent))
     model = student(*TEACHER)
-    model.distiller.pair = lambda *args: ({}, {})
+    model.distiller.match_maps = lambda *args: ({}, {})
     prepare(model, Loader([image_batch((96, 96))]), resumed=False)
     assert "The teacher's detections cannot be checked: AssertionError" in caplog.text
 

@@ -33,7 +33,7 @@ def norms_at_the_maps(model, of):
 def test_ratio_is_that_of_separate_gradients(student):
     model = student("MODEL.DISTILL.LOG_GRADIENTS", 1, "MODEL.DISTILL.LOSSES", ("l2", "cwd"))
     _, logged = step(model)
-    model.distiller.log_gradients = 0
+    model.log_gradients = 0
     ours = torch.stack(norms_at_the_maps(model, lambda name: "kd" in name))
     detector = torch.stack(norms_at_the_maps(model, lambda name: "kd" not in name))
     for level, ratio in zip(("p2", "p3", "p4", "p5"), ours / detector):

@@ -4,17 +4,16 @@ import pytest
 import ssimkd
 import torch
 from conftest import narrow_opts, rich_batch, save_teacher, zoo_cfg
-from detectron2.config import configurable, instantiate
+from detectron2.config import instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, ProposalNetwork, build_model
 from detectron2.utils.events import EventStorage
-from omegaconf import OmegaConf
 from ssimkd import ConfigError, Distiller, DistillMixin
-from ssimkd.checkpoint.export import parent_of, plain_config
-from ssimkd.engine.preflight import paired_maps, prepare
+from ssimkd.checkpoint.export import parent_of
+from ssimkd.engine.preflight import prepare
 from ssimkd.losses import SSIMLoss
 from ssimkd.modeling import meta_arch
-from ssimkd.modeling.meta_arch import image_format_of
-from ssimkd.teacher.frozen import TeacherSpec
+from ssimkd.modeling.paired_maps import paired_maps
+from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.compat import FCOS, model_zoo
 
 KEY = "MODEL.DISTILL"
@@ -177,36 +176,6 @@ class DistillProposalNetwork(DistillMixin, ProposalNetwork):
     """A student in two lines: its parent prepares images by itself and keeps no format of them."""
 
 
-@META_ARCH_REGISTRY.register()
-class Stylized(ProposalNetwork):
-    """A detector with an argument of its own that is called as a mapper's."""
-
-    @configurable
-    def __init__(self, *, image_format, **kwargs):
-        super().__init__(**kwargs)
-        self.style = image_format
-
-    @classmethod
-    def from_config(cls, cfg):
-        return {**super().from_config(cfg), "image_format": "cubist"}
-
-
-@META_ARCH_REGISTRY.register()
-class DistillStylized(DistillMixin, Stylized):
-    """A student of it."""
-
-
-def test_a_student_adds_no_argument_but_its_distiller():
-    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-    meta_arch = ("MODEL.META_ARCHITECTURE", "DistillStylized")
-    model = student_of(name, FPN, name, "", *meta_arch, "INPUT.FORMAT", "RGB")
-    assert model.style == "cubist" and image_format_of(model) == "RGB"
-    args = Stylized.from_config(zoo_cfg(name))
-    node = {"model": {"_target_": f"{__name__}.DistillStylized", **dict.fromkeys(args, 1)}}
-    plain = plain_config(OmegaConf.create(node), "").model
-    assert set(plain) == {"_target_", *args}
-
-
 class Loader:
     """Shows one batch, in RGB."""
 
@@ -312,7 +281,7 @@ def test_a_vitdet_teacher(tmp_path):
     student.distiller.spec = spec
     assert run(student)["ssim_kd_loss"] > 0
     images = student.preprocess_image(BATCH).tensor
-    maps, padded = student.distiller.teacher(BATCH, images, student.rules)
+    maps, padded = student.distiller.teacher(BATCH, images, student.preprocessing)
     assert padded == (128, 128) and maps["p4"].shape[-2:] == (8, 8)
 
 

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
+from ssimkd.ssim import ssim_loss
 from ssimkd.ssim import triton_loss as ssim_triton
-from ssimkd.ssim.definition import ssim_loss
 from ssimkd.ssim.normalize import SCOPES, normalize_maps
 from ssimkd.ssim.triton_loss import ssim_loss_triton
 from torch.distributions import Normal, StudentT

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from ssimkd.losses import Context, MapLoss, SSIMLoss
+from ssimkd.losses import Context, SSIMLoss
 from ssimkd.ssim import analytic as ssim_fast
 from ssimkd.ssim import compiled as ssim_compiled
 from ssimkd.ssim.definition import Window
@@ -22,7 +22,11 @@ def both_forms(request, monkeypatch):
     """Every test of this file takes `SSIMLoss` without and with COMPILE."""
     if request.param and ssim_compiled.library() is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(sys.modules[__name__], "SSIMLoss", partial(SSIMLoss, compile=request.param))
+    monkeypatch.setattr(
+        sys.modules[__name__],
+        "SSIMLoss",
+        partial(SSIMLoss, backend="cpp" if request.param else "analytic"),
+    )
 
 
 def related_maps(*shape, seed=0, dtype=torch.float32):
@@ -50,7 +54,9 @@ def evaluate(loss, student, teacher, context):
 def by_autograd(loss, student, teacher, context):
     """Value and gradient of the reference."""
     student = student.detach().requires_grad_()
-    value = MapLoss.compare_level(loss, LEVEL, student, teacher, context)
+    known = type(loss)(loss.weight, loss.normalize, loss.normalize_scope)
+    known.options, known.backend = loss.options, "definition"
+    value = known.compare_level(LEVEL, student, teacher, context)
     return value.detach(), torch.autograd.grad(value, student)[0]
 
 

@@ -43,7 +43,7 @@ def test_kernels_that_cannot_run_are_named_once_and_autograd_does_the_work(broke
     context = Context([(9, 10)] * 2, {"p0": 1})
     values = [
         loss({"p0": student}, {"p0": teacher}, context)["p0"]
-        for loss in (SSIMLoss(), SSIMLoss(), SSIMLoss(fast=False))
+        for loss in (SSIMLoss(), SSIMLoss(), SSIMLoss(backend="definition"))
     ]
     torch.testing.assert_close(values[0], values[2])
     (record,) = caplog.records
@@ -55,7 +55,7 @@ def test_kernels_that_cannot_run_are_named_once_and_autograd_does_the_work(broke
 def test_the_switch_keeps_the_kernels_from_their_trial(broken, caplog):
     maps = torch.rand(2, 2, 3, 9, 10)
     context = Context([(9, 10)] * 2, {"p0": 1})
-    SSIMLoss(fast=False)({"p0": maps[0]}, {"p0": maps[1]}, context)
+    SSIMLoss(backend="definition")({"p0": maps[0]}, {"p0": maps[1]}, context)
     assert not caplog.records
 
 

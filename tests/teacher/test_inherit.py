@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import save_teacher, shapes_cfg, zoo_cfg
 from detectron2.modeling import build_model
-from ssimkd import ConfigError, Distiller
+from ssimkd import ConfigError
 from ssimkd.engine.preflight import prepare
-from ssimkd.teacher.frozen import TeacherSpec
 from ssimkd.teacher.inherit import inherit, tensors_of
+from ssimkd.teacher.spec import TeacherSpec
 
 KEY = "MODEL.DISTILL.INHERIT"
 CPU = torch.device("cpu")
@@ -114,8 +114,3 @@ def test_unknown_modules_and_missing_weights(student, spec, tmp_path, teacher_fi
     inherit(model, detector, ["roi_heads.box_head"], absent)
     with pytest.raises(ConfigError, match="checkpoint does not hold roi_heads.box_predictor"):
         inherit(model, detector, ["roi_heads"], absent)
-
-
-def test_a_string_is_no_list():
-    with pytest.raises(ConfigError, match=f"{KEY} must be a list, got 'neck'"):
-        Distiller(teacher=dict(config="x"), losses=[], inherit="neck")

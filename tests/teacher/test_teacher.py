@@ -12,7 +12,9 @@ from conftest import image_batch, narrow_opts, shapes_cfg
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
-from ssimkd.teacher.frozen import Preprocessing, Teacher, TeacherSpec
+from ssimkd.teacher.frozen import Teacher
+from ssimkd.teacher.preprocessing import Preprocessing
+from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.compat import model_zoo
 
 CONFIG = "configs/shapes/teacher.yaml"
@@ -75,7 +77,7 @@ def test_a_lazy_teacher_from_the_zoo(tmp_path):
     assert {name: shape.stride for name, shape in teacher.shapes.items()} == {
         "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128
     }  # fmt: skip
-    assert teacher.rules.input_format == "BGR" and float(teacher.model.pixel_std[0]) == 2
+    assert teacher.preprocessing.input_format == "BGR" and float(teacher.model.pixel_std[0]) == 2
     assert maps_of(teacher)["p3"].shape == (2, 256, 12, 16)
 
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, one_line
-from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import target_of
 
 from .reader import CheckpointReader
 
@@ -141,15 +140,16 @@ def plain_config(cfg, weights: str):
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
     plain.model = copy.deepcopy(cfg.model)
     plain.model._target_ = parent_of(target_of(plain.model))
-    plain.model.pop("distiller", None)
+    for argument in ("distiller", "log_gradients", "image_format"):  # of DistillMixin
+        plain.model.pop(argument, None)
     plain.train.init_checkpoint = weights
     return plain
 
 
 def parent_of(meta_arch: Any) -> Any:
-    """The detector that a student class distils; anything else that builds one is its own."""
-    classes = getattr(meta_arch, "__mro__", ())
-    return next((cls for cls in classes if not issubclass(cls, DistillMixin)), meta_arch)
+    """The detector class that a student class extends; anything else is returned as it is."""
+    plain_architecture = getattr(meta_arch, "plain_architecture", None)
+    return plain_architecture() if plain_architecture else meta_arch
 
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:

@@ -28,14 +28,13 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Sequence
 
 from detectron2.config import CfgNode, instantiate
 from tqdm import tqdm
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd import ConfigError
-from ssimkd.checkpoint.reader import TRUST
 from ssimkd.engine.arguments import add_flags, load_config
 from ssimkd.errors import exit_in_one_line
 from ssimkd.modeling.several_teachers import Distillers, build_distiller
@@ -68,13 +67,10 @@ def weights_of(cfg) -> Dict[str, float]:
 
 
 def watching(cfg) -> List[str]:
-    """Overrides of a config that log the gradients; of several teachers one says it for all."""
+    """Overrides of a config that log the gradients."""
     if isinstance(cfg, CfgNode):
         return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
-    node = cfg.model.distiller
-    teachers = [f"{name}." for name in node if isinstance(node[name], Mapping)]
-    name = "" if "losses" in node else teachers[0]
-    return [f"model.distiller.{name}log_gradients={PERIOD}"]
+    return [f"model.log_gradients={PERIOD}"]
 
 
 def probe(
@@ -173,7 +169,7 @@ def main() -> None:
         parser.error("--num-gpus must be at least 1")
     if not args.ratio > 0:
         parser.error("--ratio must be above 0")
-    flags = [TRUST] if args.trust_checkpoint else []
+    flags: List[str] = []
     with exit_in_one_line(args.debug):
         cfg = load_config(args.config_file, args.opts)
         weights, opts = weights_of(cfg), [*args.opts, *watching(cfg)]

@@ -1,14 +1,12 @@
 """No step with NaN or infinity: it is named, and the run stops or, where asked, leaves it out."""
 
 import logging
-from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -144,22 +142,3 @@ def files_of(batched_inputs: List[Dict]) -> List[str]:
 def place(iteration: int, files: List[str]) -> str:
     """Where in a run something went wrong, in words."""
     return f"iteration {iteration}, images: {', '.join(files)}"
-
-
-@contextmanager
-def naming_place(batched_inputs: List[Dict], backbone: Dict[str, Any]) -> Iterator[None]:
-    """Around a student's forward: its FloatingPointError names levels, iteration and images.
-
-    Args:
-        batched_inputs (list[dict]): what the student is given.
-        backbone (dict): "maps", level -> (N, C, H, W), once it has run.
-    """
-    try:
-        yield
-    except FloatingPointError as error:
-        wrong = [
-            level for level, found in backbone.get("maps", {}).items() if not found.isfinite().all()
-        ]
-        text = f"; not finite in the student: {', '.join(wrong)}" if wrong else ""
-        where = place(get_event_storage().iter, files_of(batched_inputs))
-        raise FloatingPointError(f"{error}{text} ({where})") from error

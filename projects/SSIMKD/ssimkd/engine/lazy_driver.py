@@ -18,7 +18,6 @@ from torch import nn
 
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
-from ssimkd.checkpoint.same_run import describe_run
 from ssimkd.data.bad_images import CountSkipped, NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
@@ -27,14 +26,14 @@ from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.student import build_teacher, steps_to_skip, unwrap
 from ssimkd.utils.compat import create_ddp_model
-from ssimkd.utils.config_keys import datasets_of, names_of
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import datasets_of, names_of, target_of
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import FiniteSteps
 from .hooks import CallAfterTraining, EvalHook, ExactResume
 from .preemption import StopOnSignal, ignore_cluster_signals
 from .preflight import prepare
+from .run_record import describe_run
 from .tensorboard_images import build_pictures
 from .writers import build_writers
 
@@ -65,6 +64,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
         optimizer = instantiate(cfg.optimizer)
     if target_of(cfg.dataloader.train) is build_detection_train_loader:
         cfg.dataloader.train._target_ = ResumableLoader
+        cfg.dataloader.train.worker_init_fn = ignore_cluster_signals
     with building("dataloader.train"):
         loader = instantiate(cfg.dataloader.train)
     with building("train.ddp"):

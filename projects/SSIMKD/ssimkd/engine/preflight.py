@@ -5,22 +5,24 @@ with the student's cell by cell on real images, and it should find the objects i
 """
 
 import logging
-from contextlib import suppress
 from itertools import chain
 from typing import Any, Dict, List, Set, Tuple
 
 import torch
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error, one_line
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.modeling.meta_arch import capture_backbone, image_format_of
+from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
-from ssimkd.teacher.frozen import convert_channel_order, preprocessing_of, training_image_format
 from ssimkd.teacher.inherit import inherit
+from ssimkd.teacher.preprocessing import (
+    convert_channel_order,
+    image_format_of,
+    training_image_format,
+)
 from ssimkd.utils.random_state import preserve_random_state
 
 logger = logging.getLogger(__name__)
@@ -106,43 +108,6 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
     with as_config_error(what, (ImportError, NotImplementedError)):
         student, _ = paired_maps(model, distiller, batch)
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
-
-
-class _Taken(BaseException):  # which no `except Exception` of a student stops
-    """Ends a student's forward: its maps are there."""
-
-
-def _end(*_: Any) -> None:
-    raise _Taken
-
-
-@torch.no_grad()
-def paired_maps(
-    model: Any, distiller: Distiller, batch: List[Dict]
-) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-    """The maps of a student's modules in evaluation mode and of its teacher's.
-
-    They are taken while the student's own forward starts, in training that of training and else
-    its inference, for which the images are; it ends with the backbone: the heads do not run.
-
-    Returns:
-        (dict, dict): see :meth:`Distiller.pair`.
-    """
-    training, hook = model.training, model.backbone.register_forward_hook
-    model.eval()  # batch statistics must not move
-    model.training = training  # of the detector alone
-    try:
-        with (
-            capture_backbone(model.backbone) as taken,
-            hook(_end),
-            EventStorage(),
-            suppress(_Taken),
-        ):
-            model(batch)
-        rules = preprocessing_of(model, image_format_of(model))
-        return distiller.pair(batch, taken["maps"], taken["images"], rules)
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

@@ -1,16 +1,13 @@
 """The paper's loss: structural similarity of normalised maps."""
 
-from functools import partial
 from typing import Any, Dict, Sequence
 
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.ssim import analytic as ssim_fast
-from ssimkd.ssim import definition as ssim
-from ssimkd.ssim import gpu as ssim_gpu
+from ssimkd.ssim import ssim_loss
+from ssimkd.ssim.loss import check_options
 from ssimkd.ssim.normalize import NORMALIZATIONS
-from ssimkd.utils.validate import check_switches
 
 from .base import Context, MapLoss
 
@@ -21,11 +18,9 @@ class SSIMLoss(MapLoss):
 
     Args:
         weight (float): lambda.
-        normalize, normalize_scope (str): see `normalize.py`; SSIM's dynamic range L follows.
+        normalize, normalize_scope (str): see `ssim/normalize.py`; SSIM's dynamic range L follows.
         border, window_size, sigma, k1, k2, exponents: see :func:`ssimkd.ssim.ssim_map`.
-        fast (bool): use a faster form of the same loss where there is one; see `ssim_fast.py` (CPU)
-            and `ssim_gpu.py`. False: by autograd, as `ssim.py` writes it.
-        compile (bool): the one for CPUs in C++, where there is a compiler; see `ssim_compiled.py`.
+        backend (str): what computes it; see :func:`ssimkd.ssim.ssim_loss`.
 
     Raises:
         ValueError: an option is out of its range.
@@ -45,13 +40,10 @@ class SSIMLoss(MapLoss):
         k2: float = 0.03,  # [paper]
         # [paper]; most of the loss's effect comes from the last one [shapes: components]
         exponents: Sequence[float] = (1.0, 1.0, 1.0),
-        fast: bool = True,
-        compile: bool = True,
+        backend: str = "auto",
     ) -> None:
         super().__init__(weight, normalize, normalize_scope)
-        check_switches(fast=fast, compile=compile)
-        self.fast, self.compiled = fast, compile
-        self.options: Dict[str, Any] = dict(
+        self.options: Dict[str, Any] = dict(  # of ssim_map
             window_size=window_size,
             sigma=sigma,
             k1=k1,
@@ -60,23 +52,19 @@ class SSIMLoss(MapLoss):
             exponents=tuple(exponents),
             border=border,
         )
-        ssim.check_options(**self.options)
-
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar in [0, 1] for (n, C, h, w) maps."""
-        return ssim.ssim_loss(student, teacher, **self.options)
+        self.backend = backend
+        check_options(normalize, normalize_scope, backend, **self.options)
 
     def compare_level(
         self, level: str, student: Tensor, teacher: Tensor, context: Context
     ) -> Tensor:
-        """As in :class:`MapLoss`; for most settings, the same in a faster form."""
-        reference = partial(super().compare_level, level, context=context)
-        maps, cells = (student, teacher), context.cells(level, student)
-        kind, scope = self.normalize, self.normalize_scope
-        if self.fast and ssim_gpu.covers(*maps, kind, **self.options):
-            return ssim_gpu.ssim_loss(*maps, cells, kind, scope, **self.options)
-        if self.fast and ssim_fast.covers(*maps, kind, **self.options):
-            return ssim_fast.ssim_loss(
-                *maps, cells, kind, scope, reference, self.compiled, **self.options
-            )
-        return reference(*maps)
+        """Scalar in [0, 1], the mean over the images."""
+        return ssim_loss(
+            student,
+            teacher,
+            sizes=context.cells(level, student),
+            normalize=self.normalize,
+            normalize_scope=self.normalize_scope,
+            backend=self.backend,
+            **self.options,
+        )

@@ -8,7 +8,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ssimkd.errors import ConfigError, as_config_error
-from ssimkd.teacher.frozen import Preprocessing
+from ssimkd.teacher.preprocessing import Preprocessing
 
 from .distiller import Distiller
 
@@ -19,9 +19,8 @@ PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 class Distillers(nn.ModuleDict):
     """Teaches one student by several teachers; each has its own entries in the training losses.
 
-    A teacher called x gives "<loss>_kd_loss_x", logs `x/<loss>_kd/<level>`, and keeps its trainable
-    parts under `distiller.x.`. Options are each teacher's own; but steps are left out for all, as
-    many as one allows, and gradients are logged of all together, at the shortest period.
+    A teacher called x gives "<loss>_kd_loss_x" and logs `x/<loss>_kd/<level>`, and its trainable
+    parts are below `distiller.x.`. Each teacher has its own options.
 
     Args:
         distillers (Distiller): by the name of the teacher.
@@ -39,9 +38,6 @@ class Distillers(nn.ModuleDict):
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHERS: a NAME cannot be used, or is no Distiller's: {error}"
             ) from error
-        allowed = max(distiller.skip_nonfinite_steps for _, distiller in self.named())
-        for name, distiller in self.named():
-            distiller.name, distiller.skip_nonfinite_steps = name, allowed
 
     def named(self) -> Iterator[Tuple[str, Distiller]]:
         """The teachers' names with their distillers."""
@@ -53,10 +49,9 @@ class Distillers(nn.ModuleDict):
         return any(distiller.enabled for _, distiller in self.named())
 
     @property
-    def log_gradients(self) -> int:
-        """Iterations between logs of all teachers' gradients together; 0: none."""
-        periods = [distiller.log_gradients for _, distiller in self.named()]
-        return min(filter(None, periods), default=0)
+    def has_teacher(self) -> bool:
+        """Whether every teacher that is needed has been built."""
+        return all(distiller.has_teacher or not distiller.enabled for _, distiller in self.named())
 
     def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """See :meth:`Distiller.attach`."""
@@ -75,14 +70,14 @@ class Distillers(nn.ModuleDict):
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
         images: Tensor,
-        rules: Preprocessing,
+        preprocessing: Preprocessing,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
                 with naming_teacher(name), get_event_storage().name_scope(name):
-                    own = distiller(batched_inputs, student_maps, images, rules)
+                    own = distiller(batched_inputs, student_maps, images, preprocessing)
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.data.datasets import lazy_use_own_data, use_own_data
+from ssimkd.data.datasets import use_own_data
 from ssimkd.engine.run_record import in_words, read_json, read_record
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
@@ -52,10 +52,9 @@ class Run:
         if lazy:
             with as_config_error(path, Exception):
                 self.cfg = LazyConfig.load(path)
-            lazy_use_own_data(self.cfg, ("TEST",))
         else:
             self.cfg = load_config(path)
-            use_own_data(self.cfg, ("TEST",))
+        use_own_data(self.cfg, ("TEST",))
         self.record = read_record(self.folder)
 
     def path(self, *parts: str) -> str:

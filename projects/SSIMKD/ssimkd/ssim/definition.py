@@ -84,18 +84,6 @@ def ssim_map(
         )
 
 
-def ssim_loss(student: Tensor, teacher: Tensor, **options) -> Tensor:
-    """The paper's loss, (1 - SSIM) / 2, averaged over images, channels and cells.
-
-    Args:
-        student, teacher, options: as in :func:`ssim_map`.
-
-    Returns:
-        Tensor: scalar in [0, 1]; 0 for equal maps.
-    """
-    return (1 - ssim_map(student, teacher, **options).mean()) / 2
-
-
 def check_options(window_size, sigma, k1, k2, data_range, exponents, border) -> None:
     """Raises ValueError, naming the option, where one is out of its range."""
     if not (isinstance(window_size, int) and window_size > 0 and window_size % 2 == 1):

@@ -12,7 +12,7 @@ from omegaconf import ListConfig, OmegaConf
 
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.data.datasets import lazy_use_own_data, use_own_data
+from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error, wrong_input
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, load_config
@@ -31,11 +31,9 @@ class TeacherSpec:
         opts (sequence[str]): overrides of the config, in its own syntax.
         precision (str): of backbone and neck, "float32", "bfloat16" or "float16".
         compile (bool): run them through torch.compile.
-        cache (str): folder that keeps their maps; "": none. See `teacher_cache.py`.
-        cache_gib (float): size of that folder from which nothing is added.
 
     Raises:
-        ConfigError: `precision` is unknown, `compile` no truth value, or `cache_gib` not positive.
+        ConfigError: `precision` is unknown, or `compile` is not a truth value.
     """
 
     config: str
@@ -43,8 +41,6 @@ class TeacherSpec:
     opts: Sequence = ()
     precision: str = "float32"
     compile: bool = False
-    cache: str = ""
-    cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
         if isinstance(self.opts, ListConfig):  # from a LazyConfig
@@ -56,10 +52,6 @@ class TeacherSpec:
             )
         with wrong_input():
             check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
-        if not self.cache_gib > 0:
-            raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"
-            )
 
     def load_config(self):
         """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
@@ -76,8 +68,7 @@ class TeacherSpec:
             path = find_config(self.config)
         with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
             cfg = load_config(path, self.opts)
-            # It may take its number of classes from its data.
-            (use_own_data if isinstance(cfg, CfgNode) else lazy_use_own_data)(cfg, ())
+            use_own_data(cfg, ())  # It may take its number of classes from its data.
         return cfg
 
     def find_weights(self) -> str:

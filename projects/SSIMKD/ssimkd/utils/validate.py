@@ -1,4 +1,4 @@
-"""What an option may be; a ValueError names the one that is not."""
+"""Checks of options. Each raises a ValueError that names the option."""
 
 import math
 from numbers import Integral, Real
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def check_switches(**options: Any) -> None:
-    """Raises ValueError unless every option is True or False: "no" would be true."""
+    """Raises ValueError unless every option is True or False; the text "no" would count as true."""
     for name, value in options.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_integers(least: int = 0, /, **options: Any) -> None:
-    """Raises ValueError unless every option is an integer of at least so much."""
+    """Raises ValueError unless every option is an integer >= `least`."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -34,5 +34,5 @@ def check_positive(**options: Any) -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number, and neither infinite nor NaN."""
+    """Whether a value is a number, and neither infinite nor NaN."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
