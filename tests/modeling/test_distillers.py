@@ -1,14 +1,11 @@
 """Several teachers at once: a loss term each, weights and trainable parts per teacher."""
 
-import logging
-
 import pytest
 import torch
 from conftest import image_batch, shapes_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller, Distillers
-from ssimkd.engine.preflight import prepare
 from ssimkd.losses import SSIMLoss
 
 KEY = "MODEL.DISTILL"
@@ -131,26 +128,6 @@ def test_an_option_is_the_teachers_own(files, student, key, value, option):
         alone, _ = run(student(f"{KEY}.TEACHER.WEIGHTS", files[0], *opts))
         assert torch.equal(losses[f"ssim_kd_loss_{name}"], alone["ssim_kd_loss"])
     assert losses["ssim_kd_loss_a"] != losses["ssim_kd_loss_b"]
-
-
-class Loader:
-    """Counts how many images it is asked for."""
-
-    def __init__(self):
-        self.asked = []
-
-    def peek(self, images):
-        self.asked.append(images)
-        return [BATCH]
-
-
-def test_each_pair_is_checked_on_as_many_images_as_it_asks_for(files, caplog):
-    caplog.set_level(logging.INFO)
-    loader = Loader()
-    prepare(taught(files, a={"check_images": 0}, b={"check_images": 2}), loader, resumed=False)
-    assert loader.asked == [2]
-    assert "Teacher b and student agree cell by cell" in caplog.text
-    assert "eacher a " not in caplog.text
 
 
 def test_the_teacher_to_blame_is_named(files):

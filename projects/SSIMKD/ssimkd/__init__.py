@@ -3,7 +3,13 @@
 Importing it registers the meta-architectures, the losses and the embedded data set.
 """
 
+import warnings
 from contextlib import suppress
+
+with warnings.catch_warnings():
+    # Detectron2 compiles functions when it is imported; newer torch advises against it.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
+    import detectron2.modeling  # noqa: F401
 
 from ssimkd.config import add_ssimkd_config
 from ssimkd.data.shapes import register_search, register_shapes
@@ -17,7 +23,6 @@ from ssimkd.modeling.meta_arch import (
     DistillRetinaNet,
 )
 from ssimkd.modeling.several_teachers import Distillers
-from ssimkd.utils import known_warnings
 
 with suppress(ImportError):  # Detectron2 v0.5 has no FCOS
     from ssimkd.modeling.meta_arch import DistillFCOS  # noqa: F401

@@ -19,7 +19,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from torch import Tensor
 
-from ssimkd.losses import Context, SSIMLoss
+from ssimkd.losses import Context
+from ssimkd.losses.ssim import SSIMLoss
 from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.ssim import ssim_map

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, wrong_input
+from ssimkd.errors import ConfigError, as_config_error, wrong_input
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from ssimkd.teacher.frozen import Teacher
 from ssimkd.teacher.preprocessing import Preprocessing
@@ -26,10 +26,7 @@ from .levels import as_float, check_cells, crop_to_common, match_levels
 
 ADAPTERS = ("none", "conv1x1")
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
-OPTIONS = (
-    "in_features", "level_weights", "adapter", "mask_padding", "warmup_iters", "inherit",
-    "check_images", "skip_nonfinite_steps",
-)  # fmt: skip
+OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
 
 
 class Distiller(nn.Module):
@@ -67,9 +64,6 @@ class Distiller(nn.Module):
         mask_padding: bool = True,
         warmup_iters: int = 0,
         loss_weight: float = 1.0,
-        inherit: Sequence[str] = (),
-        check_images: int = 8,
-        skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
         with wrong_input():
@@ -78,7 +72,8 @@ class Distiller(nn.Module):
             for weight in level_weights:
                 check_coefficients(**{"MODEL.DISTILL.LEVEL_WEIGHTS": weight})
         check_names(losses, in_features, level_weights, adapter)
-        self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
+        with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # a key that does not exist
+            self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
         self.losses = nn.ModuleDict({loss.name: loss for loss in losses})
         self.in_features = list(in_features)
         self.level_weights = dict(zip(in_features, map(float, level_weights)))
@@ -86,9 +81,6 @@ class Distiller(nn.Module):
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
         self.loss_weight = float(loss_weight)
-        self.inherit = list(inherit)
-        self.check_images = check_images
-        self.skip_nonfinite_steps = skip_nonfinite_steps
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher
