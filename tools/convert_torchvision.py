@@ -28,7 +28,6 @@ from typing import Dict
 
 import torch
 from ssimkd.checkpoint.export import read_weights
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine.arguments import add_flags
 from ssimkd.errors import ConfigError, as_config_error, exit_in_one_line
 from torch import Tensor
@@ -84,7 +83,6 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="a state dict instead of torchvision's own")
     add_flags(parser)
     args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
     with exit_in_one_line(args.debug):
         if not args.out.endswith(".pth"):
             raise ConfigError(f"--out: {args.out} must end in .pth, or Detectron2 cannot read it")

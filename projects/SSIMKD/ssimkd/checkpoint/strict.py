@@ -1,4 +1,4 @@
-"""Checkpoints of students and teachers, of every kind that Detectron2 reads, without a gap."""
+"""Loading a checkpoint into a student or a teacher, which must cover the model's tensors."""
 
 import logging
 from collections import OrderedDict
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class StrictCheckpointer(CheckpointReader):
-    """The checkpoints of a run's model, which never keeps random values unnoticed.
+    """Detectron2's checkpointer, with an error for a checkpoint of another model.
 
     Args:
-        model (nn.Module): as Detectron2's.
-        save_dir (str): as Detectron2's.
-        whole (bool): a file must hold every tensor. Otherwise it may leave some as they are, but
-            not all, nor hold a backbone of other shapes.
+        model (nn.Module), save_dir (str): as Detectron2's.
+        whole (bool): a checkpoint must hold every tensor of the model. Otherwise the tensors that
+            it lacks are a warning. It is an error if it lacks all, or if its backbone has other
+            shapes.
         options: as Detectron2's.
     """
 
@@ -37,7 +37,7 @@ class StrictCheckpointer(CheckpointReader):
         if wrong and self.whole:
             raise ConfigError(f"does not fit the model: {first_three(list(wrong.values()))}")
         none = all(name in wrong for name, _ in self.model.named_parameters())
-        # heads may differ, in their number of classes; a backbone of other shapes is another one
+        # The heads may predict other classes. A backbone of other shapes is another model's.
         other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
         if none or other:
             raise ConfigError(f"is another model's: {first_three(other or list(wrong.values()))}")
@@ -45,26 +45,26 @@ class StrictCheckpointer(CheckpointReader):
 
 
 def unloaded_tensors(incompatible) -> Dict[str, str]:
-    """Tensors that a file does not hold in the model's shape -> that in words."""
+    """Tensors that a checkpoint lacks or holds in another shape -> a description of the fault."""
     wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
     wrong.update(
         (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
         for name, found, expected in incompatible.incorrect_shapes
     )
-    # counters of training steps have no effect
+    # Counters of training steps have no effect.
     return {k: v for k, v in wrong.items() if not k.endswith("num_batches_tracked")}
 
 
 def first_three(texts: List[str]) -> str:
-    """The first three of several facts."""
+    """The first three of several texts, and how many more there are."""
     return "; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 class _TeacherCheckpointer(CheckpointReader):
-    """Loads a checkpoint and raises unless it covers the backbone; the heads may differ.
+    """Raises unless a checkpoint covers the backbone.
 
     Attributes:
-        absent (list[str]): tensors of the heads that keep their random values.
+        absent (list[str]): tensors outside the backbone that keep their random values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,8 +74,9 @@ class _TeacherCheckpointer(CheckpointReader):
     def _load_model(self, checkpoint):
         weights = checkpoint["model"]
         if not hasattr(weights, "_metadata") and any(k.endswith("running_var") for k in weights):
-            # Without a version FrozenBN takes 0 and 1 for statistics that a file lacks. That is
-            # right for a file without any, such as Caffe2's, whose scale and bias hold them.
+            # Without a version FrozenBatchNorm2d takes 0 and 1 for statistics that a file lacks.
+            # That is right only for a file without any, such as Caffe2's, whose scale and bias
+            # contain them.
             checkpoint["model"] = weights = OrderedDict(weights)
             weights._metadata = {
                 name: {"version": module._version}
@@ -89,17 +90,17 @@ class _TeacherCheckpointer(CheckpointReader):
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
             raise ConfigError(f"does not fit the backbone of its config: {first_three(backbone)}")
-        # a teacher that was a student itself needs nothing of its own teacher's
+        # A teacher that was a student does not need what belonged to its own distillation.
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
 
 def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEIGHTS") -> List[str]:
-    """Loads a checkpoint that must hold the whole backbone.
+    """Loads a checkpoint that must hold the whole backbone into a teacher.
 
     Args:
-        model (nn.Module): a detector; all of it must be finite where it has no `.backbone`.
+        model (nn.Module): a detector. If it has no `.backbone`, all its tensors must be finite.
         weights (str): path of the checkpoint.
-        key (str): what names it, for the errors.
+        key (str): the setting that names it, for errors.
 
     Returns:
         list[str]: tensors outside the backbone that the checkpoint does not hold in their shape.

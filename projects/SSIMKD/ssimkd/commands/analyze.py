@@ -27,7 +27,6 @@ from torch import Tensor
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd.checkpoint.export import build_plain, plain_config
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine.arguments import add_flags, load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
@@ -136,7 +135,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
-    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
     with exit_in_one_line(args.debug):
         cfg = load_config(args.config_file, args.opts, splits=())

@@ -28,7 +28,6 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.data.datasets import check_classes
 from ssimkd.engine import lazy_driver as lazy_engine
 from ssimkd.engine import yaml_driver as engine
@@ -187,7 +186,6 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
     add_flags(parser)
     args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
     if args.iterations < LEAST:
         parser.error(f"--iterations must be at least {LEAST}")
     if args.num_gpus < 1:

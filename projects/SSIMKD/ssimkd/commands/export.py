@@ -21,7 +21,6 @@ from detectron2.utils.logger import setup_logger
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd.checkpoint.export import export_student, read_weights
 from ssimkd.checkpoint.graph import SUFFIXES, write_graph
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine.arguments import add_flags, load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import image_reader, load_detector
@@ -71,7 +70,6 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
     add_flags(parser)
     args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
     with exit_in_one_line(args.debug):
         export_weights(args) if args.format == "detectron2" else export_graph(args)

@@ -31,7 +31,6 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine.arguments import add_flags, load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import (
@@ -143,7 +142,6 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.confidence_threshold <= 1:
         parser.error("--confidence-threshold must be from 0 to 1")
-    trust_checkpoints(args.trust_checkpoint)
     setup_logger(name="ssimkd")
     with exit_in_one_line(args.debug):
         seen = predict(args)

@@ -13,7 +13,6 @@ import argparse
 import os
 from pathlib import Path
 
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine.arguments import add_flags
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.report.page import Report
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--pictures", help="folder for two small PNGs as well")
     add_flags(parser)
     args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
     out = Path(args.out or os.path.join(args.run, "report.html"))
     with exit_in_one_line(args.debug):
         runs = [Run(folder) for folder in (args.run, *args.compare)]

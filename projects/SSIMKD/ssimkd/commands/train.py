@@ -17,7 +17,6 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.engine import launch
 from ssimkd.engine import lazy_driver as lazy_engine
 from ssimkd.engine import yaml_driver as engine
@@ -31,7 +30,6 @@ from ssimkd.utils.config_keys import key_of, setting
 def run(args) -> None:
     """One process of a run."""
     cfg = load_arguments(args)
-    trust_checkpoints(args.trust_checkpoint)
     folder = setting(cfg, "output")
     with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
         if args.quiet:

@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd import ConfigError
-from ssimkd.checkpoint.reader import TRUST
 from ssimkd.engine.arguments import add_flags, load_config
 from ssimkd.errors import exit_in_one_line
 from ssimkd.modeling.several_teachers import Distillers, build_distiller
@@ -170,7 +169,7 @@ def main() -> None:
         parser.error("--num-gpus must be at least 1")
     if not args.ratio > 0:
         parser.error("--ratio must be above 0")
-    flags = [TRUST] if args.trust_checkpoint else []
+    flags: List[str] = []
     with exit_in_one_line(args.debug):
         cfg = load_config(args.config_file, args.opts)
         weights, opts = weights_of(cfg), [*args.opts, *watching(cfg)]

@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 
-from ssimkd.checkpoint.reader import TRUST
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
 from ssimkd.data.datasets import check_datasets, use_own_data
 from ssimkd.errors import ConfigError, as_config_error
@@ -60,12 +59,7 @@ def minutes(text: str) -> float:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that reads checkpoints: `args.trust_checkpoint`, `.debug`."""
-    parser.add_argument(
-        TRUST,
-        action="store_true",
-        help="read checkpoints that hold more than tensors: they can run any code",
-    )
+    """The flags of every command: `args.debug`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
-from ssimkd.checkpoint.same_run import describe_run
 from ssimkd.data.bad_images import CountSkipped, NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
@@ -34,6 +33,7 @@ from .finite_steps import FiniteSteps
 from .hooks import CallAfterTraining, EvalHook, ExactResume
 from .preemption import StopOnSignal, ignore_cluster_signals
 from .preflight import prepare
+from .run_record import describe_run
 from .tensorboard_images import build_pictures
 from .writers import build_writers
 

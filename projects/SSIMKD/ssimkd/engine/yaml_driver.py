@@ -16,7 +16,6 @@ from detectron2.utils import comm
 
 from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
-from ssimkd.checkpoint.same_run import describe_run
 from ssimkd.data.bad_images import CountSkipped, NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
@@ -29,6 +28,7 @@ from .finite_steps import FiniteSteps
 from .hooks import CallAfterTraining, EvalHook, ExactResume
 from .preemption import StopOnSignal, ignore_cluster_signals
 from .preflight import prepare
+from .run_record import describe_run
 from .tensorboard_images import build_pictures
 from .writers import build_writers
 

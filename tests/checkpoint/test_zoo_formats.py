@@ -218,7 +218,7 @@ def test_a_teacher_is_the_detector_of_its_file(config, file, tmp_path):
     assert found.keys() == expected.keys()
     for level, value in expected.items():  # its batch norms are folded: equal but for rounding
         torch.testing.assert_close(
-            found[level], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())
+            found[level], value, rtol=1e-4, atol=1e-4 * float(value.abs().max())
         )
 
 
