@@ -115,7 +115,7 @@ def yaml_run(out, period, train, val):
 def lazy_run(out, period, train, val):
     opts = [f"train.output_dir={out}", "train.log_period=1", "dataloader.train.total_batch_size=2"]
     cfg = load_config("tests/engine/lazy_shapes.py", [*opts, f"+model.vis_period={period}"])
-    cfg.model.distiller.check_images = 0
+    cfg.train.check_images = 0
     cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names = train, val
     lazy_engine.lazy_train(cfg, resume=False)
 

@@ -507,7 +507,7 @@ def test_a_lazy_run(data, few_shapes, tmp_path, monkeypatch):
     overrides = [
         "model.distiller.teacher.config=configs/shapes/teacher.yaml",
         f"model.distiller.teacher.weights={TEACHER}", "model.distiller.adapter=conv1x1",
-        "model.distiller.check_images=0", "model.roi_heads.num_classes=4", "optimizer.lr=1e-6",
+        "+train.check_images=0", "model.roi_heads.num_classes=4", "optimizer.lr=1e-6",
         "train.init_checkpoint=", "dataloader.train.dataset.names=report_train",
         "dataloader.test.dataset.names=report_val", "dataloader.train.total_batch_size=2",
         "dataloader.train.mapper.augmentations.0.short_edge_length=[32]",

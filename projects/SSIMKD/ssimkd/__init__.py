@@ -7,7 +7,7 @@ changes nothing else.
 import warnings
 from contextlib import suppress
 
-# Detectron2 compiles small functions on import, and torch warns of that: not of anything in here.
+# Detectron2 compiles small functions when it is imported, and newer versions of torch warn of that.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
     import detectron2.modeling  # noqa: F401

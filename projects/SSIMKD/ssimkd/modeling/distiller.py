@@ -24,10 +24,7 @@ from ssimkd.utils.validate import check_coefficients, check_integers
 from .levels import check_channels, check_levels, match_cells, match_levels
 
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
-OPTIONS = (
-    "in_features", "level_weights", "adapter", "mask_padding", "warmup_iters", "inherit",
-    "check_images", "skip_nonfinite_steps",
-)  # fmt: skip
+OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
 Maps = Dict[str, Tensor]
 Terms = Dict[str, Dict[str, Tensor]]
 
@@ -66,9 +63,6 @@ class Distiller(nn.Module):
         mask_padding: bool = True,
         warmup_iters: int = 0,
         loss_weight: float = 1.0,
-        inherit: Sequence[str] = (),
-        check_images: int = 8,
-        skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
         check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
@@ -79,16 +73,13 @@ class Distiller(nn.Module):
         if len(self.losses) < len(losses):
             raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")
         self.level_weights = check_levels(in_features, level_weights)
-        with as_config_error("MODEL.DISTILL.TEACHER", TypeError):
+        with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # an argument does not exist
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
         self.in_features = list(in_features)
         self.adapter = adapter
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
         self.loss_weight = float(loss_weight)
-        self.inherit = list(inherit)
-        self.check_images = check_images
-        self.skip_nonfinite_steps = skip_nonfinite_steps
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher

@@ -6,7 +6,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ssimkd.errors import ConfigError
 
 from .meta_arch import DistillMixin
-from .several_teachers import distillers_of
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -27,8 +26,3 @@ def check_distils(model: nn.Module) -> None:
             f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set DistillRCNN, "
             "DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
         )
-
-
-def steps_to_skip(model: nn.Module) -> int:
-    """How many steps with NaN or infinity a run may leave out."""
-    return max((distiller.skip_nonfinite_steps for _, distiller in distillers_of(model)), default=0)

@@ -15,7 +15,7 @@ from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.compat import model_zoo
-from ssimkd.utils.config_files import find_config, load_config
+from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.validate import check_switches
 
 from .network import PRECISIONS
@@ -79,7 +79,7 @@ class TeacherSpec:
         """
         weights = self.weights or self._zoo_weights()
         with as_config_error("MODEL.DISTILL.TEACHER.WEIGHTS"):
-            path = fetch(weights)
+            path = fetch(find_shipped(weights))
         if not os.path.isfile(path):
             raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
         return path

@@ -63,6 +63,14 @@ def find_config(name: str) -> str:
     return found
 
 
+def find_shipped(path: str) -> str:
+    """A path such as "configs/shapes/teacher.pth"; in another folder, the project's file of it."""
+    inside = path[len("configs/") :] if path.startswith("configs/") else None
+    if inside is None or os.path.exists(path):
+        return path
+    return next((str(f / inside) for f in FOLDERS if (f / inside).is_file()), path)
+
+
 def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
     """Reads a config and applies overrides.
 
