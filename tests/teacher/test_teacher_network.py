@@ -1,6 +1,5 @@
 """The teacher made cheap: what must not change its maps, and by how much the rest may."""
 
-
 import pytest
 import torch
 from conftest import image_batch, shapes_cfg

@@ -107,11 +107,6 @@ class Distiller(nn.Module):
         """Whether there is anything to distil."""
         return len(self.losses) > 0
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the teacher has been built."""
-        return self.teacher is not None
-
     def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """Makes the adapters and the trainable parts of the losses.
 

@@ -2,7 +2,6 @@
 
 from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Mapping, Tuple, Union, cast
 
-import torch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ OWN_SETTINGS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 class Distillers(nn.ModuleDict):
     """Computes the distillation losses of one student and several teachers.
 
-    It has the methods of a Distiller. A teacher called x gives "<loss>_kd_loss_x" and logs
+    A teacher called x gives "<loss>_kd_loss_x" and logs
     `x/<loss>_kd/<level>`, and its trainable parts are below `distiller.x.`.
 
     Args:
@@ -44,22 +43,11 @@ class Distillers(nn.ModuleDict):
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether every teacher that is needed has been built."""
-        return all(distiller.has_teacher or not distiller.enabled for _, distiller in self.named())
-
     def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """See :meth:`Distiller.attach`."""
         for name, distiller in self.named():
             with naming_teacher(name):
                 distiller.attach(student_shapes, num_classes)
-
-    def build_teacher(self, device: torch.device) -> None:
-        """See :meth:`Distiller.build_teacher`."""
-        for name, distiller in self.named():
-            with naming_teacher(name):
-                distiller.build_teacher(device)
 
     def forward(
         self,
@@ -89,6 +77,17 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
         yield from distiller.named()
     elif isinstance(distiller, Distiller):
         yield "", distiller
+
+
+def build_teachers(model: Any) -> None:
+    """Builds every teacher of a student, so that a failure comes before the first step.
+
+    Raises:
+        ConfigError: see :meth:`Distiller.build_teacher`.
+    """
+    for name, distiller in distillers_of(model):
+        with naming_teacher(name):
+            distiller.build_teacher(model.device)
 
 
 def naming_teacher(name: str) -> ContextManager[None]:

@@ -13,7 +13,7 @@ from omegaconf import ListConfig, OmegaConf
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import use_own_data
-from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.validate import check_switches
@@ -126,9 +126,7 @@ class TeacherSpec:
         return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
 
     def _building(self) -> ContextManager[None]:
-        return as_config_error(
-            f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception
-        )
+        return as_setting_error(f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}")
 
     def _zoo_weights(self) -> str:
         try:
