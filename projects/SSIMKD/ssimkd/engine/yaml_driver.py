@@ -21,10 +21,11 @@ from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
-from ssimkd.modeling.student import build_teacher, check_distils, unwrap
-from ssimkd.utils.compat import create_ddp_model
+from ssimkd.modeling.meta_arch import DistillMixin
+from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -79,9 +80,13 @@ class DistillTrainer(DefaultTrainer):
         with as_setting_error("MODEL"):
             model = super().build_model(cfg)
         node = cfg.MODEL.DISTILL
-        if (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES:
-            check_distils(model)
-        build_teacher(model)
+        named = (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES
+        if named and not isinstance(model, DistillMixin):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
+                "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
+            )
+        build_teachers(model)
         return model
 
     @classmethod
