@@ -1,4 +1,4 @@
-"""What a distilled step sends between GPUs, and what that costs: the numbers of docs/scaling.md.
+"""What a distilled step sends between GPUs, and what that costs: the numbers of docs/performance.md.
 
     python benchmarks/scaling.py
 

@@ -268,7 +268,7 @@ def test_a_command_of_the_table_starts_and_both_forms_are_one_experiment(yaml, l
     if lazy:
         lazy_cfg = load(lazy)
         lazy_student = build_on_meta(lazy_cfg)
-        check_teachers(lazy_student, lazy_cfg.model.distiller.get("inherit", []))
+        check_teachers(lazy_student, lazy_cfg.train.get("inherit", []))
     if yaml and lazy:
         assert student.state_dict().keys() == lazy_student.state_dict().keys()
         assert settings(student) == settings(lazy_student)

@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md."""
+"""The arithmetic of docs/performance.md."""
 
 from itertools import product
 

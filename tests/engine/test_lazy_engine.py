@@ -32,21 +32,3 @@ def test_mapper_and_student_must_agree_on_the_channel_order(split):
     if split == "test":
         with pytest.raises(ConfigError, match=f"{key} is RGB"):
             lazy_evaluate(cfg, resume=False)
-
-
-def test_a_student_that_does_not_say_takes_the_mappers_format():
-    cfg = load_config("configs/ssimkd_R50.py", ["train.device=cpu"])
-    model = lazy_model(cfg)
-    model.input_format = None  # as FCOS
-    check_image_format(cfg, model, "test")
-    assert model.input_format == "BGR"
-
-
-def test_mappers_that_disagree_are_both_named():
-    test = "dataloader.test.mapper.image_format"
-    cfg = load_config("configs/ssimkd_R50.py", [f"{test}=RGB", "train.device=cpu"])
-    model = lazy_model(cfg)
-    model.input_format = None  # as FCOS
-    message = f"{test} is RGB, dataloader.train.mapper.image_format BGR"
-    with pytest.raises(ConfigError, match=message):
-        check_image_format(cfg, model, "train", "test")

@@ -89,8 +89,6 @@ def add_ssimkd_config(cfg: CN) -> None:
     for name, cls in KD_LOSS_REGISTRY:
         key = name.upper()
         if key in cfg.MODEL.DISTILL:
-            raise ConfigError(
-                f"MODEL.DISTILL.{key} exists already: rename the loss {name}"
-            )
+            raise ConfigError(f"MODEL.DISTILL.{key} exists already: rename the loss {name}")
         defaults = loss_defaults(cls)
         cfg.MODEL.DISTILL[key] = CN({option.upper(): value for option, value in defaults.items()})

@@ -1,19 +1,15 @@
 """Errors of images that cannot be read name the image."""
 
-import logging
 import struct
 import zlib
 from traceback import walk_tb
-from typing import Any, Callable, Dict, Set
+from typing import Any, Callable, Dict
 
 import cv2
-from detectron2.engine import HookBase
-from detectron2.utils import comm
 from PIL.Image import DecompressionBombError
 
 from ssimkd.errors import ConfigError, one_line
 
-logger = logging.getLogger(__name__)
 READERS = ("PIL", "detectron2.data.detection_utils")  # modules that read images and annotations
 
 
@@ -64,23 +60,3 @@ class NamingMapper:
             if not is_unreadable(error):  # It is a bug in the mapper and keeps its traceback.
                 raise
             raise BadImageError(f"{name}: {one_line(error)}") from error
-
-
-class CountSkipped(HookBase):
-    """Says at the end of a training which images were left out.
-
-    Args:
-        loader (ResumableLoader or iterable): its set `skipped` holds a line for each image.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def after_train(self) -> None:
-        """Not after a failure, when some processes may be gone."""
-        if self.trainer.iter < self.trainer.max_iter or not hasattr(self.loader, "skipped"):
-            return
-        skipped: Set[str] = set().union(*comm.gather(self.loader.skipped))
-        if skipped:
-            lines = "\n".join(sorted(skipped))
-            logger.warning("%d images were skipped (--skip-bad-images):\n%s", len(skipped), lines)

@@ -14,8 +14,6 @@ from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
 
-from .limits import check_limits
-
 SPLITS = ("TRAIN", "TEST")
 SKIP = (
     ["DATALOADER.SKIP_BAD_IMAGES", "True"],
@@ -93,14 +91,25 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
     with as_config_error("--config-file"):
         path = config_files.find_config(path)
     cfg = config_files.load_config(path, overrides)
+    if isinstance(cfg, CfgNode):
+        check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
     use_own_data(cfg, splits)
     if isinstance(cfg, CfgNode):
         cfg.freeze()
     return cfg
 
 
+def check_no_none(node: CfgNode, name: str) -> None:
+    """Raises ConfigError for a key that is None, which yacs takes in place of any value."""
+    for key, value in node.items():
+        if value is None:
+            raise ConfigError(f"{name}.{key} is None: give it a value, or leave it out")
+        if isinstance(value, CfgNode):
+            check_no_none(value, f"{name}.{key}")
+
+
 def check_config(cfg, args: argparse.Namespace) -> str:
-    """Raises ConfigError for what would fail later and less clearly: settings, files, devices.
+    """Raises ConfigError for missing data sets, checkpoints and devices, before anything is built.
 
     Args:
         cfg (CfgNode or DictConfig): of :func:`load_arguments`.
@@ -109,7 +118,6 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     Returns:
         str: the config's device, such as "cuda" or "cpu".
     """
-    check_limits(cfg, args.eval_only)
     splits = ("TEST",) if args.eval_only else ("TEST", "TRAIN")
     used = datasets_of(cfg, *splits)
     *_, needed = used

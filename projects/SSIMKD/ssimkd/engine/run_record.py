@@ -20,7 +20,8 @@ from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
 
-from ssimkd.checkpoint.same_run import flatten, sha256
+from ssimkd.checkpoint.reader import sha256
+from ssimkd.checkpoint.same_run import flatten
 from ssimkd.errors import ConfigError, as_output_error, one_line
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.atomic import atomic_write
@@ -38,8 +39,7 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
         model (nn.Module): a student, or a plain detector, which has no teachers.
 
     Returns:
-        dict: "settings", key -> value in words; "teachers", key -> "file", its "sha256" and
-            "config" as settings.
+        dict: "settings", key -> value in words; "teachers", key -> "file" and its "sha256".
     """
     if not isinstance(cfg, CfgNode):
         cfg = OmegaConf.to_container(cfg)
@@ -48,10 +48,7 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
         if distiller.enabled:
             key = f"MODEL.DISTILL.TEACHERS, {name}" if name else "MODEL.DISTILL.TEACHER.WEIGHTS"
             path = distiller.spec.find_weights()
-            config = distiller.spec.load_config()
-            if not isinstance(config, CfgNode):
-                config = OmegaConf.to_container(config)
-            teachers[key] = {"file": path, "sha256": sha256(path), "config": dict(flatten(config))}
+            teachers[key] = {"file": path, "sha256": sha256(path)}
     return {"settings": dict(flatten(cfg)), "teachers": teachers}
 
 
