@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Times the teacher's settings, and says how far each of them changes its maps.
 
-    python benchmarks/bench_teacher.py                # the teacher of the embedded data
+    python benchmarks/bench_teacher.py                # the teacher of the Shapes data
     python benchmarks/bench_teacher.py --compile      # torch.compile, too: minutes on a CPU
     python benchmarks/bench_teacher.py --config COCO-Detection/faster_rcnn_R_101_FPN_3x \
         --images 1 --size 320 512                    # times of another one: random weights
@@ -139,7 +139,7 @@ def settings(
 
 
 def bench_step(args: argparse.Namespace, device: torch.device) -> None:
-    """Prints a row per setting: time of a step on the embedded data, and the distillation loss."""
+    """Prints a row per setting: time of a step on the Shapes data, and the distillation loss."""
     _, shown = batches(4, 8)
     steps = {
         "no distillation": Step(device, shown, "MODEL.DISTILL.LOSSES", ()),

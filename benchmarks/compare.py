@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-r"""Compares the losses on the embedded data: equal budgets, equal seeds, equally searched weights.
+r"""Compares the losses on the Shapes data: equal budgets, equal seeds, equally searched weights.
 
-    python benchmarks/compare.py                                    # every loss, as `make compare` does
+    python benchmarks/compare.py                            # every loss, as `make compare` does
     python benchmarks/compare.py --methods vanilla ssim l2 --seeds 1 2 3 --budget 500
-    python benchmarks/compare.py --ablation window sigma            # variants of ssim, one change each
+    python benchmarks/compare.py --ablation window sigma    # variants of ssim, one change each
     python benchmarks/compare.py --methods ssim ssim:SSIM.BORDER=zero:WARMUP_ITERS=100 "ssim:*0.5"
     python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda      # overrides for every run
 
@@ -54,7 +54,7 @@ from ssimkd.engine.arguments import load_config
 from ssimkd.errors import exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 8  # of the search: from one weight to the next, and how many at most
-RATIO = 8.0  # of the gradients, as in tools/suggest_weight.py
+RATIO = 8.0  # of the gradients, as in `ssimkd weight`
 PROBE_ITERS = 100
 PROBE = (
     *("MODEL.DISTILL.LOG_GRADIENTS", "10"),
