@@ -354,9 +354,9 @@ def test_a_failed_process_leaves_its_last_line_and_no_record(tmp_path):
     assert "no.pth" in (run.folder / "output.txt").read_text()
 
 
-def test_two_methods_two_seeds(tmp_path, few_shapes):
+def test_the_command_trains_compares_and_writes_its_files(tmp_path, few_shapes):
     command = [sys.executable, "benchmarks/compare.py", "--methods", "vanilla", "ssim"]
-    command += ["--seeds", "1", "2", "--budget", "3", "--search-seeds", "--timing-rounds", "1"]
+    command += ["--seeds", "1", "--budget", "3", "--search-seeds", "--timing-rounds", "1"]
     command += ["--timing-iters", "3", "--jobs", "2", "--out", str(tmp_path), "--"]
     command += ["SOLVER.IMS_PER_BATCH", "2", *compare.SEARCH_DATA]
     env = {**os.environ, "DETECTRON2_DATASETS": few_shapes}
@@ -364,11 +364,10 @@ def test_two_methods_two_seeds(tmp_path, few_shapes):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in done.stdout and "### 3 iterations" in text
-    assert text.count("| vanilla | 0 | 2 |") == text.count("| ssim | 4 | 2 |") == 1
+    assert text.count("| vanilla | 0 | 1 |") == text.count("| ssim | 4 | 1 |") == 1
     with open(tmp_path / "runs.csv") as f:
         rows = list(csv.DictReader(f))
-    order = [("vanilla", "1"), ("ssim", "1"), ("vanilla", "2"), ("ssim", "2")]
-    assert [(r["method"], r["seed"]) for r in rows] == order
+    assert [(r["method"], r["seed"]) for r in rows] == [("vanilla", "1"), ("ssim", "1")]
     assert all(r["commit"] and "torch" in r["machine"] for r in rows)
     with open(tmp_path / "table.csv") as f:
         table = {r["method"]: r for r in csv.DictReader(f)}
