@@ -1,4 +1,4 @@
-"""The embedded data set, as files and as what Detectron2's detectors train with."""
+"""The Shapes data, as files and as what Detectron2's detectors train with."""
 
 import json
 
