@@ -1,7 +1,8 @@
 """The students: Detectron2's detectors, with the distillation losses beside their own.
 
-A new student is a class of two lines, as those at the end of this file: it inherits from
-DistillMixin and from a detector, and it is registered.
+A new student is a class of two lines, like those at the end of this file: it inherits from
+DistillMixin and from a detector, and it is registered. A new backbone needs nothing here: every
+backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn and teach.
 """
 
 import logging
