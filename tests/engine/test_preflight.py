@@ -26,7 +26,7 @@ SETTINGS = read_settings(shapes_cfg("ssimkd"))
 
 
 class Loader:
-    """Shows the images of the embedded data set that it was given."""
+    """Shows the images of the Shapes data that it was given."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -37,7 +37,7 @@ class Loader:
 
 @pytest.fixture(scope="module")
 def loader(few_shapes):
-    """The embedded data set's training stream."""
+    """The Shapes data's training stream."""
     name, root = "preflight_train", f"{few_shapes}/{FOLDER}"
     register_coco_instances(name, {}, f"{root}/instances_train.json", f"{root}/train")
     yield DistillTrainer.build_train_loader(shapes_cfg("vanilla", "DATASETS.TRAIN", (name,)))

@@ -1,6 +1,6 @@
 """SSIMKD: structural knowledge distillation for object detection on Detectron2.
 
-Importing it registers meta-architectures, losses and the embedded data sets with Detectron2, and
+Importing it registers meta-architectures, losses and the Shapes data with Detectron2, and
 changes nothing else.
 """
 

@@ -87,7 +87,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
 
     def export() -> None:
         with as_output_error(f"write the student to {folder}"):
-            checkpointer.complete()
+            checkpointer.write_final()
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
@@ -168,7 +168,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     check_image_format(cfg, model, "test")
     model = create_ddp_model(model)
     check_classes(unwrap(model), datasets_of(cfg, "TEST"))
-    checkpointer = RunCheckpointer(model, cfg.train.output_dir, whole=True)
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, require_all=True)
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

@@ -187,7 +187,7 @@ class DistillTrainer(DefaultTrainer):
         """Completes the checkpoints and writes the student for stock Detectron2."""
         folder = self.cfg.OUTPUT_DIR
         with as_output_error(f"write the student to {folder}"):
-            self.checkpointer.complete()
+            self.checkpointer.write_final()
             export_student(self.cfg, unwrap(self.model).state_dict(), folder)
 
     def state_dict(self):
@@ -231,7 +231,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     with as_setting_error("MODEL"):
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

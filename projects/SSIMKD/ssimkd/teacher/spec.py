@@ -10,8 +10,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from omegaconf import ListConfig, OmegaConf
 
+from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.reader import fetch
-from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.compat import model_zoo
