@@ -99,13 +99,7 @@ class DistillMixin:
         distiller = self.distiller
         if not self.training or distiller is None or not distiller.enabled:
             return super().forward(batched_inputs)
-        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
-            logger.warning(
-                "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
-                "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
-                "train_net.py and `ssimkd train` act on them"
-            )
-            build_teachers(self)
+        self._build_missing_teachers()
         log_gradients = self.log_gradients and get_event_storage().iter % self.log_gradients == 0
         with capture_backbone(self.backbone, log_gradients) as captured:
             losses = super().forward(batched_inputs)
@@ -113,6 +107,15 @@ class DistillMixin:
             batched_inputs, captured["maps"], captured["images"], self.preprocessing
         )
         return {**losses, **kd_losses}
+
+    def _build_missing_teachers(self) -> None:
+        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
+            logger.warning(
+                "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
+                "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
+                "train_net.py and `ssimkd train` act on them"
+            )
+            build_teachers(self)
 
 
 @contextmanager
