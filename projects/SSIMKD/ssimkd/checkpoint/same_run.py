@@ -6,8 +6,6 @@ from typing import Any, Iterator, Mapping, Tuple
 
 from ssimkd.errors import ConfigError
 
-from .reader import sha256 as sha256
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,6 +18,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ssimkd.errors import ConfigError
 from ssimkd.ssim.normalize import check_options, inside_of, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
@@ -49,7 +50,7 @@ class Context:
             ValueError: the batch has none.
         """
         if self.targets is None:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.DISTILL.LOSSES: {loss} needs the ground truth, and the batch has no "
                 f"instances: remove {loss}, or train on annotated images"
             )

@@ -13,8 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
+from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.reader import fetch
-from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import use_own_data
 from ssimkd.engine.run_record import in_words, read_json, read_record
 from ssimkd.errors import ConfigError, as_config_error
