@@ -57,12 +57,12 @@ def enter(words, log, fault):
     runpy.run_path("train_net.py", run_name="__main__")
 
 
-def yaml_words(out, *opts, resume=False, **sizes):
+def yaml_words(out, *opts, resume=False, flags=(), **sizes):
     """SGD, adapters and a loss that is trained."""
     n = {**SIZES, **sizes}
     key = "MODEL.DISTILL"
     return [
-        "--config-file", "configs/shapes/ssimkd.yaml", *["--resume"] * resume,
+        "--config-file", "configs/shapes/ssimkd.yaml", *flags, *["--resume"] * resume,
         "OUTPUT_DIR", out, "SOLVER.MAX_ITER", n["max_iter"], "SOLVER.IMS_PER_BATCH", 2,
         "SOLVER.CHECKPOINT_PERIOD", n["checkpoint_period"], "TEST.EVAL_PERIOD", n["eval_period"],
         "INPUT.MIN_SIZE_TEST", 32, "DATALOADER.NUM_WORKERS", n["workers"],
@@ -71,11 +71,11 @@ def yaml_words(out, *opts, resume=False, **sizes):
     ]  # fmt: skip
 
 
-def lazy_words(out, *opts, resume=False, **sizes):
+def lazy_words(out, *opts, resume=False, flags=(), **sizes):
     """AdamW, adapters and a loss that is trained."""
     n = {**SIZES, **sizes}
     return [
-        "--config-file", "tests/engine/lazy_faults.py", *["--resume"] * resume,
+        "--config-file", "tests/engine/lazy_faults.py", *flags, *["--resume"] * resume,
         f"train.output_dir={out}", f"train.max_iter={n['max_iter']}", "+train.seed=1",
         "dataloader.train.total_batch_size=2", f"dataloader.train.num_workers={n['workers']}",
         f"train.checkpointer.period={n['checkpoint_period']}",
