@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple, cast
 
 import torch
+from memory import peak_of
 from ssimkd import ConfigError
 from ssimkd.errors import building
 from ssimkd.losses import Context, SSIMLoss
 from ssimkd.ssim import compiled as ssim_compiled
 from ssimkd.ssim import ssim_loss
 from ssimkd.ssim.normalize import normalize_maps
-from ssimkd.utils.measure import clock_of, interleave, markdown, peak_of
+from ssimkd.utils.measure import clock_of, interleave, markdown
 from torch import Tensor
 
 Maps = Dict[str, Tensor]

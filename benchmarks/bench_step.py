@@ -11,10 +11,11 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from memory import peak_of
 from ssimkd.engine.arguments import load_config
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.utils.measure import Call, clock_of, interleave, markdown, peak_of
+from ssimkd.utils.measure import Call, clock_of, interleave, markdown
 from torch import Tensor
 
 STUDENT, TEACHER = "student alone", "teacher backbone, float32"

@@ -9,8 +9,9 @@ import bench_step
 import pytest
 import torch
 from bench_loss import deviation, loss_table, make_maps, own
+from memory import peak_of, resident
 from ssimkd import ConfigError
-from ssimkd.utils.measure import interleave, peak_of, resident
+from ssimkd.utils.measure import interleave
 
 SHAPES = "configs/shapes/ssimkd.yaml"
 

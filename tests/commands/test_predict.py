@@ -12,13 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, save_teacher, shapes_cfg
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Boxes, Instances
 from ssimkd.checkpoint.export import export_student, read_weights
 from ssimkd.commands import predict
 from ssimkd.errors import ConfigError
 from ssimkd.evaluation.predictor import (
     draw_detections,
-    enlarged,
     image_reader,
     load_detector,
     metadata_of,
@@ -147,26 +145,11 @@ def test_nothing_above_the_threshold_says_how_close_it_was(images, tmp_path, cap
     assert "--confidence-threshold must be from 0 to 1" in capsys.readouterr().err
 
 
-def test_small_images_are_enlarged_with_their_detections(images):
-    found = Instances((2, 4))
-    found.pred_boxes = Boxes(torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
-    found.pred_masks = torch.tensor([[[0, 1, 1, 0], [0, 0, 1, 0]]], dtype=torch.bool)
-    found.pred_keypoints = torch.tensor([[[3.0, 1.0, 0.5]]])
-    larger = enlarged(found, 4, 12)
-    assert larger.image_size == (4, 12)
-    assert larger.pred_boxes.tensor.tolist() == [[3.0, 0.0, 9.0, 4.0]]
-    assert larger.pred_keypoints.tolist() == [[[9.0, 2.0, 0.5]]]
-    expected = found.pred_masks.repeat_interleave(2, 1).repeat_interleave(3, 2)
-    assert torch.equal(larger.pred_masks, expected)
-    assert found.pred_boxes.tensor.tolist() == [[1.0, 0.0, 3.0, 2.0]]  # its own stay
-    assert enlarged(found[:0], 4, 12).pred_masks.shape == (0, 4, 12)
-
-
 def test_drawings_are_the_same_each_time_and_leave_the_generators_alone(images):
     cfg = shapes_cfg("teacher")
     model = load_detector(cfg, TEACHER[1])
     found = model([image_reader(cfg)(images[0])])[0]["instances"]
     before = get_random_state()["numpy"][1]
     first, second = (draw_detections(images[0], found, metadata_of(cfg)) for _ in range(2))
-    assert np.array_equal(first, second)
+    assert np.array_equal(first, second) and min(first.shape[:2]) == 480
     assert torch.equal(get_random_state()["numpy"][1], before)

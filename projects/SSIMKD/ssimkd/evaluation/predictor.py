@@ -8,11 +8,10 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
-from torch.nn import functional
 
 from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.checkpoint.strict import load_teacher
@@ -80,7 +79,9 @@ def metadata_of(cfg) -> Metadata:
     return MetadataCatalog.get(names[0] if names else "__unused")
 
 
-def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
+def draw_detections(
+    file_name: str, detections: Instances, metadata: Metadata, width: int = 0
+) -> np.ndarray:
     """Draws boxes, masks and keypoints on an image with Detectron2's Visualizer.
 
     A small image is enlarged, so that its labels can be read. A class has the same colour in every
@@ -90,40 +91,23 @@ def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -
         file_name (str): the image.
         detections (Instances): in its pixels.
         metadata (Metadata): names the classes.
+        width (int): of the picture in pixels; 0 gives a short side of at least READABLE pixels.
 
     Returns:
-        ndarray: (H, W, 3) uint8, RGB, its short side at least READABLE pixels.
+        ndarray: (H, W, 3) uint8, RGB.
     """
     image, detections = read_image(file_name, "RGB"), detections.to("cpu")
-    scale = max(1.0, READABLE / min(image.shape[:2]))
-    if scale > 1:
-        height, width = (round(side * scale) for side in image.shape[:2])
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-        detections = enlarged(detections, height, width)
+    scale = width / image.shape[1] if width else max(1.0, READABLE / min(image.shape[:2]))
     names = metadata.get("thing_classes", None)
     labels = detections.pred_classes.tolist()
     count = len(names) if names else max(labels, default=0) + 1
     colors = [colormap(rgb=True)[i % len(colormap())].tolist() for i in range(count)]
     shown = Metadata(**{**metadata.as_dict(), "thing_colors": colors})
-    visualizer = Visualizer(image, shown, instance_mode=ColorMode.SEGMENTATION)
+    visualizer = Visualizer(image, shown, scale, ColorMode.SEGMENTATION)
     with preserve_random_state():
         np.random.seed(0)
         drawn = visualizer.draw_instance_predictions(detections)
     return drawn.get_image()
-
-
-def enlarged(detections: Instances, height: int, width: int) -> Instances:
-    """A copy of detections for their image at another size."""
-    ratio = torch.tensor([width, height, 1.0])
-    ratio[:2] /= torch.tensor(detections.image_size).flip(0)
-    larger = Instances((height, width), **detections.get_fields())
-    larger.pred_boxes = Boxes(detections.pred_boxes.tensor * ratio[:2].repeat(2))
-    if detections.has("pred_masks"):
-        masks = detections.pred_masks[:, None].float()
-        larger.pred_masks = functional.interpolate(masks, (height, width))[:, 0] > 0.5
-    if detections.has("pred_keypoints"):
-        larger.pred_keypoints = detections.pred_keypoints * ratio
-    return larger
 
 
 def write_image(path: str, image: np.ndarray) -> None:
