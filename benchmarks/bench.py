@@ -24,7 +24,7 @@ from bench_growth import bench_growth, growth_plot, growth_table
 from bench_loss import LOSSES, OWN, STRIDES, bench_loss, loss_plot, loss_table
 from bench_step import bench_step, step_plot, step_table
 from ssimkd.engine.run_record import machine
-from ssimkd.errors import building, exit_in_one_line
+from ssimkd.errors import as_config_error, exit_in_one_line
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.utils.measure import positive
 
@@ -92,7 +92,7 @@ def bench(args: argparse.Namespace) -> None:
         ConfigError: --config, --out or what is compared cannot be used.
     """
     torch.set_num_threads(args.threads)
-    with building("--out"):
+    with as_config_error("--out", OSError):
         args.out.mkdir(parents=True, exist_ok=True)
     for part in (part for part in PARTS if getattr(args, part)):
         measure, table, plot = PARTS[part]

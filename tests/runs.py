@@ -1,6 +1,7 @@
 """Runs of train_net.py in processes of their own, which share the imports and can be killed."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
@@ -134,3 +135,33 @@ def same(path, expected):
     return found.keys() == expected.keys() and all(
         torch.equal(found[name], value) for name, value in expected.items()
     )
+
+
+class Reference:
+    """A run that nobody disturbs, and the words that start it anew."""
+
+    def __init__(self, words, folder):
+        self.words, self.out = words, folder / "whole"
+        self.out.mkdir()
+        assert self.finish(self.out) == 0, self.log_of(self.out)[-3000:]
+        self.final = saved(self.out / "model_final.pth")
+
+    def finish(self, out, *opts, fault=None, **options):
+        return finish(self.words(out, *opts, **options), out / "out.txt", fault)
+
+    def start(self, out, **options):
+        return start(self.words(out, **options), out / "out.txt")
+
+    def log_of(self, out):
+        return (out / "out.txt").read_text()
+
+    def weights(self):
+        return torch.load(self.out / "model_final.pth", weights_only=True)["model"]
+
+    def results(self):
+        return json.loads((self.out / "results.json").read_text())
+
+    def resumes(self, out, **options):
+        """Whether the run in a folder goes on to the same end, bit by bit."""
+        assert self.finish(out, resume=True, **options) == 0, self.log_of(out)[-3000:]
+        return same(out / "model_final.pth", self.final)

@@ -62,9 +62,8 @@ class SignalInStep:
 
 def stop_by_signal(reference, out):
     options = dict(checkpoint_period=1000, eval_period=0, workers=2)
-    assert reference.finish(out, fault=SignalInStep(), **options) == 75, reference.log_of(out)[
-        -3000:
-    ]
+    status = reference.finish(out, fault=SignalInStep(), **options)
+    assert status == 75, reference.log_of(out)[-3000:]
     assert [path.name for path in out.glob("model_*")] == ["model_0000003.pth"]
     assert "SIGTERM: stopped after 4 iterations of 6; model_0000003.pth" in reference.log_of(out)
 

@@ -149,12 +149,12 @@ def log_files(name: str) -> Iterator[logging.StreamHandler]:
 
 
 @contextmanager
-def exit_in_one_line(debug: bool = False) -> Iterator[None]:
+def exit_in_one_line() -> Iterator[None]:
     """Around a command: an error of the user's ends it with one line and exit status 1."""
     try:
         yield
     except Exception as error:
-        if debug or not is_user_error(error):
+        if not is_user_error(error):
             raise
         sys.exit(f"error: {describe_error(error)}")
 
@@ -188,37 +188,3 @@ def traceback_in_log() -> Iterator[None]:
         raise
     finally:
         logger.removeFilter(keep_off_terminal)
-
-
-# What follows goes once nobody calls it.
-USER_ERRORS = (ConfigError, FloatingPointError, OmegaConfBaseException)
-
-
-def wrong_input() -> ContextManager[None]:
-    """Around what knows no configs, such as a loss: its ValueError is a ConfigError."""
-    return _wrong_input()
-
-
-@contextmanager
-def _wrong_input() -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def building(what: str) -> ContextManager[None]:
-    """As :func:`as_config_error` of any exception."""
-    return _building(what)
-
-
-@contextmanager
-def _building(what: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{what}: {one_line(error)}") from error

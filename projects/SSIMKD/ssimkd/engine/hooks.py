@@ -10,7 +10,7 @@ from torch import nn
 
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import USER_ERRORS, describe_error
+from ssimkd.errors import describe_error, is_user_error
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
 from .preemption import StopOnSignal
@@ -149,8 +149,8 @@ class CallAfterTraining(HookBase):
                 self.function()
             except Exception as error:
                 self.failure = error
-                name, mendable = self.function.__name__, isinstance(error, USER_ERRORS)
-                logger.error("%s failed: %s", name, describe_error(error), exc_info=not mendable)
+                name, bug = self.function.__name__, not is_user_error(error)
+                logger.error("%s failed: %s", name, describe_error(error), exc_info=bug)
 
     def raise_failure(self) -> None:
         """Raises what the function raised, for the status of a run whose other hooks are done."""

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, as_config_error, wrong_input
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from ssimkd.teacher.frozen import Teacher
 from ssimkd.teacher.preprocessing import Preprocessing
@@ -66,11 +66,10 @@ class Distiller(nn.Module):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        with wrong_input():
-            check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
-            check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
-            for weight in level_weights:
-                check_coefficients(**{"MODEL.DISTILL.LEVEL_WEIGHTS": weight})
+        check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
+        check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
+        for weight in level_weights:
+            check_coefficients(**{"MODEL.DISTILL.LEVEL_WEIGHTS": weight})
         check_names(losses, in_features, level_weights, adapter)
         with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # a key that does not exist
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -148,8 +147,7 @@ class Distiller(nn.Module):
                     self.adapters[level] = nn.Conv2d(channels[level], teacher_channels, 1)
                     channels[level] = teacher_channels
             for loss in self._losses():
-                with wrong_input():
-                    loss.attach(channels, num_classes)
+                loss.attach(channels, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
         """Builds and loads the teacher, and checks that it fits the student.
@@ -261,7 +259,7 @@ class Distiller(nn.Module):
             iteration=iteration,
         )
         device = next(iter(student.values())).device
-        with torch.autocast(device.type, enabled=False), wrong_input():
+        with torch.autocast(device.type, enabled=False):
             return {loss.name: loss(student, teacher, context) for loss in self._losses()}
 
     def weigh(self, terms: Dict[str, Dict[str, Tensor]], iteration: int) -> Dict[str, Tensor]:

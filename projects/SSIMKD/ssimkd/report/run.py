@@ -19,7 +19,7 @@ from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import use_own_data
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import in_words, read_json, read_record
-from ssimkd.errors import ConfigError, as_config_error, building
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
 from ssimkd.utils.config_keys import names_of, setting
 
@@ -42,7 +42,7 @@ class Run:
         path = self.path("config.yaml")
         if not os.path.isfile(path):
             raise ConfigError(f"{folder}: there is no config.yaml: is it the folder of a run?")
-        with building(path):
+        with as_config_error(path, Exception):
             with open(path) as f:
                 lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
             if lazy:

@@ -13,7 +13,7 @@ from omegaconf import ListConfig, OmegaConf
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.data.datasets import use_own_data
-from ssimkd.errors import ConfigError, as_config_error, wrong_input
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.validate import check_switches
@@ -50,8 +50,7 @@ class TeacherSpec:
                 f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
                 f"{', '.join(PRECISIONS)}"
             )
-        with wrong_input():
-            check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
+        check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
 
     def load_config(self):
         """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
