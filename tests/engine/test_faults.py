@@ -148,7 +148,7 @@ def test_a_truncated_checkpoint_is_named_and_left_out(yaml, tmp_path):
     assert yaml.resumes(tmp_path)
     text = yaml.log_of(tmp_path)
     for number in (3, 5):
-        assert f"model_{number:07d}.pth is not whole and is left out" in text
+        assert f"model_{number:07d}.pth is incomplete or damaged and is skipped" in text
     assert "Starting training from iteration 2" in text
 
 

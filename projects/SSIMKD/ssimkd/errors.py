@@ -112,12 +112,18 @@ def blames_settings(error: BaseException) -> bool:
     """Whether an error comes from a library, and no code of the user's is on the way to it.
 
     This package raises a ValueError where an option is wrong; anything else is a bug of its own.
+
+    Args:
+        error (BaseException): as the context manager above catches it.
     """
     own = __name__.split(".")[0]
-    modules = [
-        str(frame.f_globals.get("__name__", own)).split(".")[0]  # a .py config has no name
-        for frame, _ in walk_tb(error.__traceback__)
-    ]
+    modules = (
+        [own]
+        + [
+            str(frame.f_globals.get("__name__", own)).split(".")[0]  # a .py config has no name
+            for frame, _ in list(walk_tb(error.__traceback__))[2:]  # behind "yield" and the block
+        ]
+    )
     if not LIBRARIES.issuperset(modules):
         return False
     return modules[-1] != own or isinstance(error, ValueError)

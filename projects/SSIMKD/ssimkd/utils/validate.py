@@ -1,4 +1,4 @@
-"""Checks of options. Each raises a ValueError that names the option."""
+"""Checks of options. Each raises a ConfigError that names the option."""
 
 import math
 from numbers import Integral, Real
@@ -8,7 +8,7 @@ from ssimkd.errors import ConfigError
 
 
 def check_switches(**options: Any) -> None:
-    """Raises ConfigError unless every option is True or False; the text "no" would count as true."""
+    """Raises ConfigError unless every option is True or False: the text "no" counts as true."""
     for name, value in options.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, got {value!r}")
