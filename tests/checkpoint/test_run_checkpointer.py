@@ -98,12 +98,12 @@ def test_a_crash_just_before_the_final_checkpoint_does_not_lose_it(tmp_path):
     save(tmp_path, 5.0, 5)
     checkpointer = RunCheckpointer(model_of(0.0), str(tmp_path))
     checkpointer.resume_or_load("")
-    checkpointer.complete()  # no step was left
+    checkpointer.write_final()  # no step was left
     last = (tmp_path / "model_0000005.pth").read_bytes()
     assert (tmp_path / "model_final.pth").read_bytes() == last
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     checkpointer.save("model_0000006", iteration=6)
-    checkpointer.complete()  # a step was taken: its own final checkpoint is the hook's to write
+    checkpointer.write_final()  # a step was taken: its own final checkpoint is the hook's to write
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path):
 def test_random_values_are_not_evaluated(tmp_path):
     (tmp_path / "last_checkpoint").write_text("")
     with pytest.raises(ConfigError, match="has no checkpoint to resume from"):
-        RunCheckpointer(model_of(0.0), str(tmp_path), whole=True).resume_or_load("")
+        RunCheckpointer(model_of(0.0), str(tmp_path), require_all=True).resume_or_load("")
 
 
 def test_a_run_that_starts_anew_is_not_resumed_as_the_earlier_one(tmp_path):
@@ -196,3 +196,37 @@ def test_weights_alone_are_not_resumed(tmp_path):
     checkpointer = RunCheckpointer(model, str(tmp_path), trainer=State(*model.parameters()))
     with pytest.raises(ConfigError, match=r"without the state of their training \(trainer\)"):
         checkpointer.resume_or_load("")
+
+
+@pytest.fixture
+def detector():
+    return torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 3), "head": torch.nn.Linear(3, 4)})
+
+
+def load(model, path, whole, **changes):
+    torch.save({**model.state_dict(), **changes}, path)
+    RunCheckpointer(model, require_all=whole).load(str(path))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_backbone_of_other_shapes_is_an_error(detector, tmp_path, whole):
+    load(detector, tmp_path / "x.pth", whole)
+    with pytest.raises(ConfigError, match=r"x.pth .*backbone.bias is \(1,\) instead of \(3,\)"):
+        load(detector, tmp_path / "x.pth", whole, **{"backbone.bias": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkpoint_without_a_tensor_of_the_model_is_an_error(detector, tmp_path, whole):
+    torch.save({"nothing": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match="x.pth .*backbone.weight is missing"):
+        RunCheckpointer(detector, require_all=whole).load(str(tmp_path / "x.pth"))
+
+
+def test_a_head_of_other_classes_is_a_warning_unless_all_is_required(
+    detector, tmp_path, caplog
+):
+    head = {"head.weight": torch.zeros(9, 3), "head.bias": torch.zeros(9)}
+    load(detector, tmp_path / "x.pth", False, **head)
+    assert "head.weight" in caplog.text
+    with pytest.raises(ConfigError, match=r"head.weight is \(9, 3\) instead of \(4, 3\)"):
+        load(detector, tmp_path / "x.pth", True, **head)

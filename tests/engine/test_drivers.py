@@ -1,4 +1,4 @@
-"""Both drivers on the embedded data, through the command line: what a run leaves behind."""
+"""Both drivers on the Shapes data, through the command line: what a run leaves behind."""
 
 import json
 import os

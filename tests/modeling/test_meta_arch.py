@@ -108,6 +108,21 @@ def test_inference_builds_no_teacher(student):
     assert model.distiller.teacher is None
 
 
+def test_a_loop_without_the_driver_is_warned_once(student, caplog):
+    model = student()
+    for _ in range(2):
+        losses_of(model)
+    (record,) = [record for record in caplog.records if record.name.startswith("ssimkd.modeling")]
+    assert all(
+        x in record.getMessage() for x in ("INHERIT", "CHECK_IMAGES", "SKIP_NONFINITE_STEPS")
+    )
+    caplog.clear()
+    built = student()
+    built.distiller.build_teacher(built.device)  # as the driver does
+    losses_of(built)
+    assert not [record for record in caplog.records if record.name.startswith("ssimkd.modeling")]
+
+
 def test_no_objects_and_a_single_image(student):
     losses, _ = losses_of(student(), image_batch((96, 96), boxes=0))
     assert all(torch.isfinite(loss) for loss in losses.values())

@@ -25,9 +25,9 @@ from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
-from ssimkd.modeling.student import build_teacher, unwrap
+from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.teacher.preprocessing import image_format_of
-from ssimkd.utils.compat import create_ddp_model
+from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.config_keys import datasets_of, names_of, target_of
 from ssimkd.utils.random_state import preserve_random_state
 
@@ -65,7 +65,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
     check_image_format(cfg, student, "train", "test")
-    build_teacher(student)
+    build_teachers(student)
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
@@ -88,7 +88,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
 
     def export() -> None:
         with as_output_error(f"write the student to {folder}"):
-            checkpointer.complete()
+            checkpointer.write_final()
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
@@ -171,7 +171,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     check_image_format(cfg, model, "test")
     model = create_ddp_model(model)
     check_classes(unwrap(model), datasets_of(cfg, "TEST"))
-    checkpointer = RunCheckpointer(model, cfg.train.output_dir, whole=True)
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, require_all=True)
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

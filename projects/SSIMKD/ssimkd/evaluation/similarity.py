@@ -161,14 +161,15 @@ def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> n
 
     Args:
         maps (mapping): what :func:`similarity_maps` returned.
-        image (np.ndarray): (H, W, 3) uint8, RGB, the image of these maps.
+        image (np.ndarray): (., ., 3) uint8, RGB, the image of these maps in any size.
 
     Returns:
         np.ndarray: (h, w, 3) uint8, RGB; each map is TILE pixels wide.
     """
     scale = scales(maps)
     rows = []
-    left = tile(image, "image")
+    height, width = next(iter(maps.values()))["SSIM"].shape
+    left = tile(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), "image")
     for level, by_name in maps.items():
         shown = [tile(in_colour(m, scale[n]), f"{level} {n}") for n, m in by_name.items()]
         rows.append(np.hstack([left, *shown]))

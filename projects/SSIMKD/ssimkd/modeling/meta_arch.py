@@ -26,7 +26,7 @@ from ssimkd.utils.compat import FCOS
 
 from .distiller import Distiller
 from .gradient_ratio import GradientRatio
-from .several_teachers import Distillers, build_distiller
+from .several_teachers import Distillers, build_distiller, build_teachers, distillers_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +98,13 @@ class DistillMixin:
         distiller = self.distiller
         if not self.training or distiller is None or not distiller.enabled:
             return super().forward(batched_inputs)
-        if not distiller.has_teacher:
+        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
             logger.warning(
                 "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
                 "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
                 "train_net.py and `ssimkd train` act on them"
             )
-            distiller.build_teacher(self.device)
+            build_teachers(self)
         log_gradients = self.log_gradients and get_event_storage().iter % self.log_gradients == 0
         with capture_backbone(self.backbone, log_gradients) as captured:
             losses = super().forward(batched_inputs)

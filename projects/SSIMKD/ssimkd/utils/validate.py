@@ -8,7 +8,7 @@ from ssimkd.errors import ConfigError
 
 
 def check_switches(**options: Any) -> None:
-    """Raises ConfigError unless every option is True or False: the text "no" counts as true."""
+    """Raises ConfigError unless every option is True or False; the text "no" would be true."""
     for name, value in options.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, got {value!r}")
