@@ -4,13 +4,12 @@ import argparse
 import math
 import multiprocessing
 from functools import partial
-from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple, cast
 
 import torch
 from memory import peak_of
 from ssimkd import ConfigError
-from ssimkd.errors import building
+from ssimkd.errors import as_config_error
 from ssimkd.losses import Context, SSIMLoss
 from ssimkd.ssim import compiled as ssim_compiled
 from ssimkd.ssim import ssim_loss
@@ -183,8 +182,8 @@ def bench_loss(args: argparse.Namespace) -> Dict:
         y = teacher[level]
         part = slice(0, min(16, args.channels))
         for name, loss in losses.items():
-            with building(
-                f"--size, --levels: {name} on {level}, {x.shape[2]} x {x.shape[3]} cells"
+            with as_config_error(
+                f"--size, --levels: {name} on {level}, {x.shape[2]} x {x.shape[3]} cells", Exception
             ):
                 value = deviation(loss, x[:1, part].detach().requires_grad_(), y[:1, part])
             results[name]["deviation"] = max(results[name]["deviation"], value)
@@ -221,20 +220,3 @@ def loss_table(results: Dict) -> str:
         cells += [f"{1000 * result['seconds']['sum']:.0f}", sets, f"{result['deviation']:.0e}"]
         rows.append([name, *cells])
     return markdown(["", *head], rows)
-
-
-def loss_plot(results: Dict, path: Path) -> None:
-    """Speed per level and in sum, as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    base = results[base_of(results)]["seconds"]
-    for i, (name, result) in enumerate(results.items()):
-        positions = [j + (i - len(results) / 2) * 0.8 / len(results) for j in range(len(base))]
-        speeds = [base[c] / result["seconds"][c] for c in base]
-        axes.bar(positions, speeds, 0.8 / len(results), label=name, align="edge")
-    axes.set_xticks(range(len(base)), list(base))
-    axes.set_ylabel(f"speed, {base_of(results)} = 1")
-    axes.legend()
-    figure.savefig(path)

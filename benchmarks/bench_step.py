@@ -1,10 +1,9 @@
-"""Part 2 of `benchmark.py`: a training step of a student, with each loss and without."""
+"""Part 2 of bench.py: a training step of a student, with each loss and without."""
 
 import argparse
 import os
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
@@ -45,7 +44,7 @@ class Bench:
         size, images: of the batch; see :func:`make_batch`.
         losses (sequence[str]): names in the registry; () for no teacher.
         device (str): where to run.
-        opts, teacher_opts (sequence): overrides of both configs.
+        opts (sequence): overrides of the student's config.
     """
 
     def __init__(
@@ -56,12 +55,10 @@ class Bench:
         losses: Sequence[str],
         device: str,
         opts: Sequence = (),
-        teacher_opts: Sequence = (),
     ) -> None:
         overrides = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", *opts]
         self.cfg = load_config(config, overrides, splits=()).clone()
         self.cfg.defrost()
-        self.cfg.MODEL.DISTILL.TEACHER.OPTS = list(teacher_opts)
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.model = build_model(self.cfg).train()
@@ -163,15 +160,3 @@ def step_table(results: Dict) -> str:
         peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e9:.2f}"
         rows.append([name, f"{result['seconds']:.3g}", share, ratio, peak])
     return markdown(head, rows)
-
-
-def step_plot(results: Dict, path: Path) -> None:
-    """Seconds of each step, as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.4 * len(results) + 1), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(list(results), [result["seconds"] for result in results.values()])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    figure.savefig(path)

@@ -21,9 +21,10 @@ from conftest import shapes_cfg
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.checkpoint import reader
+from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.export import read_weights
 from ssimkd.checkpoint.reader import multiarray, numeric, read_checkpoint
-from ssimkd.checkpoint.strict import StrictCheckpointer, load_teacher
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 
 
 class Attack:
@@ -100,7 +101,7 @@ def test_files_of_either_numpy_are_read(tmp_path, old, new):
 def test_a_file_that_would_run_a_command_does_not(tmp_path, name):
     path = write(tmp_path / name, {"model": {"a": np.ones(1), "b": Attack(tmp_path / "ran")}})
     assert "mkdir" in str(zipped(path) if name in ("x.pth", "x.pyth") else open(path, "rb").read())
-    for read in (read_checkpoint, read_weights, StrictCheckpointer(torch.nn.Linear(1, 1)).load):
+    for read in (read_checkpoint, read_weights, RunCheckpointer(torch.nn.Linear(1, 1)).load):
         with pytest.raises(
             ConfigError,
             match=r"it names \w+\.mkdir, which may run any code. If you trust its author",
@@ -132,7 +133,7 @@ def zipped(path):
         ("ssimkd.checkpoint.reader", "read_file"),
     ],
 )
-def test_nothing_else_can_be_named(tmp_path, module, name):
+def test_other_names_are_refused(tmp_path, module, name):
     # opcodes of protocol 4: two strings, STACK_GLOBAL, empty tuple, call, stop
     words = b"".join(b"\x8c" + bytes([len(w)]) + w.encode() for w in (module, name))
     (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + words + b"\x93)R.")
@@ -189,37 +190,35 @@ HIDDEN = Call(  # a structure with objects whose flags say that it has none
         Call(multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (9,), F8, False, b"8" * 8)),
     ],
 )
-def test_no_object_is_made_of_bytes(tmp_path, name, forged):
+def test_bytes_cannot_become_objects(tmp_path, name, forged):
     """Eight bytes taken for an object's address would be any function of the process."""
     with pytest.raises(ConfigError, match="cannot be read"):
         read_checkpoint(write(tmp_path / name, {"model": forged}))
 
 
-@pytest.mark.parametrize("name", ["it's.pkl", "x $y`.pth"])
-def test_the_error_names_a_command_that_converts_the_file(tmp_path, name):
+def test_the_error_names_a_command_that_converts_the_file(tmp_path):
     """For a file whose author the user trusts."""
     weights = {"a": np.ones(3, np.float32), "note": fractions.Fraction(1, 2)}
-    path = write(tmp_path / name, {"model": weights, "config": fractions.Fraction(3)})
+    path = write(tmp_path / "it's $y`.pkl", {"model": weights, "config": fractions.Fraction(3)})
     with pytest.raises(ConfigError, match="it names fractions.Fraction") as error:
         read_checkpoint(path)
     command = str(error.value).partition("convert it: ")[2].replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True)
-    found = read_checkpoint(path[:-4] + "_weights.pth")
-    assert_same(found, {"model": {"a": torch.ones(3)}})
+    assert_same(read_checkpoint(path[:-4] + "_weights.pth"), {"model": {"a": torch.ones(3)}})
 
 
-def test_a_teacher_is_read_so(tmp_path):
+def test_a_teachers_file_is_read_without_running_it(tmp_path):
     path = write(tmp_path / "x.pkl", {"model": Attack(tmp_path / "ran"), "__author__": "me"})
     with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*x.pkl is not read: it names"):
         load_teacher(build_model(shapes_cfg("teacher")), path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_resumed_checkpoint_is_read_so(tmp_path):
+def test_a_resumed_checkpoint_is_read_without_running_it(tmp_path):
     write(tmp_path / "model.pth", {"model": {}, "trainer": Attack(tmp_path / "ran")})
     (tmp_path / "last_checkpoint").write_text("model.pth")
     with pytest.raises(ConfigError, match="model.pth is not read: it names"):
-        StrictCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).resume_or_load("", resume=True)
+        RunCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).resume_or_load("", resume=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -227,7 +226,7 @@ def test_pycls_files_are_read(tmp_path):
     linear = torch.nn.Linear(2, 3)
     path = write(tmp_path / "x.pyth", {"model_state": linear.state_dict(), "epoch": np.float64(3)})
     model = torch.nn.Linear(2, 3)
-    StrictCheckpointer(model).load(path)
+    RunCheckpointer(model).load(path)
     assert torch.equal(model.weight, linear.weight) and torch.equal(model.bias, linear.bias)
 
 
@@ -244,11 +243,11 @@ def test_a_changed_download_is_not_loaded(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}"
-        StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/a-{digest}.pth")
+        RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/a-{digest}.pth")
         with pytest.raises(ConfigError, match=f"/b-{digest}.pth is not what its name says"):
-            StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/b-{digest}.pth")
-        StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/c-20210101.pth")  # a date
+            RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/b-{digest}.pth")
+        RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/c-20210101.pth")  # a date
         with pytest.raises(ConfigError, match=f"cannot fetch {address}/no.pth"):
-            StrictCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/no.pth")
+            RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/no.pth")
     finally:
         server.shutdown()

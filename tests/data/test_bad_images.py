@@ -16,7 +16,6 @@ from PIL import Image
 from ssimkd import ConfigError
 from ssimkd.commands import train as train_net
 from ssimkd.data.bad_images import BadImageError, NamingMapper
-from ssimkd.data.coco_json import read_coco
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.engine.yaml_driver import DistillTrainer
 
@@ -40,29 +39,6 @@ def record(path, height=48, width=64, box=(4, 4, 20, 20)):
     annotation = {"bbox": list(box), "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     size = {"height": height, "width": width}
     return {"file_name": str(path), "image_id": 1, **size, "annotations": [annotation]}
-
-
-def read(path, **size):
-    """What a mapper that changes nothing makes of an image: (3, H, W) in BGR."""
-    still = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
-    return NamingMapper(still)(record(path, **size))["image"].numpy()
-
-
-def test_grey_becomes_three_equal_channels(tmp_path):
-    Image.fromarray(PIXELS[..., 0]).save(tmp_path / "grey.png")
-    found = read(tmp_path / "grey.png")
-    assert all(np.array_equal(channel, PIXELS[..., 0]) for channel in found)
-
-
-def test_a_camera_held_sideways(tmp_path):
-    """EXIF's 6: the stored rows are columns; the annotation has the size as seen."""
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(PIXELS).save(tmp_path / "side.png", exif=exif)
-    found = read(tmp_path / "side.png", height=64, width=48)
-    assert np.array_equal(found, np.rot90(PIXELS, -1).transpose(2, 0, 1)[::-1])
-    with pytest.raises(BadImageError, match="side.png: SizeMismatchError: .*width/height in your"):
-        read(tmp_path / "side.png")
 
 
 def broken(folder, kind):
@@ -101,28 +77,6 @@ def test_what_cannot_be_read_is_named(tmp_path, kind):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_boxes_that_nothing_shows(tmp_path, caplog):
-    """Detectron2 leaves them out of the training; the annotation file is named."""
-    Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    for box in ((4, 4, 0, 20), (100, 4, 20, 20), (4, 4, 20, 20)):
-        item = mapper()(record(tmp_path / "a.png", box=box))
-        assert len(item["instances"]) == (box == (4, 4, 20, 20))
-    boxes = [[4, 4, 0, 20], [100, 4, 20, 20], [4, 4, 20, 20], [-5, 4, 5, 20], [-5, 4, 6, 20]]
-    entries = [
-        {"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)
-    ]
-    content = {
-        "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
-        "annotations": entries,
-        "categories": [{"id": 1, "name": "crack"}],
-    }
-    (tmp_path / "own.json").write_text(json.dumps(content))
-    read_coco(str(tmp_path / "own.json"), str(tmp_path))
-    (said,) = warnings_of(caplog)
-    assert said.startswith(f"{tmp_path}/own.json: 3 of 5 boxes have no area or lie outside")
-    assert said.endswith("id 0 in a.png, id 1 in a.png, id 3 in a.png")
-
-
 # --skip-bad-images
 
 BAD = {3, 4, 11}
@@ -146,12 +100,12 @@ def take(loader, count):
     return list(islice(iter(loader), count))
 
 
-def test_the_next_image_of_the_same_shape_stands_in(caplog):
+def test_the_next_image_of_the_same_orientation_replaces_a_bad_one(caplog):
     loader = stream(aspect_ratio_grouping=False)
     names = [item["file_name"] for batch in take(loader, 10) for item in batch]
-    stand_ins = {3: 5, 4: 5, 11: 12}
+    replacement = {3: 5, 4: 5, 11: 12}
     order = islice(TrainingSampler(len(RECORDS), seed=3), 40)
-    assert names == [f"{stand_ins.get(i, i)}.jpg" for i in order]
+    assert names == [f"{replacement.get(i, i)}.jpg" for i in order]
     assert loader.skipped == {f"{i}.jpg: OSError: broken" for i in BAD}
     assert len(warnings_of(caplog)) == len(BAD)  # each is said once
     grouped = [{item["width"] > item["height"] for item in batch} for batch in take(stream(), 20)]
@@ -159,7 +113,7 @@ def test_the_next_image_of_the_same_shape_stands_in(caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_skips_alike(workers, taken=7):
+def test_a_resumed_stream_skips_the_same_images(workers, taken=7):
     expected = take(stream(), 12)
     first = stream()
     take(first, taken)
@@ -168,7 +122,7 @@ def test_a_resumed_stream_skips_alike(workers, taken=7):
     assert take(second, 12 - taken) == expected[taken:]
 
 
-def test_other_images_are_as_without_it():
+def test_skipping_changes_no_other_image():
     """Positions, batches and draws: only the bad images' places change."""
     good = take(stream(), 12)
     with pytest.MonkeyPatch.context() as patch:
@@ -179,7 +133,7 @@ def test_other_images_are_as_without_it():
         assert (a["file_name"] != b["file_name"]) is changed and a["drawn"] == b["drawn"]
 
 
-def test_without_the_flag_the_first_one_ends_the_run():
+def test_without_the_flag_the_first_bad_image_ends_the_run():
     with pytest.raises(BadImageError, match=r"^\d+.jpg: OSError: broken$"):
         take(stream(skip_bad_images=False), 10)
 
@@ -198,12 +152,12 @@ def of_names(names, mapper=fragile, **options):
         (["3.jpg"] * 30 + ["1.jpg"] * 40, "11 images in a row cannot be read"),
     ],
 )
-def test_too_many_in_a_row(names, said):
+def test_too_many_bad_images_in_a_row_are_an_error(names, said):
     with pytest.raises(ConfigError, match=said):
         take(of_names(names, sampler=range(10)), 1)
 
 
-def test_more_than_half_of_the_data(monkeypatch):
+def test_more_than_half_of_the_data_is_an_error(monkeypatch):
     monkeypatch.setitem(globals(), "BAD", {0, 2, 4, 5})
     names = [f"{i}.jpg" for i in range(8)]
     assert len(take(of_names(names, sampler=range(8)), 8)) == 8
@@ -212,11 +166,10 @@ def test_more_than_half_of_the_data(monkeypatch):
         take(of_names(names, sampler=range(8)), 8)
 
 
-@pytest.mark.parametrize("error", [OSError, EOFError, BadImageError])
-def test_an_own_mapper_may_say_that_an_image_is_bad(error):
+def test_an_own_mapper_may_say_that_an_image_is_bad():
     def fails(item):
         if item["file_name"] == "3.jpg":
-            raise error("no second exposure")
+            raise BadImageError("no second exposure")
         return dict(item)
 
     (batch,) = take(of_names(["3.jpg", "4.jpg", "5.jpg"], fails, sampler=range(3)), 1)
@@ -238,16 +191,6 @@ def test_a_bug_after_the_reading_is_no_bad_image(tmp_path):
     assert not isinstance(failed.value, BadImageError)
     with pytest.raises(BadImageError, match="text.png: UnidentifiedImageError"):
         own(record(broken(tmp_path, "text")))
-
-
-def test_annotations_that_cannot_be_read_are_the_images_fault(tmp_path):
-    """Detectron2's utilities raise a ValueError of a mask that is none."""
-    Image.fromarray(PIXELS).save(tmp_path / "good.png")
-    entry = record(tmp_path / "good.png")
-    entry["annotations"][0]["segmentation"] = "a circle"
-    masks = NamingMapper(DatasetMapper(shapes_cfg("vanilla", "MODEL.MASK_ON", True), True))
-    with pytest.raises(BadImageError, match="good.png: ValueError: Cannot transform segmentation"):
-        masks(entry)
 
 
 @pytest.fixture
@@ -276,11 +219,11 @@ TINY = [
 
 
 @pytest.mark.parametrize("flags", [[], ["--skip-bad-images"]])
-def test_a_training_names_or_skips_it(own, flags, tmp_path, monkeypatch, caplog):
+def test_a_training_names_or_skips_a_bad_image(own, flags, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(SimpleTrainer, "run_step", lambda self: next(self._data_loader_iter))
     words = [
         "--config-file", "configs/shapes/vanilla.yaml", *flags, *TINY, "DATASETS.TRAIN",
-        f"('{own}',)", "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0",
+        f"('{own}',)", "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1",
     ]  # fmt: skip
     logging.getLogger("ssimkd").addHandler(caplog.handler)
     if flags:
@@ -292,7 +235,7 @@ def test_a_training_names_or_skips_it(own, flags, tmp_path, monkeypatch, caplog)
     logging.getLogger("ssimkd").removeHandler(caplog.handler)
 
 
-def test_an_evaluation_names_it(own, tmp_path):
+def test_an_evaluation_names_a_bad_image(own, tmp_path):
     """A metric over fewer images would be another one: nothing is skipped here."""
     cfg = shapes_cfg("vanilla", "DATALOADER.SKIP_BAD_IMAGES", True)
     with pytest.raises(BadImageError, match="2.png: UnidentifiedImageError"):

@@ -9,7 +9,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
-from ssimkd.data.coco_json import read_coco
 from ssimkd.data.datasets import check_classes, count_classes, register_coco, use_own_data
 from ssimkd.engine.arguments import load_config
 
@@ -107,46 +106,6 @@ def test_wrong_entries_are_named(own, change, message, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=message) as error:
         register_coco([{**own, **change}], [change.get("NAME", "own_train")])
     assert len(str(error.value).splitlines()) == 1
-
-
-IMAGE = {"id": 1, "file_name": "a.jpg", "height": 96, "width": 96}
-BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
-GOOD = {"images": [IMAGE], "annotations": [BOX], "categories": [{"id": 3, "name": "crack"}]}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"categories": []}, "has no categories"),
-        ({"annotations": []}, "has no annotations"),
-        ({"images": {}}, "has no list 'images'"),
-        ({"categories": GOOD["categories"] * 2}, "has the id 3 twice in 'categories'"),
-        ({"annotations": [{**BOX, "category_id": 9}]}, "annotation of the unknown category_id 9"),
-        ({"annotations": [{**BOX, "image_id": 9}]}, "annotation of the unknown image_id 9"),
-        (
-            {"annotations": [{**BOX, "bbox": [1, 2, 3]}]},
-            "bbox that is not .x, y, width, height",
-        ),
-        ({"annotations": [{"id": 1}]}, "an entry of 'annotations' without 'image_id'"),
-        ({"images": [{**IMAGE, "file_name": "b.jpg"}]}, "names the image .*b.jpg, which does not"),
-    ],
-)
-def test_broken_annotation_files_are_refused(change, message, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"")
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps({**GOOD, **change}))
-    with pytest.raises(ConfigError, match=message):
-        read_coco(str(path), str(tmp_path))
-
-
-def test_keypoints_of_the_json_are_swapped_in_flips(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"")
-    names = ["nose", "left_eye", "right_eye", "left_only"]
-    categories = [{"id": 3, "name": "face", "keypoints": names}]
-    (tmp_path / "own.json").write_text(json.dumps({**GOOD, "categories": categories}))
-    found = read_coco(str(tmp_path / "own.json"), str(tmp_path))
-    assert found["keypoint_names"] == names
-    assert found["keypoint_flip_map"] == [("left_eye", "right_eye")]
 
 
 def test_data_that_a_run_does_not_use_is_not_read(own):

@@ -26,7 +26,7 @@ SETTINGS = read_settings(shapes_cfg("ssimkd"))
 
 
 class Loader:
-    """Shows the images of the embedded data set that it was given."""
+    """Shows the images of the Shapes data that it was given."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -37,7 +37,7 @@ class Loader:
 
 @pytest.fixture(scope="module")
 def loader(few_shapes):
-    """The embedded data set's training stream."""
+    """The Shapes data's training stream."""
     name, root = "preflight_train", f"{few_shapes}/{FOLDER}"
     register_coco_instances(name, {}, f"{root}/instances_train.json", f"{root}/train")
     yield DistillTrainer.build_train_loader(shapes_cfg("vanilla", "DATASETS.TRAIN", (name,)))
@@ -211,3 +211,17 @@ def test_each_teacher_is_checked_and_named(teacher_file, loader, caplog):
     prepare(build_model(cfg).train(), loader, read_settings(cfg), resumed=False)
     for name in "ab":
         assert f"Teacher {name} and student agree cell by cell" in caplog.text
+
+
+@pytest.mark.parametrize("resumed, losses, inherits", [
+    (False, ("ssim",), True), (True, ("ssim",), False), (False, (), False),
+])  # fmt: skip
+def test_a_new_student_inherits_and_a_resumed_or_plain_one_does_not(
+    student, resumed, losses, inherits
+):
+    model = student("MODEL.DISTILL.LOSSES", losses)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = replace(SETTINGS, check_images=0, inherit={"": ["roi_heads"]})
+    prepare(model, None, settings, resumed=resumed)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert bool(changed) == inherits and all(name.startswith("roi_heads.") for name in changed)

@@ -1,13 +1,14 @@
 """SSIMKD: structural knowledge distillation for object detection on Detectron2.
 
-Importing it registers the meta-architectures, the losses and the embedded data set.
+Importing it registers meta-architectures, losses and the Shapes data with Detectron2, and
+changes nothing else.
 """
 
 import warnings
 from contextlib import suppress
 
+# Detectron2 compiles small functions when it is imported, and newer versions of torch warn of that.
 with warnings.catch_warnings():
-    # Detectron2 compiles functions when it is imported; newer torch advises against it.
     warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
     import detectron2.modeling  # noqa: F401
 

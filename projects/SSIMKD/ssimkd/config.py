@@ -25,7 +25,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL`, two backbones and three other keys to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
-    the code of a loss's own authors. [shapes]: measured on the embedded data set by
+    the code of a loss's own authors. [shapes]: measured on the Shapes data by
     `benchmarks/compare.py`, see docs/comparison.md; [shapes: x]: by its option `--ablation x`.
 
     Raises:

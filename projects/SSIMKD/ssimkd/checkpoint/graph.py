@@ -27,7 +27,8 @@ Graph = Callable[[Tensor], Tuple[Tensor, ...]]
 
 def detect(model: Any, inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
     """The fields of a detector's Instances in one image, name -> tensor of n rows."""
-    if isinstance(model, GeneralizedRCNN):  # Its masks stay as the heads give them, 28 x 28.
+    if isinstance(model, GeneralizedRCNN) and not hasattr(model, "sem_seg_head"):
+        # Its masks stay as the heads give them, 28 x 28.
         found = model.inference(inputs, do_postprocess=False)[0]
     else:
         found = model(inputs)[0]["instances"]

@@ -30,7 +30,7 @@ multiarray: Any = importlib.import_module(f"{_CORE}.multiarray")
 numeric: Any = importlib.import_module(f"{_CORE}.numeric")
 
 # torch.hub's convention: the name ends in the first digits of the file's SHA-256.
-HUB_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth?$")
+HUB_NAME = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.pth?$")  # and not in a date
 # How both readers say that they do not call what a file names.
 NAMED = re.compile(r"GLOBAL (\S+) (was not an allowed global|whose module)")
 
@@ -197,7 +197,7 @@ def fetch(address: str) -> str:
     with as_config_error(f"cannot fetch {address}", Exception):
         path = PathManager.get_local_path(address)
     match = HUB_NAME.search(address) if "://" in address else None
-    if match and not match[1].isdigit():  # Digits alone are a date.
+    if match:
         digest = sha256(path)
         if not digest.startswith(match[1]):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written atomically, and resumed from only if they are complete."""
+"""The checkpoints of a run's model: written atomically, resumed from only if they are complete."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ from torch import nn
 from ssimkd.errors import OUTPUT, ConfigError, as_output_error, one_line
 from ssimkd.utils.atomic import atomic_write
 
-from .reader import NAMED, read_file
+from .coverage import first_three, unloaded_tensors
+from .reader import NAMED, CheckpointReader, read_file
 from .same_run import check_same_run
-from .strict import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
@@ -25,16 +25,20 @@ LAST = "last_checkpoint"
 NUMBERED = re.compile(r"model_\d{7,}\.pth")  # These names sort by iteration.
 
 
-class RunCheckpointer(StrictCheckpointer):
+class RunCheckpointer(CheckpointReader):
     """The checkpointer of a run. A crash at any moment leaves its earlier files as they were.
 
-    Names and format are Detectron2's, so that stock Detectron2 reads the files.
+    Names and format are Detectron2's, so that stock Detectron2 reads the files. A checkpoint of
+    another model, which would leave random values in this one, is an error.
 
     Args:
         model (nn.Module), save_dir (str): as Detectron2's.
+        require_all (bool): a checkpoint must hold every tensor of the model, as one that is
+            resumed from must. Otherwise the tensors that it lacks are a warning. It is an error if
+            it lacks all of them, or if its backbone has other shapes.
         run (dict or None): the run's settings and teachers, see :func:`same_run.check_same_run`.
             They are kept in the checkpoints, and a resume compares them.
-        options: as :class:`StrictCheckpointer`'s.
+        options: as Detectron2's.
     """
 
     def __init__(
@@ -42,12 +46,13 @@ class RunCheckpointer(StrictCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
+        require_all: bool = False,
         run: Optional[Dict[str, Any]] = None,
         **options: Any,
     ) -> None:
         super().__init__(model, save_dir, **options)
         self.path_manager = AtomicPathManager()
-        self.run = run
+        self.require_all, self.run = require_all, run
         self.resuming = False
         self.source = ""  # the checkpoint resumed from, until a newer one is written
 
@@ -86,13 +91,13 @@ class RunCheckpointer(StrictCheckpointer):
             )
         self.resuming, self.source = bool(found), found
         if not found:
-            if self.whole and not path:
+            if self.require_all and not path:
                 raise ConfigError(f"empty, and {self.save_dir} has no checkpoint to resume from")
             return super().resume_or_load(path, resume=False)
-        self.whole = True
+        self.require_all = True
         return self.load(found)
 
-    def complete(self) -> None:
+    def write_final(self) -> None:
         """Writes `model_final` for a run that was resumed after its last step.
 
         It was interrupted just before it wrote the file, and no step is left whose hooks do so.
@@ -146,6 +151,17 @@ class RunCheckpointer(StrictCheckpointer):
             if self.run and "run" in checkpoint:
                 check_same_run(checkpoint["run"], self.run)
         return super()._load_model(checkpoint)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        wrong = unloaded_tensors(incompatible)
+        if wrong and self.require_all:
+            raise ConfigError(f"does not fit the model: {first_three(list(wrong.values()))}")
+        none = all(name in wrong for name, _ in self.model.named_parameters())
+        # The heads may predict other classes. A backbone of other shapes is another model's.
+        other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
+        if none or other:
+            raise ConfigError(f"is another model's: {first_three(other or list(wrong.values()))}")
+        super()._log_incompatible_keys(incompatible)
 
 
 class AtomicPathManager:

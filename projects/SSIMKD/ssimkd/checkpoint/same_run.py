@@ -2,11 +2,9 @@
 
 import logging
 import re
-from typing import Any, Callable, Iterator, Mapping, Tuple
+from typing import Any, Iterator, Mapping, Tuple
 
 from ssimkd.errors import ConfigError
-
-from .reader import sha256 as sha256
 
 logger = logging.getLogger(__name__)
 
@@ -50,28 +48,20 @@ def in_words(teachers: Mapping[str, str]) -> str:
     return ", ".join(f"{file} (SHA-256 {digest[:12]}...)" for digest, file in teachers.items())
 
 
-def flatten(
-    node: Any,
-    prefix: str = "",
-    words: Callable[[Any], str] = repr,
-    split: Tuple[type, ...] = (Mapping, list),
-) -> Iterator[Tuple[str, str]]:
+def flatten(node: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
     """Nested settings as pairs of a dotted key and the value as text.
 
     Args:
-        node (mapping or any): the settings.
+        node (mapping or any): the settings. A list of mappings or lists gives a pair for each item.
         prefix (str): of the keys.
-        words (callable): a value -> its text.
-        split (tuple[type]): a list that holds one of these gives a pair for each item.
     """
     if isinstance(node, Mapping) and node:
         items: Any = node.items()
-    elif isinstance(node, (list, tuple)) and any(isinstance(x, split) for x in node):
+    elif isinstance(node, (list, tuple)) and any(isinstance(x, (Mapping, list)) for x in node):
         items = enumerate(node)
     else:
         # The name of a function or an object, without its address in memory.
-        text = getattr(node, "__qualname__", None) or re.sub(r" at 0x\w+", "", words(node))
-        yield prefix, text
+        yield prefix, getattr(node, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(node))
         return
     for key, value in items:
-        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key), words, split)
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))

@@ -31,8 +31,7 @@ from ssimkd.engine.arguments import argument_parser, check_config, load_config
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.modeling.meta_arch import image_format_of
-from ssimkd.modeling.several_teachers import distillers_of
-from ssimkd.modeling.student import build_teacher
+from ssimkd.modeling.several_teachers import build_teachers, distillers_of
 from ssimkd.utils.config_keys import datasets_of, setting
 
 from . import add_overrides, at_least, command_parser
@@ -80,7 +79,7 @@ def build(cfg) -> Any:
     )
     if lazy:
         lazy_driver.check_image_format(cfg, model, "train", "test")
-        build_teacher(model)
+        build_teachers(model)
     if not any(distiller.enabled for _, distiller in distillers_of(model)):
         raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))

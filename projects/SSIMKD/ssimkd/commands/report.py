@@ -1,4 +1,4 @@
-"""Writes one HTML page about a finished run: figures, curves, pictures, errors, settings.
+"""Writes one HTML page about a finished run: results, curves, pictures, errors, settings.
 
     ssimkd report --run output/student --compare output/vanilla output/teacher
 
@@ -29,7 +29,6 @@ def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
     add("--run", required=True, help="folder of the run")
     add("--compare", nargs="+", default=[], help="folders of other runs")
     add("--out", help="the page; by default report.html in the run's folder")
-    add("--pictures", help="folder for two small PNGs as well")
     return parser.parse_args(words)
 
 
@@ -41,8 +40,5 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     runs = [Run(folder) for folder in (args.run, *args.compare)]
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {out.parent}")
-    report = Report(runs[0], runs[1:])
-    out.write_text(report.html(), encoding="utf-8")
+    out.write_text(Report(runs[0], runs[1:]).html(), encoding="utf-8")
     print(f"Report: {out}")
-    if args.pictures:
-        print("Pictures:", *report.save_pictures(args.pictures))

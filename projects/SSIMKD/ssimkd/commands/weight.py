@@ -5,7 +5,7 @@
 
 The config's training runs for --iters iterations in a temporary folder. Meanwhile the gradient of
 the distillation losses is compared with that of the detector's own losses, at the maps that the
-backbone returns: their lengths' ratio is proportional to the weight. On the embedded data most
+backbone returns: their lengths' ratio is proportional to the weight. On the Shapes data most
 losses did best at ratios of 5 to 120, and SSIM at a higher one (docs/comparison.md). Every
 parameter's gradient was clipped there (SOLVER.CLIP_GRADIENTS); without that a large ratio may do
 harm. The weight for --ratio 8 is a place to start a search from. Several losses keep the
@@ -130,7 +130,7 @@ def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -
     low, high = GOOD
     inside = "inside" if low <= ratio <= high else "outside"
     lines += ["", f"The ratio over all levels is {ratio:.3g}, {inside} the range of {low:g} to"]
-    lines.append(f"{high:g} where most losses did best on the embedded data (clipped gradients).")
+    lines.append(f"{high:g} where most losses did best on the Shapes data (clipped gradients).")
     for name, weight in weights.items():
         least, start, most = (weight * r / ratio for r in (low, wanted, high))
         lines.append(

@@ -1,4 +1,4 @@
-"""The embedded data set: textured shapes on cluttered backgrounds, drawn from a seed.
+"""The Shapes data: textured shapes on cluttered backgrounds, drawn from a seed.
 
 Images are 8-bit BGR arrays (H, W, 3), masks are 8-bit arrays (H, W), boxes are [x, y, w, h] in
 pixels. On disk the set is COCO's, under `$DETECTRON2_DATASETS/ssimkd_shapes` (the variable's
@@ -197,7 +197,7 @@ def ensure_shapes(root: str) -> None:
     """Draws the set into the folder `root` unless it exists. A failure leaves no incomplete set."""
     if os.path.isdir(root):
         return
-    logger.info("Drawing the embedded data set into %s ...", root)
+    logger.info("Drawing the Shapes data into %s ...", root)
     parent = os.path.dirname(os.path.abspath(root))
     os.makedirs(parent, exist_ok=True)
     draft = tempfile.mkdtemp(dir=parent, prefix=f".{FOLDER}-")

@@ -10,7 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from ssimkd.errors import one_line
 from ssimkd.modeling.nonfinite import explain_nonfinite
-from ssimkd.modeling.student import unwrap
+from ssimkd.utils.compat import unwrap
 
 logger = logging.getLogger(__name__)
 # A loss scale starts at 2^16 and halves with each overflow: after so many, gradients do not fit

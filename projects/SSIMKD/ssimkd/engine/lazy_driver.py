@@ -11,6 +11,7 @@ from typing import Any, Dict
 
 from detectron2.config import instantiate
 from detectron2.data.build import build_detection_train_loader
+from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
@@ -24,9 +25,9 @@ from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
-from ssimkd.modeling.student import build_teacher, unwrap
+from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.teacher.preprocessing import image_format_of
-from ssimkd.utils.compat import create_ddp_model
+from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.config_keys import datasets_of, names_of, target_of, without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
@@ -64,7 +65,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
     check_image_format(cfg, student, "train", "test")
-    build_teacher(student)
+    build_teachers(student)
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
@@ -87,18 +88,20 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
 
     def export() -> None:
         with as_output_error(f"write the student to {folder}"):
-            checkpointer.complete()
+            checkpointer.write_final()
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
     batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
-    with as_setting_error("train.checkpointer"):
-        hooks = build_hooks(
+    with as_config_error("train.checkpointer", TypeError):  # an argument that does not exist
+        checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+    trainer.register_hooks(
+        build_hooks(
             model=student,
             loader=loader,
             checkpointer=checkpointer,
             scheduler=scheduler,
-            checkpoints=cfg.train.checkpointer,
+            checkpoints=checkpoints,
             export=exporting,
             test=test,
             eval_period=cfg.train.eval_period,
@@ -108,7 +111,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
                 student, names_of(cfg, "TEST"), lambda: instantiate(cfg.dataloader.test).dataset
             ),
         )
-    trainer.register_hooks(hooks)
+    )
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -168,7 +171,7 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     check_image_format(cfg, model, "test")
     model = create_ddp_model(model)
     check_classes(unwrap(model), datasets_of(cfg, "TEST"))
-    checkpointer = RunCheckpointer(model, cfg.train.output_dir, whole=True)
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, require_all=True)
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

@@ -21,10 +21,11 @@ from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
-from ssimkd.modeling.student import build_teacher, check_distils, unwrap
-from ssimkd.utils.compat import create_ddp_model
+from ssimkd.modeling.meta_arch import DistillMixin
+from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
@@ -80,9 +81,13 @@ class DistillTrainer(DefaultTrainer):
         with as_setting_error("MODEL"):
             model = super().build_model(cfg)
         node = cfg.MODEL.DISTILL
-        if (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES:
-            check_distils(model)
-        build_teacher(model)
+        named = (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES
+        if named and not isinstance(model, DistillMixin):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
+                "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
+            )
+        build_teachers(model)
         return model
 
     @classmethod
@@ -143,7 +148,7 @@ class DistillTrainer(DefaultTrainer):
             loader=self.data_loader,
             checkpointer=self.checkpointer,
             scheduler=self.scheduler,
-            checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            checkpoints=hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             export=self.exporting,
             test=test,
             eval_period=cfg.TEST.EVAL_PERIOD,
@@ -183,7 +188,7 @@ class DistillTrainer(DefaultTrainer):
         """Completes the checkpoints and writes the student for stock Detectron2."""
         folder = self.cfg.OUTPUT_DIR
         with as_output_error(f"write the student to {folder}"):
-            self.checkpointer.complete()
+            self.checkpointer.write_final()
             export_student(self.cfg, unwrap(self.model).state_dict(), folder)
 
     def state_dict(self):
@@ -226,7 +231,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     with as_setting_error("MODEL"):
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -13,8 +13,8 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
 
+from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.export import build_plain, plain_config
-from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.config_keys import names_of, setting
 from ssimkd.utils.random_state import preserve_random_state

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from torch import Tensor
 
 from ssimkd.losses import Context
@@ -149,11 +148,6 @@ def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
     return np.where(np.isnan(values)[..., None], 128, colour).round().astype(np.uint8)
 
 
-def gradient() -> str:
-    """The colours from alike to different, as text for a CSS gradient."""
-    return ", ".join(to_hex(colormaps[COLOURS](share)) for share in np.linspace(0, 1, 9))
-
-
 def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> np.ndarray:
     """One picture of all maps: a row per level, a column per name, and the image at the left.
 
@@ -161,14 +155,15 @@ def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> n
 
     Args:
         maps (mapping): what :func:`similarity_maps` returned.
-        image (np.ndarray): (H, W, 3) uint8, RGB, the image of these maps.
+        image (np.ndarray): (., ., 3) uint8, RGB, the image of these maps in any size.
 
     Returns:
         np.ndarray: (h, w, 3) uint8, RGB; each map is TILE pixels wide.
     """
     scale = scales(maps)
     rows = []
-    left = tile(image, "image")
+    height, width = next(iter(maps.values()))["SSIM"].shape
+    left = tile(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), "image")
     for level, by_name in maps.items():
         shown = [tile(in_colour(m, scale[n]), f"{level} {n}") for n, m in by_name.items()]
         rows.append(np.hstack([left, *shown]))

@@ -18,6 +18,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ssimkd.errors import ConfigError
 from ssimkd.ssim.normalize import check_options, inside_of, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
@@ -46,10 +47,10 @@ class Context:
         """The ground truth, for a loss that cannot be computed without it.
 
         Raises:
-            ValueError: the batch has none.
+            ConfigError: the batch has none.
         """
         if self.targets is None:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.DISTILL.LOSSES: {loss} needs the ground truth, and the batch has no "
                 f"instances: remove {loss}, or train on annotated images"
             )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
@@ -206,21 +207,21 @@ class ICDLoss(KDLoss):
         """Makes the decoder and the student's projection.
 
         Raises:
-            ValueError: levels differ in channels, the heads cannot share them, or the number of
+            ConfigError: levels differ in channels, the heads cannot share them, or the number of
                 classes is not known.
         """
         if not num_classes:
-            raise ValueError(
+            raise ConfigError(
                 "MODEL.DISTILL.LOSSES: icd needs the number of classes, and the student's head has "
                 "no attribute num_classes"
             )
         if len(set(channels.values())) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.DISTILL.IN_FEATURES: icd needs levels of equal channels, got {channels}"
             )
         width = next(iter(channels.values()))
         if width % (2 * self.heads):
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.DISTILL.ICD.HEADS: {width} channels are no multiple of 2 x {self.heads}"
             )
         self.num_classes = num_classes
@@ -296,11 +297,11 @@ class ICDLoss(KDLoss):
                 CPU's generator on every device.
 
         Raises:
-            ValueError: a class that the student lacks.
+            ConfigError: a class that the student lacks.
         """
         classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
         if ((classes < 0) | (classes >= self.num_classes)).any():
-            raise ValueError(
+            raise ConfigError(
                 f"icd: the student predicts {self.num_classes} classes, but the ground truth has "
                 f"the classes {sorted(set(classes.tolist()))}: set the head's NUM_CLASSES"
             )

@@ -1,13 +1,14 @@
 """Compares a student's maps with its teacher's: levels, adapters, losses, weights.
 
-student, teacher   Dict[str, Tensor]              level -> (N, C, H, W)
-terms              Dict[str, Dict[str, Tensor]]   loss -> level -> scalar, not weighted
-losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
+The values in the order in which they are computed:
+
+    student, teacher   Dict[str, Tensor]              level -> (N, C, H, W)
+    terms              Dict[str, Dict[str, Tensor]]   loss -> level -> scalar, not weighted
+    losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
 """
 
 import math
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
-from typing import cast as typed
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.config import configurable
@@ -15,32 +16,32 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, as_config_error, wrong_input
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from ssimkd.teacher.frozen import Teacher
 from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .levels import as_float, check_cells, crop_to_common, match_levels
+from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 
-ADAPTERS = ("none", "conv1x1")
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
 OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
+Maps = Dict[str, Tensor]
+Terms = Dict[str, Dict[str, Tensor]]
 
 
 class Distiller(nn.Module):
-    """Gives the distillation losses of a student and one teacher.
+    """Computes the distillation losses of a student and one teacher.
 
-    The parameters of this module are those of the adapters and of the losses. The teacher is not a
-    submodule. It is built by :meth:`build_teacher`, at the latest when maps are first compared.
+    Its parameters are those of the adapters and of the losses. The teacher is not a submodule. It
+    is built by :meth:`build_teacher`, at the latest when maps are first compared.
 
     Args:
         teacher (TeacherSpec or mapping): see :class:`TeacherSpec`.
-        losses (sequence[KDLoss]): each one is an entry of the training losses. Without any there is
-            no distillation.
-        in_features (sequence[str]): levels of the student. The teacher's level of the same stride
-            is compared with each.
+        losses (sequence[KDLoss]): each is one entry of the training losses; none: no distillation.
+        in_features (sequence[str]): levels of the student. Each is compared with the teacher's
+            level of the same stride.
         level_weights (sequence[float]): factor of each level in every loss, in the order of
             `in_features`; empty: 1.
         adapter (str): "none" or "conv1x1", a convolution to the teacher's channels for each level.
@@ -66,17 +67,17 @@ class Distiller(nn.Module):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        with wrong_input():
-            check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
-            check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
-            for weight in level_weights:
-                check_coefficients(**{"MODEL.DISTILL.LEVEL_WEIGHTS": weight})
-        check_names(losses, in_features, level_weights, adapter)
-        with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # a key that does not exist
+        check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
+        check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
+        if adapter not in ("none", "conv1x1"):
+            raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of none, conv1x1")
+        self.losses: Any = nn.ModuleDict({loss.name: loss for loss in losses})
+        if len(self.losses) < len(losses):
+            raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")
+        self.level_weights = check_levels(in_features, level_weights)
+        with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # an argument does not exist
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
-        self.losses = nn.ModuleDict({loss.name: loss for loss in losses})
         self.in_features = list(in_features)
-        self.level_weights = dict(zip(in_features, map(float, level_weights)))
         self.adapter = adapter
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
@@ -108,34 +109,19 @@ class Distiller(nn.Module):
         """Whether there is anything to distil."""
         return len(self.losses) > 0
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the teacher has been built."""
-        return self.teacher is not None
-
-    def named(self) -> Iterator[Tuple[str, "Distiller"]]:
-        """The pair of a name and this distiller; a single teacher has the name ""."""
-        yield "", self
-
     def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
-        """Makes the trainable parts for a student.
+        """Makes the adapters and the trainable parts of the losses.
 
         Args:
-            student_shapes (dict[str, ShapeSpec]): the levels of its backbone.
-            num_classes (int): object classes that its head predicts; 0: not known.
+            student_shapes (dict[str, ShapeSpec]): the levels of the student's backbone.
+            num_classes (int): object classes that the student's head predicts; 0: not known.
 
         Raises:
             ConfigError: the student lacks a level.
         """
         if not self.enabled:
             return
-        for level in self.in_features:
-            if level not in student_shapes:
-                has = ", ".join(student_shapes)
-                raise ConfigError(
-                    f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
-                )
-        self.student_shapes = {level: student_shapes[level] for level in self.in_features}
+        self.student_shapes = select_levels(student_shapes, self.in_features)
         channels = {level: shape.channels for level, shape in self.student_shapes.items()}
         with torch.random.fork_rng(devices=[]):  # the detector's random numbers stay the same
             if self.adapter != "none":
@@ -147,16 +133,14 @@ class Distiller(nn.Module):
                     teacher_channels = teacher_shapes[name].channels
                     self.adapters[level] = nn.Conv2d(channels[level], teacher_channels, 1)
                     channels[level] = teacher_channels
-            for loss in self._losses():
-                with wrong_input():
-                    loss.attach(channels, num_classes)
+            for loss in self.losses.values():
+                loss.attach(channels, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
-        """Builds and loads the teacher, and checks that it fits the student.
+        """Builds and loads the teacher.
 
         Raises:
-            ConfigError: it cannot be built, or it has no level of a student level's stride, or its
-                channels differ and there is no adapter.
+            ConfigError: it cannot be built, or its levels do not fit the student's.
         """
         if not self.enabled:
             return
@@ -167,29 +151,23 @@ class Distiller(nn.Module):
                 "has no adapters: build the student again"
             )
         self.teacher_levels = match_levels(self.student_shapes, teacher.shapes)
-        for level, name in self.teacher_levels.items():
-            expected = teacher.shapes[name].channels
-            found = self.student_shapes[level].channels
-            if level not in self.adapters and found != expected:
-                raise ConfigError(
-                    f"MODEL.DISTILL.ADAPTER: {level} has {found} channels in the student and "
-                    f"{expected} in the teacher; set it to conv1x1"
-                )
+        if self.adapter == "none":
+            check_channels(self.student_shapes, teacher.shapes, self.teacher_levels)
         self.teacher = teacher
 
     def forward(
         self,
         batched_inputs: List[Dict],
-        student_maps: Dict[str, Tensor],
+        student_maps: Maps,
         images: Tensor,
         preprocessing: Preprocessing,
     ) -> Dict[str, Tensor]:
-        """The weighted losses of one batch. The event storage gets the values by level.
+        """The weighted losses of one batch. Their values by level go to the event storage.
 
         Args:
             batched_inputs (list[dict]): what the student was given.
-            student_maps (dict[str, Tensor]): level -> (N, C, H, W), with gradient.
-            images (Tensor): (N, 3, H, W), what the student's backbone was given.
+            student_maps (dict[str, Tensor]): level -> (N, C, H, W), what its backbone returned.
+            images (Tensor): (N, 3, H, W), what its backbone was given.
             preprocessing (Preprocessing): how the student made `images` of `batched_inputs`.
 
         Returns:
@@ -198,23 +176,31 @@ class Distiller(nn.Module):
         Raises:
             ConfigError: see :meth:`build_teacher` and :meth:`match_maps`.
         """
-        student, teacher = self.match_maps(batched_inputs, student_maps, images, preprocessing)
         iteration = get_event_storage().iter
+        student, teacher = self.match_maps(batched_inputs, student_maps, images, preprocessing)
         terms = self.compare(student, teacher, batched_inputs, iteration)
         log_terms(terms)
-        return self.weigh(terms, iteration)
+        ramp = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        losses = {}
+        for loss in self.losses.values():
+            levels = terms[loss.name].items()
+            weighted = [self.level_weights.get(level, 1.0) * value for level, value in levels]
+            factor = loss.weight * self.loss_weight * ramp
+            losses[f"{loss.name}_kd_loss"] = factor * torch.stack(weighted).sum()
+        return losses
 
     def match_maps(
         self,
         batched_inputs: List[Dict],
-        student_maps: Dict[str, Tensor],
+        student_maps: Maps,
         images: Tensor,
         preprocessing: Preprocessing,
-    ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-        """The maps of student, after its adapters, and teacher; see :meth:`forward`.
+    ) -> Tuple[Maps, Maps]:
+        """Runs the teacher and the adapters; the arguments are those of :meth:`forward`.
 
         Returns:
-            (dict, dict): level -> (N, C, H, W) in float32 or float64, of equal shapes.
+            (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
+            equal shapes, in float32 or float64.
 
         Raises:
             ConfigError: a map does not have one cell per stride.
@@ -227,30 +213,24 @@ class Distiller(nn.Module):
             height, width = images.shape[-2:]
             student, teacher = {}, {}
             for level, name in self.teacher_levels.items():
-                stride = self.student_shapes[level].stride
-                check_cells(f"the student's {level}", student_maps[level], stride, (height, width))
-                check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_size)
-                s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
-                student[level] = self.adapters[level](s) if level in self.adapters else s
-                teacher[level] = t
+                student[level], teacher[level] = match_cells(
+                    (level, student_maps[level], (height, width)),
+                    (name, teacher_maps[name], teacher_size),
+                    self.student_shapes[level].stride,
+                )
+                if level in self.adapters:
+                    student[level] = self.adapters[level](student[level])
         return student, teacher
 
     def compare(
-        self,
-        student: Dict[str, Tensor],
-        teacher: Dict[str, Tensor],
-        batched_inputs: List[Dict],
-        iteration: int = 0,
-    ) -> Dict[str, Dict[str, Tensor]]:
+        self, student: Maps, teacher: Maps, batched_inputs: List[Dict], iteration: int = 0
+    ) -> Terms:
         """Each loss by level, not weighted.
 
         Args:
             student, teacher (dict[str, Tensor]): what :meth:`match_maps` returns.
             batched_inputs (list[dict]): the batch that they belong to.
             iteration (int): of the training, from 0.
-
-        Returns:
-            dict: loss -> level -> scalar.
         """
         has_targets = "instances" in batched_inputs[0]
         context = Context(
@@ -261,54 +241,14 @@ class Distiller(nn.Module):
             iteration=iteration,
         )
         device = next(iter(student.values())).device
-        with torch.autocast(device.type, enabled=False), wrong_input():
-            return {loss.name: loss(student, teacher, context) for loss in self._losses()}
-
-    def weigh(self, terms: Dict[str, Dict[str, Tensor]], iteration: int) -> Dict[str, Tensor]:
-        """The entries of the training losses: sums over the levels, with all weights."""
-        ramp = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
-        losses = {}
-        for loss in self._losses():
-            factor = loss.weight * self.loss_weight * ramp
-            levels = terms[loss.name].items()
-            weighted = [self.level_weights.get(level, 1.0) * value for level, value in levels]
-            losses[f"{loss.name}_kd_loss"] = factor * torch.stack(weighted).sum()
-        return losses
-
-    def _losses(self) -> Iterable[KDLoss]:
-        return typed(Iterable[KDLoss], self.losses.values())
+        with torch.autocast(device.type, enabled=False):
+            return {loss.name: loss(student, teacher, context) for loss in self.losses.values()}
 
 
-def check_names(
-    losses: Sequence[KDLoss],
-    in_features: Sequence[str],
-    level_weights: Sequence[float],
-    adapter: str,
-) -> None:
-    """Raises ConfigError, with the key, where one of these arguments of a Distiller is wrong."""
-    key = "MODEL.DISTILL"
-    if adapter not in ADAPTERS:
-        raise ConfigError(f"{key}.ADAPTER: {adapter!r} is none of {', '.join(ADAPTERS)}")
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{key}.LOSSES names a loss twice: {', '.join(names)}")
-    if isinstance(in_features, str) or len(set(in_features)) < len(in_features):
-        raise ConfigError(f"{key}.IN_FEATURES must be a list of different levels: {in_features}")
-    if not in_features:
-        raise ConfigError(f"{key}.IN_FEATURES is empty: name levels, or set LOSSES to ()")
-    if level_weights and len(level_weights) != len(in_features):
-        raise ConfigError(
-            f"{key}.LEVEL_WEIGHTS has {len(level_weights)} numbers for the {len(in_features)} "
-            f"levels of IN_FEATURES, {', '.join(in_features)}"
-        )
-
-
-def log_terms(terms: Dict[str, Dict[str, Tensor]]) -> None:
-    """Puts the finite ones of the values, of all losses and levels, into the event storage."""
-    named = {
-        f"{loss}_kd/{level}": value for loss, by in terms.items() for level, value in by.items()
-    }
-    values = torch.stack([value.detach() for value in named.values()]).tolist()
-    for name, value in zip(named, values):
-        if math.isfinite(value):
-            get_event_storage().put_scalar(name, value)
+def log_terms(terms: Terms) -> None:
+    """Puts `<loss>_kd/<level>` into the event storage, where it is finite."""
+    values = {f"{loss}_kd/{level}": x for loss, by in terms.items() for level, x in by.items()}
+    numbers = torch.stack([value.detach() for value in values.values()]).tolist()
+    for name, number in zip(values, numbers):
+        if math.isfinite(number):
+            get_event_storage().put_scalar(name, number)

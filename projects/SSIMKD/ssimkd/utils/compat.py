@@ -67,3 +67,8 @@ def create_ddp_model(model: nn.Module, **kwargs) -> nn.Module:
     device = next(model.parameters()).device
     kwargs.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
     return defaults.create_ddp_model(model, **kwargs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

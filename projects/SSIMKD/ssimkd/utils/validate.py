@@ -1,36 +1,38 @@
-"""Checks of options. Each raises a ValueError that names the option."""
+"""Checks of options. Each raises a ConfigError that names the option."""
 
 import math
 from numbers import Integral, Real
 from typing import Any
 
+from ssimkd.errors import ConfigError
+
 
 def check_switches(**options: Any) -> None:
-    """Raises ValueError unless every option is True or False; the text "no" would count as true."""
+    """Raises ConfigError unless every option is True or False; the text "no" would be true."""
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def check_integers(least: int = 0, /, **options: Any) -> None:
-    """Raises ValueError unless every option is an integer >= `least`."""
+    """Raises ConfigError unless every option is an integer >= `least`."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def check_coefficients(**options: Any) -> None:
-    """Raises ValueError unless every option is a finite number >= 0."""
+    """Raises ConfigError unless every option is a finite number >= 0."""
     for name, value in options.items():
         if not (is_finite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+            raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 def check_positive(**options: Any) -> None:
-    """Raises ValueError unless every option is a finite number > 0."""
+    """Raises ConfigError unless every option is a finite number > 0."""
     for name, value in options.items():
         if not (is_finite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+            raise ConfigError(f"{name} must be a finite number > 0, got {value!r}")
 
 
 def is_finite(value: Any) -> bool:

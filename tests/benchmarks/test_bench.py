@@ -2,10 +2,11 @@
 
 import json
 
-import bench as benchmark
+import bench
 import bench_growth
 import bench_loss
 import bench_step
+import bench_teacher
 import pytest
 import torch
 from bench_loss import deviation, loss_table, make_maps, own
@@ -14,6 +15,7 @@ from ssimkd import ConfigError
 from ssimkd.utils.measure import interleave
 
 SHAPES = "configs/shapes/ssimkd.yaml"
+SMALL = ["--loss", "--size", "64", "64", "--levels", "p4", "--channels", "2"]
 
 
 def test_implementations_take_turns_and_the_first_call_does_not_count():
@@ -45,14 +47,6 @@ def test_the_table_divides_by_the_baseline():
     assert baseline == "| pytorch-msssim | 1.00 | 1.00 | 1.00 | 600 | - | 2e-07 |"
 
 
-def test_without_the_baseline_the_table_divides_by_what_is_there(tmp_path):
-    arguments = ["--loss", "--size", "64", "64", "--levels", "p3", "--channels", "2", "--out"]
-    names = ["ssimkd, plain autograd", "ssimkd, normalisation included"]
-    benchmark.main([*arguments, str(tmp_path), "--repeats", "1", "--implementations", *names])
-    assert f"| {names[0]} | 1.00 | 1.00 |" in (tmp_path / "loss.md").read_text()
-    assert (tmp_path / "loss.png").stat().st_size > 0
-
-
 def test_maps_are_those_of_an_fpn_in_0_to_1():
     student, teacher = make_maps((800, 1333), 1, 1, ["p2", "p6"], "cpu")
     # 1333 is padded to 1344 = 4 * 336 = 64 * 21; 800 = 64 * 12.5
@@ -76,74 +70,63 @@ def test_memory_is_that_of_what_a_loss_keeps():
     assert abs(peak - 8 * held.numel()) < 2**25
 
 
-def test_a_part_has_to_be_chosen(capsys):
-    with pytest.raises(SystemExit):
-        benchmark.parse(["--device", "cpu"])
-    assert "--loss, --step, --growth" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--size", "0", "64"], "argument --size: 0 is not at least 1"),
-        (["--repeats", "0"], "argument --repeats: 0 is not at least 1"),
-        (["--device", "gpu"], "argument --device: invalid choice"),
-        (["--config", "configs/ssimkd_R50.py"], "--config: configs/ssimkd_R50.py is no .yaml"),
+        (["--device", "cpu"], "choose a part: --loss, --step, --growth"),
+        (["--loss", "--repeats", "0"], "argument --repeats: 0 is not at least 1"),
+        (["--loss", "--config", "configs/ssimkd_R50.py"], "configs/ssimkd_R50.py is no .yaml"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, named, capsys):
     with pytest.raises(SystemExit):
-        benchmark.parse(["--loss", *arguments])
+        bench.parse(arguments)
     assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--implementations", "fused-ssim"], "--implementations: none of them is here"),
-        (["--out", "/dev/null/x"], "--out: .*/dev/null/x"),
+        (["--loss", "--implementations", "fused-ssim"], "--implementations: none of them is here"),
+        (["--loss", "--out", "/dev/null/x"], ".*/dev/null/x"),
         (["--step", "--config", "no.yaml"], "--config-file: no.yaml"),
     ],
 )
 def test_what_cannot_be_measured_ends_in_one_line(arguments, named, tmp_path):
-    part = [] if "--step" in arguments else ["--loss"]
-    small = ["--size", "64", "64", "--levels", "p3", "--channels", "2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"^error: {named}"):
-        benchmark.main([*part, *small, *arguments])
+        bench.main([*SMALL[1:], "--out", str(tmp_path), *arguments])
 
 
-def test_a_peer_that_cannot_take_a_level_is_named(monkeypatch):
+def test_an_implementation_that_cannot_take_a_level_is_named(monkeypatch):
     def fail(student, teacher):
         raise RuntimeError("Padding size should be less\nand more")
 
     monkeypatch.setitem(bench_loss.LOSSES, "kornia", lambda: fail)
-    small = ["--loss", "--size", "64", "64", "--levels", "p4", "--channels", "2"]
-    args = benchmark.parse([*small, "--implementations", "kornia"])
+    args = bench.parse([*SMALL, "--implementations", "kornia"])
     expected = "--size, --levels: kornia on p4, 4 x 4 cells: RuntimeError: Padding size"
     with pytest.raises(ConfigError, match=expected):
         bench_loss.bench_loss(args)
 
 
-def test_a_step_of_every_kind_is_the_detectors_own():
-    bench = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim", "mgd"], "cpu")
-    assert bench.distillers["ssim"].teacher is bench.distillers["mgd"].teacher
-    before = [p.detach().clone() for p in bench.model.parameters()]
-    bench.step()
-    plain = bench.model.backbone.fpn_output2.weight.grad.clone()
-    bench.step("ssim")
-    assert not torch.equal(bench.model.backbone.fpn_output2.weight.grad, plain)
-    after = list(bench.model.parameters())[: len(before)]
-    assert all(map(torch.equal, before, after))  # so that every repeat does the same
+def test_a_step_leaves_the_weights_so_that_every_repeat_does_the_same():
+    one = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim", "mgd"], "cpu")
+    assert one.distillers["ssim"].teacher is one.distillers["mgd"].teacher
+    before = [p.detach().clone() for p in one.model.parameters()]
+    one.step()
+    plain = one.model.backbone.fpn_output2.weight.grad.clone()
+    one.step("ssim")
+    assert not torch.equal(one.model.backbone.fpn_output2.weight.grad, plain)
+    after = list(one.model.parameters())[: len(before)]
+    assert all(map(torch.equal, before, after))
 
 
 def test_the_loss_alone_is_given_the_maps_of_the_step():
-    bench = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim"], "cpu")
-    student, teacher = bench.pair("ssim")
+    one = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim"], "cpu")
+    student, teacher = one.pair("ssim")
     assert student["p3"].shape == teacher["p3"].shape == (1, 64, 8, 12)
-    bench.compare("ssim", student, teacher)
+    one.compare("ssim", student, teacher)
     assert all(m.grad.abs().max() > 0 for m in student.values())
-    maps = bench.teach()
-    torch.testing.assert_close(maps["p3"], teacher["p3"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.teach()["p3"], teacher["p3"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_steps_share_and_ratio(monkeypatch):
@@ -153,14 +136,14 @@ def test_the_steps_share_and_ratio(monkeypatch):
 
     monkeypatch.setattr(bench_step, "interleave", seconds)
     arguments = ["--step", "--config", SHAPES, "--size", "64", "64", "--losses", "ssim"]
-    results = bench_step.bench_step(benchmark.parse(arguments))
+    results = bench_step.bench_step(bench.parse(arguments))
     found = results["distilled, ssim"]
     assert found["ratio"] == pytest.approx(1.05) and found["share_of_loss"] == pytest.approx(0.05)
     row = bench_step.step_table(results).splitlines()[-1]
     assert row.startswith("| distilled, ssim | 4.2 | 5.0 | 1.050 | ")
 
 
-def test_growth_is_written_with_a_table_and_a_plot_and_measures_a_point_once(monkeypatch, tmp_path):
+def test_growth_is_written_as_a_table_and_measures_a_point_once(monkeypatch, tmp_path):
     measured = []
 
     def seconds(args, point):
@@ -169,8 +152,8 @@ def test_growth_is_written_with_a_table_and_a_plot_and_measures_a_point_once(mon
         return {"loss": cost / 1000, "student alone": cost, "distilled step": 2 * cost}
 
     monkeypatch.setattr(bench_growth, "measure_point", seconds)
-    benchmark.main(["--growth", "--growth-size", "64", "64", "--out", str(tmp_path)])
-    assert len(measured) == 10 and (tmp_path / "growth.png").stat().st_size > 0
+    bench.main(["--growth", "--growth-size", "64", "64", "--out", str(tmp_path)])
+    assert len(measured) == 6
     results = json.loads((tmp_path / "growth.json").read_text())["results"]
     assert [x["seconds"]["loss"] for x in results["image area"]] == [0.001, 0.002, 0.004]
     text = (tmp_path / "growth.md").read_text()
@@ -180,8 +163,14 @@ def test_growth_is_written_with_a_table_and_a_plot_and_measures_a_point_once(mon
 
 def test_two_processes_take_a_step_together():
     arguments = ["--growth", "--config", SHAPES, "--growth-size", "64", "64"]
-    args = benchmark.parse([*arguments, "--growth-repeats", "1"])
-    point = dict(size=(64, 64), images=1, channels=64, levels=3, processes=2)
-    seconds = bench_growth.measure_point(args, point)
+    args = bench.parse([*arguments, "--growth-repeats", "1"])
+    seconds = bench_growth.measure_point(args, dict(size=(64, 64), images=1, processes=2))
     assert set(seconds) == {"loss", "student alone", "distilled step"}
     assert all(value > 0 for value in seconds.values())
+
+
+def test_a_teacher_in_float32_has_the_detectors_own_maps(capsys):
+    bench_teacher.main(["--repeats", "1", "--images", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    maps = {row[0].strip("| "): [float(cell.strip("| ")) for cell in row[2:]] for row in rows[2:5]}
+    assert max(maps["float32"]) < 1e-5 < min(maps["bfloat16"]) < max(maps["bfloat16"]) < 1e-2

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a student or a teacher, which must cover the model's tensors."""
+"""Which tensors of a model a checkpoint covers, and loading one that must cover a backbone."""
 
 import logging
 from collections import OrderedDict
@@ -13,35 +13,6 @@ from ssimkd.errors import ConfigError, as_config_error
 from .reader import CheckpointReader
 
 logger = logging.getLogger(__name__)
-
-
-class StrictCheckpointer(CheckpointReader):
-    """Detectron2's checkpointer, with an error for a checkpoint of another model.
-
-    Args:
-        model (nn.Module), save_dir (str): as Detectron2's.
-        whole (bool): a checkpoint must hold every tensor of the model. Otherwise the tensors that
-            it lacks are a warning. It is an error if it lacks all, or if its backbone has other
-            shapes.
-        options: as Detectron2's.
-    """
-
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **options
-    ) -> None:
-        super().__init__(model, save_dir, **options)
-        self.whole = whole
-
-    def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = unloaded_tensors(incompatible)
-        if wrong and self.whole:
-            raise ConfigError(f"does not fit the model: {first_three(list(wrong.values()))}")
-        none = all(name in wrong for name, _ in self.model.named_parameters())
-        # The heads may predict other classes. A backbone of other shapes is another model's.
-        other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
-        if none or other:
-            raise ConfigError(f"is another model's: {first_three(other or list(wrong.values()))}")
-        super()._log_incompatible_keys(incompatible)
 
 
 def unloaded_tensors(incompatible) -> Dict[str, str]:
