@@ -66,10 +66,15 @@ class TorchvisionBackbone(Backbone):
             raise ConfigError(f"{self.key}.NORM: {norm!r} is none of {', '.join(NORMS)}")
         if not out_features or not set(out_features) <= set(STRIDES):
             raise ConfigError(f"{self.key}: out_features must be some of {', '.join(STRIDES)}")
-        if freeze_at and f"res{freeze_at}" not in STRIDES:
-            raise ConfigError(f"MODEL.BACKBONE.FREEZE_AT must be 0 or from 2 to 5, got {freeze_at}")
         self._out_features = [feature for feature in STRIDES if feature in out_features]
         self._out_feature_strides = {feature: STRIDES[feature] for feature in self._out_features}
+        # up to the coarsest: beyond it there would be parameters without gradient
+        self.features = list(STRIDES)[: list(STRIDES).index(self._out_features[-1]) + 1]
+        if freeze_at and f"res{freeze_at}" not in self.features:
+            raise ConfigError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: it must be 0, or the number of one of "
+                f"{', '.join(self.features)}"
+            )
         try:
             self.body, self._out_feature_channels = self.build(name, weights)
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -84,7 +89,7 @@ class TorchvisionBackbone(Backbone):
             self.body = nn.SyncBatchNorm.convert_sync_batchnorm(self.body)
 
     def build(self, name: str, weights: str) -> Tuple[nn.Module, Dict[str, int]]:
-        """The network, which returns a dict of `_out_features`, and their channels.
+        """The network, which returns a dict of `features`, and their channels.
 
         Raises:
             ValueError: the network does not have these features.
@@ -95,12 +100,13 @@ class TorchvisionBackbone(Backbone):
         if weights:
             load_torchvision_weights(network, name, weights)
         modules, channels = find_features(network)
-        wanted = {modules[feature]: feature for feature in self._out_features}
+        wanted = {modules[feature]: feature for feature in self.features}
         return create_feature_extractor(network, wanted), channels
 
     def forward(self, images: Tensor) -> Dict[str, Tensor]:
         """Feature -> (N, C, H / stride, W / stride), for images (N, 3, H, W)."""
-        return self.body(images)
+        maps = self.body(images)
+        return {feature: maps[feature] for feature in self._out_features}
 
     def freeze(self, last: str) -> None:
         """Stops the training of all parameters that the features up to `last` depend on.
@@ -108,12 +114,11 @@ class TorchvisionBackbone(Backbone):
         Their batch norms become FrozenBatchNorm2d, as in Detectron2's ResNet.
         """
         named = [(name, p) for name, p in self.body.named_parameters() if p.requires_grad]
-        frozen = [feature for feature in self._out_features if STRIDES[feature] <= STRIDES[last]]
         training = self.body.training
         self.body.eval()
         with torch.enable_grad():
-            maps = self.forward(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))
-            total = torch.stack([maps[feature].sum() for feature in frozen]).sum()
+            maps = self.body(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))
+            total = maps[last].sum()
             gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
         self.body.train(training)
         for (name, parameter), gradient in zip(named, gradients):
@@ -157,7 +162,7 @@ class TimmBackbone(TorchvisionBackbone):
             raise ConfigError(
                 f"{self.key}: {name}, weights {weights!r}: {one_line(error)}"
             ) from error
-        return TimmFeatures(network, self._out_features), {
+        return TimmFeatures(network, self.features), {
             feature: network.feature_info.channels()[index]
             for feature, index in timm_indices(network).items()
         }
