@@ -81,14 +81,6 @@ def test_adapters_live_under_distiller(student):
     assert all(p.grad is not None and p.grad.any() for p in model.distiller.parameters())
 
 
-def test_every_student_parameter_gets_a_gradient_from_ssim_that_it_can(student):
-    model = student()
-    losses, _ = losses_of(model)
-    losses["ssim_kd_loss"].backward()
-    for name, p in model.named_parameters():
-        assert (p.grad is not None) == name.startswith("backbone."), name
-
-
 def test_nothing_stays_registered_even_after_an_error(student):
     model = student()
     losses_of(model)

@@ -1,8 +1,10 @@
 """Compares a student's maps with its teacher's: levels, adapters, losses, weights.
 
-student, teacher   Dict[str, Tensor]              level -> (N, C, H, W)
-terms              Dict[str, Dict[str, Tensor]]   loss -> level -> scalar, not weighted
-losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
+The values in the order in which they are computed:
+
+    student, teacher   Dict[str, Tensor]              level -> (N, C, H, W)
+    terms              Dict[str, Dict[str, Tensor]]   loss -> level -> scalar, not weighted
+    losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
 """
 
 import math
@@ -21,7 +23,7 @@ from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .levels import check_channels, check_levels, match_cells, match_levels
+from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
 OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
@@ -119,13 +121,7 @@ class Distiller(nn.Module):
         """
         if not self.enabled:
             return
-        for level in self.in_features:
-            if level not in student_shapes:
-                has = ", ".join(student_shapes)
-                raise ConfigError(
-                    f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
-                )
-        self.student_shapes = {level: student_shapes[level] for level in self.in_features}
+        self.student_shapes = select_levels(student_shapes, self.in_features)
         channels = {level: shape.channels for level, shape in self.student_shapes.items()}
         with torch.random.fork_rng(devices=[]):  # the detector's random numbers stay the same
             if self.adapter != "none":

@@ -36,6 +36,17 @@ def check_levels(levels: Sequence[str], weights: Sequence[float]) -> Dict[str, f
     return dict(zip(levels, map(float, weights)))
 
 
+def select_levels(student: Shapes, levels: Sequence[str]) -> Shapes:
+    """The shapes of these levels; raises ConfigError for a level that the student lacks."""
+    for level in levels:
+        if level not in student:
+            has = ", ".join(student)
+            raise ConfigError(
+                f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
+            )
+    return {level: student[level] for level in levels}
+
+
 def match_levels(student: Shapes, teacher: Shapes) -> Dict[str, str]:
     """Level of the student -> level of the teacher with the same stride.
 

@@ -1,7 +1,8 @@
 """The students: Detectron2's detectors, with the distillation losses beside their own.
 
-A new student is a class of two lines, as those at the end of this file: it inherits from
-DistillMixin and from a detector, and it is registered.
+A new student is a class of two lines, like those at the end of this file: it inherits from
+DistillMixin and from a detector, and it is registered. A new backbone needs nothing here: every
+backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn and teach.
 """
 
 import logging
@@ -98,13 +99,7 @@ class DistillMixin:
         distiller = self.distiller
         if not self.training or distiller is None or not distiller.enabled:
             return super().forward(batched_inputs)
-        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
-            logger.warning(
-                "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
-                "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
-                "train_net.py and `ssimkd train` act on them"
-            )
-            build_teachers(self)
+        self._build_missing_teachers()
         log_gradients = self.log_gradients and get_event_storage().iter % self.log_gradients == 0
         with capture_backbone(self.backbone, log_gradients) as captured:
             losses = super().forward(batched_inputs)
@@ -112,6 +107,15 @@ class DistillMixin:
             batched_inputs, captured["maps"], captured["images"], self.preprocessing
         )
         return {**losses, **kd_losses}
+
+    def _build_missing_teachers(self) -> None:
+        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
+            logger.warning(
+                "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
+                "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
+                "train_net.py and `ssimkd train` act on them"
+            )
+            build_teachers(self)
 
 
 @contextmanager

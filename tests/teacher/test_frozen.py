@@ -53,12 +53,11 @@ def test_the_heads_are_gone(teacher_file):
     assert [name for name, _ in teacher.model.named_children()] == ["backbone"]
 
 
-@pytest.mark.parametrize("name", ["retinanet_R_50_FPN_1x", "retinanet_R_50_FPN_1x.yaml"])
-def test_zoo_names(name):
-    spec = TeacherSpec(f"COCO-Detection/{name}")
+def test_a_teacher_is_named_as_in_the_zoo_or_as_this_projects_configs():
+    spec = TeacherSpec("COCO-Detection/retinanet_R_50_FPN_1x")
     assert spec.load_config().MODEL.META_ARCHITECTURE == "RetinaNet"
-    path = "COCO-Detection/retinanet_R_50_FPN_1x"
-    assert spec._zoo_weights() == model_zoo.get_checkpoint_url(path + ".yaml")
+    assert spec._zoo_weights() == model_zoo.get_checkpoint_url(f"{spec.config}.yaml")
+    assert TeacherSpec("shapes/teacher").load_config() == TeacherSpec(CONFIG).load_config()
 
 
 def test_a_lazy_teacher_from_the_zoo(tmp_path):
@@ -119,15 +118,6 @@ def test_the_heads_may_be_missing(tmp_path, state):
     Teacher(TeacherSpec(CONFIG, save(tmp_path / "t.pth", backbone)), CPU)
 
 
-def test_detectron2_pickles(tmp_path, state, teacher_file):
-    path = tmp_path / "t.pkl"
-    arrays = {k: v.numpy() for k, v in state.items()}
-    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
-    found = maps_of(Teacher(TeacherSpec(CONFIG, str(path)), CPU))
-    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file), CPU))
-    assert all(torch.equal(found[level], expected[level]) for level in expected)
-
-
 @pytest.mark.parametrize("weights", ["", "detectron2://COCO-Detection/x/model.pkl"])
 def test_zoo_urls_are_read_from_detectron2s_cache(weights, monkeypatch, tmp_path, teacher_file):
     """No network here: the file is put where a download would have put it."""
@@ -138,7 +128,9 @@ def test_zoo_urls_are_read_from_detectron2s_cache(weights, monkeypatch, tmp_path
     path = tmp_path / "detectron2/COCO-Detection/x/model.pkl"
     path.parent.mkdir(parents=True)
     path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
-    assert Teacher(TeacherSpec(CONFIG, weights), CPU).shapes["p2"].stride == 4
+    found = maps_of(Teacher(TeacherSpec(CONFIG, weights), CPU))
+    expected = maps_of(Teacher(TeacherSpec(CONFIG, teacher_file), CPU))
+    assert all(torch.equal(found[level], expected[level]) for level in expected)
 
 
 def test_its_own_mean_deviation_and_channel_order(tmp_path, state, teacher_file):
