@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ssimkd.losses import Context, MSSSIMLoss, SSIMLoss
 from ssimkd.ssim.definition import ssim_map
 from test_losses import equal_batch, padded_batch
-from test_ssim import DEFAULTS, reference_terms, related_maps
+from test_definition import DEFAULTS, reference_terms, related_maps
 from torch.autograd import gradcheck
 
 WANG = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

@@ -13,6 +13,7 @@ from ssimkd.losses import KD_LOSS_REGISTRY, Context
 from ssimkd.ssim import definition as ssim
 from ssimkd.ssim import ssim_loss
 from ssimkd.ssim.normalize import NORMALIZATIONS, SCOPES
+from ssimkd.ssim.window import BORDERS
 
 EXAMPLES = {"deadline": None, "derandomize": True, "database": None}
 quick, quicker = settings(max_examples=25, **EXAMPLES), settings(max_examples=6, **EXAMPLES)
@@ -31,7 +32,7 @@ options = st.fixed_dictionaries(
     {
         "window_size": st.sampled_from([1, 3, 7, 11]),
         "sigma": st.sampled_from([0.3, 1.5, 5.0]),
-        "border": st.sampled_from(ssim.BORDERS),
+        "border": st.sampled_from(BORDERS),
         "exponents": st.sampled_from([(1, 1, 1), (0, 1, 1), (0, 0, 1), (1, 0.5, 2)]),
     }
 )
