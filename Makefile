@@ -7,7 +7,7 @@ READY := .venv/.ready
 
 setup: $(READY)  ## .venv alone
 
-train: $(READY)  ## distil a small student on the embedded data and print the table
+train: $(READY)  ## distil a small student on the Shapes data and print the table
 	$(BIN)/python tools/train_shapes.py
 
 compare: $(READY)  ## train the student with every method and print the table; ARGS="--help" for more

@@ -9,7 +9,9 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     torchrun --nproc-per-node 8 train_net.py --config-file configs/ssimkd_R50.yaml
 """
 
-from ssimkd.commands.train import main
+import sys
+
+from ssimkd.commands.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -7,9 +7,9 @@
     python benchmarks/bench.py --step --losses ssim l1          # a step of configs/ssimkd_R50.yaml
     python benchmarks/bench.py --growth --processes 4           # and of more images, pixels, ...
 
-Each part writes <out>/<part>.json, .md (a table) and .png (a plot). Times are medians over repeats
-that take what is compared in turn, so that what slows the machine slows all of it; quote their
-ratios, with the machine. What is not installed is named as absent. Detectors have random weights.
+Each part writes <out>/<part>.json and <out>/<part>.md, a table. Times are medians over repeats that
+take what is compared in turn, so that what slows the machine slows all of it. Quote their ratios,
+with the machine. Implementations that are not installed are named. Detectors have random weights.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Dict
 
 import torch
-from bench_growth import bench_growth, growth_plot, growth_table
-from bench_loss import LOSSES, OWN, STRIDES, bench_loss, loss_plot, loss_table
-from bench_step import bench_step, step_plot, step_table
+from bench_growth import bench_growth, growth_table
+from bench_loss import LOSSES, OWN, STRIDES, bench_loss, loss_table
+from bench_step import bench_step, step_table
 from ssimkd.engine.run_record import machine
-from ssimkd.errors import building, exit_in_one_line
+from ssimkd.errors import exit_in_one_line
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.utils.measure import positive
 
@@ -39,11 +39,11 @@ def quoted_with(threads: int) -> Dict[str, str]:
     }
 
 
-# part -> what it measures, its table and its plot
+# part -> its measurement and its table
 PARTS = {
-    "loss": (bench_loss, loss_table, loss_plot),
-    "step": (bench_step, step_table, step_plot),
-    "growth": (bench_growth, growth_table, growth_plot),
+    "loss": (bench_loss, loss_table),
+    "step": (bench_step, step_table),
+    "growth": (bench_growth, growth_table),
 }
 
 
@@ -92,10 +92,9 @@ def bench(args: argparse.Namespace) -> None:
         ConfigError: --config, --out or what is compared cannot be used.
     """
     torch.set_num_threads(args.threads)
-    with building("--out"):
-        args.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for part in (part for part in PARTS if getattr(args, part)):
-        measure, table, plot = PARTS[part]
+        measure, table = PARTS[part]
         results = measure(args)
         about = quoted_with(args.threads)
         settings = {k: v for k, v in vars(args).items() if k not in (*PARTS, "out")}
@@ -103,8 +102,7 @@ def bench(args: argparse.Namespace) -> None:
         (args.out / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
         text = f"{table(results)}\n\n{'; '.join(about.values())}\n"
         (args.out / f"{part}.md").write_text(text)
-        plot(results, args.out / f"{part}.png")
-        print(f"\n{text}\n{args.out / part}.json, .md, .png")
+        print(f"\n{text}\n{args.out / part}.json, .md")
 
 
 def main(argv=None) -> None:

@@ -1,4 +1,4 @@
-"""Part 3 of `benchmark.py`: how the SSIM loss and a distilled step grow."""
+"""Part 3 of bench.py: how the SSIM loss and a distilled step grow."""
 
 import argparse
 import json
@@ -14,21 +14,18 @@ from bench_step import STUDENT, Bench
 from ssimkd.utils.measure import Call, clock_of, interleave, markdown
 from torch.nn.parallel import DistributedDataParallel
 
-LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 LOSS, DISTILLED = "loss", "distilled step"
 
 
 def points(args: argparse.Namespace) -> Dict[str, List[Dict[str, Any]]]:
     """What grows -> the settings to measure, the first the base."""
     height, width = args.growth_size
-    base = dict(size=(height, width), images=1, channels=256, levels=5, processes=1)
+    base = dict(size=(height, width), images=1, processes=1)
     return {
         "image area": [
             dict(base, size=(height * f, width * g)) for f, g in ((1, 1), (1, 2), (2, 2))
         ],
         "images": [dict(base, images=n) for n in (1, 2, 4)],
-        "channels": [dict(base, channels=n) for n in (64, 128, 256)],
-        "levels": [dict(base, levels=n) for n in (1, 3, 5)],
         "processes": [dict(base, processes=n) for n in range(1, args.processes + 1)],
     }
 
@@ -36,10 +33,7 @@ def points(args: argparse.Namespace) -> Dict[str, List[Dict[str, Any]]]:
 def measure(args: argparse.Namespace, point: Dict[str, Any], rank: int = 0) -> Dict[str, float]:
     """Seconds of the loss, of the student's step and of the distilled one, on this process."""
     device = f"cuda:{rank}" if args.device == "cuda" else args.device
-    width = ["MODEL.FPN.OUT_CHANNELS", point["channels"]]
-    levels = ["MODEL.DISTILL.IN_FEATURES", LEVELS[-point["levels"] :]]
-    opts = [*args.opts, *width, *levels]
-    bench = Bench(args.config, point["size"], point["images"], ["ssim"], device, opts, width)
+    bench = Bench(args.config, point["size"], point["images"], ["ssim"], device, args.opts)
     if point["processes"] > 1:
         bench.run = DistributedDataParallel(bench.model, broadcast_buffers=False)
     calls: Dict[str, Call] = {
@@ -106,22 +100,3 @@ def growth_table(results: Dict) -> str:
             )
             rows.append([label(what, entry["point"]), *times])
     return markdown(["", *(f"{name}, ms" for name in (LOSS, STUDENT, DISTILLED))], rows)
-
-
-def growth_plot(results: Dict, path: Path) -> None:
-    """A panel per series: times as multiples of its first point's."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(results), 3), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, (what, series) in zip(panels, results.items()):
-        sizes = [entry["point"]["size"] for entry in series]
-        x = [h * w / 1e6 for h, w in sizes]
-        if what != "image area":
-            x = [entry["point"][what] for entry in series]
-        for name, first in series[0]["seconds"].items():
-            axes.plot(x, [entry["seconds"][name] / first for entry in series], "o-", label=name)
-        axes.set_xlabel(f"{what}, megapixels" if what == "image area" else what)
-    panels[0].set_ylabel("time, first point = 1")
-    panels[0].legend()
-    figure.savefig(path)

@@ -4,15 +4,15 @@ import argparse
 import math
 import multiprocessing
 from functools import partial
-from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple, cast
 
 import torch
+from memory import peak_of
 from ssimkd import ConfigError
 from ssimkd.errors import building
 from ssimkd.ssim import compiled, ssim_loss
 from ssimkd.ssim.normalize import normalize_maps
-from ssimkd.utils.measure import clock_of, interleave, markdown, peak_of
+from ssimkd.utils.measure import clock_of, interleave, markdown
 from torch import Tensor
 
 Maps = Dict[str, Tensor]
@@ -236,20 +236,3 @@ def loss_table(results: Dict) -> str:
         cells += [f"{1000 * result['seconds']['sum']:.0f}", sets, f"{result['deviation']:.0e}"]
         rows.append([name, *cells])
     return markdown(["", *head], rows)
-
-
-def loss_plot(results: Dict, path: Path) -> None:
-    """Speed per level and in sum, as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    base = results[base_of(results)]["seconds"]
-    for i, (name, result) in enumerate(results.items()):
-        positions = [j + (i - len(results) / 2) * 0.8 / len(results) for j in range(len(base))]
-        speeds = [base[c] / result["seconds"][c] for c in base]
-        axes.bar(positions, speeds, 0.8 / len(results), label=name, align="edge")
-    axes.set_xticks(range(len(base)), list(base))
-    axes.set_ylabel(f"speed, {base_of(results)} = 1")
-    axes.legend()
-    figure.savefig(path)

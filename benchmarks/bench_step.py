@@ -1,21 +1,20 @@
-"""Part 2 of `benchmark.py`: a training step of a student, with each loss and without."""
+"""Part 2 of bench.py: a training step of a student, with each loss and without."""
 
 import argparse
 import os
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from memory import peak_of
 from ssimkd.engine.arguments import load_config
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.teacher.frozen import preprocessing_of
-from ssimkd.utils.measure import Call, clock_of, interleave, markdown, peak_of
+from ssimkd.utils.measure import Call, clock_of, interleave, markdown
 from torch import Tensor
 
 STUDENT, TEACHER = "student alone", "teacher backbone, float32"
@@ -45,7 +44,7 @@ class Bench:
         size, images: of the batch; see :func:`make_batch`.
         losses (sequence[str]): names in the registry; () for no teacher.
         device (str): where to run.
-        opts, teacher_opts (sequence): overrides of both configs.
+        opts (sequence): overrides of the student's config.
     """
 
     def __init__(
@@ -56,12 +55,10 @@ class Bench:
         losses: Sequence[str],
         device: str,
         opts: Sequence = (),
-        teacher_opts: Sequence = (),
     ) -> None:
         overrides = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", *opts]
         self.cfg = load_config(config, overrides, splits=()).clone()
         self.cfg.defrost()
-        self.cfg.MODEL.DISTILL.TEACHER.OPTS = list(teacher_opts)
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.model = build_model(self.cfg).train()
@@ -111,22 +108,18 @@ class Bench:
     def pair(self, loss: str) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """Maps of student, with gradient, and teacher, as a loss gets them."""
         images = self.model.preprocess_image(self.batch).tensor
-        maps, rules = (
-            self.model.backbone(images),
-            preprocessing_of(self.model, self.cfg.INPUT.FORMAT),
-        )
-        student, teacher = self.distillers[loss].pair(self.batch, maps, images, rules)
+        maps, preprocessing = self.model.backbone(images), self.model.preprocessing
+        distiller = self.distillers[loss]
+        student, teacher = distiller.match_maps(self.batch, maps, images, preprocessing)
         return {level: m.requires_grad_() for level, m in student.items()}, teacher
 
     def compare(self, loss: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:
         """Forward and backward of a loss alone."""
-        distiller = self.distillers[loss]
-        context = distiller._context(self.batch)
-        context.targets = [x.to(self.device) for x in context.targets or ()]
+        batch = [{**x, "instances": x["instances"].to(self.device)} for x in self.batch]
         for m in student.values():
             m.grad = None
         with EventStorage(0):
-            terms = distiller.losses[loss](student, teacher, context)  # type: ignore[operator]
+            terms = self.distillers[loss].compare(student, teacher, batch)[loss]
             torch.stack(list(terms.values())).sum().backward()
 
 
@@ -167,15 +160,3 @@ def step_table(results: Dict) -> str:
         peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e9:.2f}"
         rows.append([name, f"{result['seconds']:.3g}", share, ratio, peak])
     return markdown(head, rows)
-
-
-def step_plot(results: Dict, path: Path) -> None:
-    """Seconds of each step, as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.4 * len(results) + 1), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(list(results), [result["seconds"] for result in results.values()])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    figure.savefig(path)

@@ -1,15 +1,13 @@
 #!/usr/bin/env python
-r"""Compares the losses on the embedded data: equal budgets, equal seeds, equally searched weights.
+r"""Compares the losses on the Shapes data: equal budgets, equal seeds, equally searched weights.
 
-    python benchmarks/compare.py                                    # every loss, as `make compare` does
+    python benchmarks/compare.py                                # every loss, as `make compare` does
     python benchmarks/compare.py --methods vanilla ssim l2 --seeds 1 2 3 --budget 500
-    python benchmarks/compare.py --ablation window sigma            # variants of ssim, one change each
+    python benchmarks/compare.py --ablation window sigma        # variants of ssim, one change each
     python benchmarks/compare.py --methods ssim ssim:SSIM.BORDER=zero:WARMUP_ITERS=100 "ssim:*0.5"
-    python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda      # overrides for every run
+    python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda  # overrides for every run
 
-Run it again after an interruption: finished runs are not repeated. On several machines give each
-`--shard 1/3`, `2/3` and `3/3` and the same --out, or one folder each that are merged afterwards;
-then the same command without --shard measures the costs and writes the tables. With --records
+Run it again after an interruption: finished runs are not repeated. With --records
 docs/comparison/records.json, the runs that this project has published are not repeated either.
 
 Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml); ssim:*0 is
@@ -49,12 +47,12 @@ from compare_methods import (
 )
 from compare_runs import COSTS, Run, Runner, gather, restore
 from detectron2.data import DatasetCatalog
-from ssimkd import KD_LOSS_REGISTRY, ConfigError
+from ssimkd import KD_LOSS_REGISTRY
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 8  # of the search: from one weight to the next, and how many at most
-RATIO = 8.0  # of the gradients, as in tools/suggest_weight.py
+RATIO = 8.0  # of the gradients, as in `ssimkd weight`
 PROBE_ITERS = 100
 PROBE = (
     *("MODEL.DISTILL.LOG_GRADIENTS", "10"),
@@ -196,10 +194,10 @@ def origin_of(record: Dict[str, Any]) -> Dict[str, str]:
 
 
 def select(args: argparse.Namespace) -> List[Method]:
-    """The methods of the command line, or of its shard of them.
+    """The methods of the command line.
 
     Raises:
-        ConfigError: there is no such method or shard.
+        ConfigError: there is no such method.
     """
     every = [PLAIN, HEADS, *sorted(name for name, _ in KD_LOSS_REGISTRY)]
     names = args.methods or ([PLAIN, REFERENCE] if args.ablation else every)
@@ -209,11 +207,7 @@ def select(args: argparse.Namespace) -> List[Method]:
             parse_method(f"{REFERENCE}:{change}", searched_as=REFERENCE)
             for change in ABLATIONS[group]
         ]
-    unique = list({method.name: method for method in methods}.values())
-    shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
-    if shard is None or int(shard[1]) > int(shard[2]):
-        raise ConfigError(f"--shard must be like 2/5, the second of five, got {args.shard}")
-    return unique[int(shard[1]) - 1 :: int(shard[2])]
+    return list({method.name: method for method in methods}.values())
 
 
 def choose(methods: Sequence[Method], scores: Dict[str, Dict[float, float]]) -> Dict[Method, float]:
@@ -288,7 +282,6 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--budget", type=int, nargs="+", default=[500], help="iterations; one table for each")
     add("--search-seeds", type=int, nargs="*", default=[101], help="none: default weights")
     add("--jobs", type=int, default=os.cpu_count(), help="processes at a time, a thread each")
-    add("--shard", default="1/1", help="2/5: every fifth method from the second on, no report")
     add("--out", default=str(ROOT / "output/compare"), help="folder of runs and report")
     add("--records", type=Path, help="finished runs to take over: a records.json")
     add("--timing-rounds", type=int, default=3, help="solo runs of each method; 0: no costs")
@@ -313,9 +306,7 @@ def main() -> None:
         weights = choose(methods, scores)
         rows = comparison.compare(weights)
         gather(out)
-        if args.shard != "1/1":
-            print("This shard is done. With all of them in one folder, run without --shard.")
-        elif rows:
+        if rows:
             found = write_weights(out / "weights.json", scores)
             print(write_report(out, rows, comparison.measure(weights), found))
     if comparison.runner.failed:

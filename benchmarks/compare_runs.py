@@ -173,7 +173,7 @@ def seconds_per_iteration(metrics: Path) -> float:
 
 
 def gradient_ratio(metrics: Path) -> Optional[float]:
-    """What `MODEL.DISTILL.LOG_GRADIENTS` logged, as suggest_weight.py takes it; None: nothing."""
+    """What `MODEL.DISTILL.LOG_GRADIENTS` logged, as `ssimkd weight` takes it; None: nothing."""
     return medians(read_rows(metrics)).get("gradient_ratio")
 
 

@@ -19,11 +19,11 @@ import time
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
+from memory import peak_of
 from ssimkd.ssim import ssim_loss
 from ssimkd.ssim import triton_loss as ssim_triton
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.ssim.triton_loss import ssim_loss_triton
-from ssimkd.utils.measure import peak_of
 from torch import Tensor
 
 LEVELS = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]

@@ -1,8 +1,9 @@
-# Faster R-CNN R50-FPN, 1x, learns from the zoo's Faster R-CNN R101-FPN 3x (box AP 42.0).
+# Faster R-CNN R50-FPN learns from the zoo's Faster R-CNN R101-FPN 3x, which has 42.0 box AP.
 #
 #   python train_net.py --config-file configs/ssimkd_R50.py --num-gpus 8
 #
-# The LazyConfig twin of ssimkd_R50.yaml: same model, same losses, same cost.
+# Cost: 42 GPU-hours for the student and at most 20 more for the teacher, estimated.
+# Expected: without a teacher this student has 37.9 box AP (zoo).
 from detectron2.config import LazyCall as L
 from ssimkd import Distiller, DistillRCNN
 from ssimkd.losses import SSIMLoss
@@ -14,7 +15,7 @@ dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 train = model_zoo.get_config("common/train.py").train
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 
-# The zoo's common models have no Faster R-CNN: it is Mask R-CNN less its masks.
+# The zoo's common models have no Faster R-CNN; it is Mask R-CNN without its mask branch.
 for mask_part in ("mask_in_features", "mask_pooler", "mask_head"):
     model.roi_heads.pop(mask_part)
 dataloader.train.mapper.use_instance_mask = False

@@ -21,7 +21,7 @@ os.chdir(ROOT)  # configs name files relative to the repository
 
 
 def shapes_cfg(name, *opts):
-    """A config of the embedded data: "vanilla", "ssimkd" or "teacher"."""
+    """A config of the Shapes data: "vanilla", "ssimkd" or "teacher"."""
     cfg = get_cfg()
     add_ssimkd_config(cfg)
     cfg.merge_from_file(str(ROOT / f"configs/shapes/{name}.yaml"))
@@ -127,7 +127,7 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few_shapes(tmp_path_factory):
-    """A folder for DETECTRON2_DATASETS with a few images of the embedded data set."""
+    """A folder for DETECTRON2_DATASETS with a few images of the Shapes data."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SPLITS", {"train": 40, "val": 12})

@@ -79,7 +79,7 @@ def lazy_words(out, *opts, resume=False, **sizes):
         f"train.output_dir={out}", f"train.max_iter={n['max_iter']}", "+train.seed=1",
         "dataloader.train.total_batch_size=2", f"dataloader.train.num_workers={n['workers']}",
         f"train.checkpointer.period={n['checkpoint_period']}",
-        f"train.eval_period={n['eval_period']}", "model.distiller.check_images=2",
+        f"train.eval_period={n['eval_period']}", "+train.check_images=2",
         "dataloader.test.mapper.augmentations.0.short_edge_length=32", *opts,
     ]  # fmt: skip
 

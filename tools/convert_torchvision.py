@@ -28,8 +28,6 @@ from typing import Dict
 
 import torch
 from ssimkd.checkpoint.export import read_weights
-from ssimkd.checkpoint.reader import trust_checkpoints
-from ssimkd.engine.arguments import add_flags
 from ssimkd.errors import ConfigError, as_config_error, exit_in_one_line
 from torch import Tensor
 from torchvision import models
@@ -82,10 +80,8 @@ def main() -> None:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--out", required=True, help="file to write, .pth")
     parser.add_argument("--weights", default="", help="a state dict instead of torchvision's own")
-    add_flags(parser)
     args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
-    with exit_in_one_line(args.debug):
+    with exit_in_one_line():
         if not args.out.endswith(".pth"):
             raise ConfigError(f"--out: {args.out} must end in .pth, or Detectron2 cannot read it")
         weights = read(args.architecture, args.weights)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Distils a small student on the embedded data set and compares it with its teacher and its twin.
+"""Distils a small student on the Shapes data and compares it with its teacher and its twin.
 
     python tools/train_shapes.py                     # one seed, as `make train` does
     python tools/train_shapes.py --seeds 1 2 3
 
 Each row is a run of train_net.py, whose command is printed. The table is written to
-output/shapes/table.md as well, and tools/report.py makes a page of the first seed's runs.
+output/shapes/table.md as well, and `ssimkd report` makes a page of the first seed's runs.
 """
 
 import argparse

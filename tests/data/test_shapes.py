@@ -1,4 +1,4 @@
-"""The embedded data set, as files and as what Detectron2's detectors train with."""
+"""The Shapes data, as files and as what Detectron2's detectors train with."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 from conftest import shapes_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator
+from detectron2.evaluation import COCOEvaluator, SemSegEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.structures.masks import polygons_to_bitmask
@@ -202,20 +202,6 @@ def test_a_drawing_that_failed_leaves_nothing_behind(tmp_path, monkeypatch):
     assert (root / "instances_val.json").stat().st_mtime_ns == before
 
 
-def test_a_set_without_masks_is_drawn_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "SPLITS", {"train": 2, "val": 2})
-    root = tmp_path / shapes.FOLDER
-    for split in shapes.SPLITS:  # as earlier code left it
-        (root / split).mkdir(parents=True)
-        (root / f"instances_{split}.json").write_text('{"annotations": [{"bbox": [0, 0, 9, 9]}]}')
-    shapes.ensure_shapes(str(root))
-    for split in shapes.SPLITS:
-        content = json.loads((root / f"instances_{split}.json").read_text())
-        assert all(a["segmentation"] and a["keypoints"] for a in content["annotations"])
-        assert len(list((root / f"panoptic_{split}").iterdir())) == 2
-    assert list(tmp_path.iterdir()) == [root]
-
-
 @pytest.mark.parametrize(
     "opts, name, losses",
     [
@@ -275,20 +261,3 @@ def test_what_was_drawn_has_all_of_the_mean_iou(few_images):
 
     evaluator = SemSegEvaluator("ssimkd_shapes_panoptic_val", distributed=False)
     assert evaluate(evaluator, perfect)["sem_seg"]["mIoU"] == 100
-
-
-def test_what_was_drawn_has_all_of_the_panoptic_quality(few_images, tmp_path):
-    pytest.importorskip("panopticapi")  # on GitHub, not on the package index
-
-    def perfect(index):
-        owner, objects, _ = seen(index)
-        info = [{"id": 1, "isthing": False, "category_id": 1}]
-        info += [
-            {"id": k + 2, "isthing": True, "category_id": item.label}
-            for k, item in enumerate(objects)
-        ]
-        return {"panoptic_seg": (torch.from_numpy(owner.astype(int) + 1), info)}
-
-    evaluator = COCOPanopticEvaluator("ssimkd_shapes_panoptic_val", str(tmp_path))
-    metrics = evaluate(evaluator, perfect)["panoptic_seg"]
-    assert (metrics["PQ"], metrics["PQ_th"], metrics["PQ_st"]) == (100, 100, 100)

@@ -1,4 +1,4 @@
-"""Both drivers on the embedded data, through the command line: steps, resume, export."""
+"""Both drivers on the Shapes data, through the command line: steps, resume, export."""
 
 import json
 import os

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 from itertools import chain, islice
 
 import pytest
@@ -12,18 +13,20 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.structures import Boxes, Instances
-from ssimkd import ConfigError, DistillRCNN
+from ssimkd import ConfigError
 from ssimkd.data.shapes import FOLDER
-from ssimkd.engine.preflight import LEAST_FOUND, count_found, paired_maps, prepare
+from ssimkd.engine.preflight import LEAST_FOUND, count_found, prepare
+from ssimkd.engine.settings import read_settings
 from ssimkd.engine.yaml_driver import DistillTrainer
-from ssimkd.teacher.frozen import TeacherSpec
+from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.random_state import get_random_state
 
 TEACHER = ("MODEL.DISTILL.TEACHER.WEIGHTS", "configs/shapes/teacher.pth")  # a trained one
+SETTINGS = read_settings(shapes_cfg("ssimkd"))
 
 
 class Loader:
-    """Shows the images of the embedded data set that it was given."""
+    """Shows the images of the Shapes data that it was given."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -34,7 +37,7 @@ class Loader:
 
 @pytest.fixture(scope="module")
 def loader(few_shapes):
-    """The embedded data set's training stream."""
+    """The Shapes data's training stream."""
     name, root = "preflight_train", f"{few_shapes}/{FOLDER}"
     register_coco_instances(name, {}, f"{root}/instances_train.json", f"{root}/train")
     yield DistillTrainer.build_train_loader(shapes_cfg("vanilla", "DATASETS.TRAIN", (name,)))
@@ -49,7 +52,7 @@ def records(caplog, level):
 
 def test_a_trained_teacher_passes(student, loader, caplog):
     caplog.set_level(logging.INFO)
-    prepare(student(*TEACHER), loader, resumed=False)
+    prepare(student(*TEACHER), loader, SETTINGS, resumed=False)
     found = [text for text in records(caplog, logging.INFO) if text.startswith("The teacher finds")]
     numbers = [int(word) for word in found[0].split() if word.isdigit()]
     assert numbers[2] == 8 and numbers[0] > 1.5 * LEAST_FOUND * numbers[1]
@@ -58,7 +61,7 @@ def test_a_trained_teacher_passes(student, loader, caplog):
 
 
 def test_a_random_teacher_is_warned_of(student, loader, caplog):
-    prepare(student(), loader, resumed=False)
+    prepare(student(), loader, SETTINGS, resumed=False)
     (warning,) = records(caplog, logging.WARNING)
     assert (
         warning.startswith("The teacher finds ") and "TEACHER.WEIGHTS belong to .CONFIG" in warning
@@ -67,32 +70,8 @@ def test_a_random_teacher_is_warned_of(student, loader, caplog):
 
 def test_a_wrongly_normalised_teacher_is_warned_of(student, loader, caplog):
     opts = ("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.PIXEL_STD", [0.05, 0.05, 0.05]])
-    prepare(student(*TEACHER, *opts), loader, resumed=False)
+    prepare(student(*TEACHER, *opts), loader, SETTINGS, resumed=False)
     assert records(caplog, logging.WARNING)
-
-
-def test_it_needs_neither_a_students_inference_nor_its_heads(student, loader, caplog):
-    class Rescaling(DistillRCNN):
-        def inference(self, batched_inputs, *args):
-            raise KeyError("a field that its mapper gives for the test alone")
-
-    caplog.set_level(logging.INFO)
-    model = student(*TEACHER, "MODEL.DISTILL.LOG_GRADIENTS", 1)
-    model.__class__ = Rescaling
-    prepare(model, loader, resumed=False)
-    assert "Teacher and student agree cell by cell: p2 (64, " in caplog.text
-    assert all(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_students_heads_do_not_run_for_its_maps(student, training):
-    model, batch = student(*TEACHER).train(training), image_batch((96, 96))
-    model.proposal_generator.forward = None
-    maps, _ = paired_maps(model, model.distiller, batch)
-    with torch.no_grad():
-        expected = model.eval().backbone(model.preprocess_image(batch).tensor)
-    assert all(torch.equal(maps[level], expected[level]) for level in maps)
-    assert not model.backbone._forward_hooks
 
 
 def test_a_compiled_operator_that_is_missing_is_said(student, loader, monkeypatch):
@@ -103,7 +82,7 @@ def test_a_compiled_operator_that_is_missing_is_said(student, loader, monkeypatc
     monkeypatch.setattr(FPN, "forward", absent)
     message = "or the student cannot run here, an operator that .* is missing: ImportError: no mod"
     with pytest.raises(ConfigError, match=message):
-        prepare(model, loader, resumed=False)
+        prepare(model, loader, SETTINGS, resumed=False)
 
 
 def test_it_leaves_no_trace(student, loader):
@@ -111,7 +90,7 @@ def test_it_leaves_no_trace(student, loader):
     weights, before = copy.deepcopy(model.state_dict()), get_random_state()
     stream = [[x["file_name"] for x in batch] for batch in islice(iter(loader), 3)]
     loader.batches = 0
-    prepare(model, loader, resumed=False)
+    prepare(model, loader, SETTINGS, resumed=False)
     after = get_random_state()
     assert before["python"] == after["python"] and torch.equal(before["torch"], after["torch"])
     assert torch.equal(before["numpy"][1], after["numpy"][1])
@@ -135,14 +114,14 @@ def test_zero_images_switch_it_off(student, caplog):
         def peek(self, images):
             raise AssertionError
 
-    model = student("MODEL.DISTILL.TEACHER.WEIGHTS", "nowhere.pth", "MODEL.DISTILL.CHECK_IMAGES", 0)
-    prepare(model, Never(), resumed=False)
+    model = student("MODEL.DISTILL.TEACHER.WEIGHTS", "nowhere.pth")
+    prepare(model, Never(), replace(SETTINGS, check_images=0), resumed=False)
 
 
 def test_a_plain_detector_and_other_loaders_are_left_alone(student, caplog):
-    prepare(build_model(shapes_cfg("vanilla")), None, resumed=False)
+    prepare(build_model(shapes_cfg("vanilla")), None, SETTINGS, resumed=False)
     assert not caplog.records
-    prepare(student(), iter([]), resumed=False)
+    prepare(student(), iter([]), SETTINGS, resumed=False)
     assert "a list_iterator shows no images" in caplog.text
 
 
@@ -150,7 +129,7 @@ def test_heads_that_the_checkpoint_lacks(student, loader, caplog, tmp_path, teac
     state = torch.load(teacher_file)["model"]
     path = tmp_path / "backbone.pth"
     torch.save({"model": {k: v for k, v in state.items() if k.startswith("backbone.")}}, path)
-    prepare(student("MODEL.DISTILL.TEACHER.WEIGHTS", str(path)), loader, resumed=False)
+    prepare(student("MODEL.DISTILL.TEACHER.WEIGHTS", str(path)), loader, SETTINGS, resumed=False)
     assert "The teacher's detections cannot be checked: its checkpoint does not hold" in caplog.text
 
 
@@ -158,7 +137,7 @@ def test_a_teacher_that_was_a_student_is_checked(student, loader, caplog):
     caplog.set_level(logging.INFO)
     opts = ["MODEL.META_ARCHITECTURE", "DistillRCNN", "MODEL.DISTILL.ADAPTER", "conv1x1"]
     opts += ["MODEL.DISTILL.TEACHER.CONFIG", "configs/shapes/vanilla.yaml"]
-    prepare(student(*TEACHER, "MODEL.DISTILL.TEACHER.OPTS", opts), loader, resumed=False)
+    prepare(student(*TEACHER, "MODEL.DISTILL.TEACHER.OPTS", opts), loader, SETTINGS, resumed=False)
     assert "The teacher finds" in caplog.text and "cannot be checked" not in caplog.text
 
 
@@ -169,9 +148,9 @@ def test_two_teachers_must_not_give_the_same_weights(teacher_file):
         {**entry, "INHERIT": ["roi_heads.box_head"]},
     ]
     opts = ["MODEL.DISTILL.TEACHERS", teachers, "MODEL.DISTILL.TEACHER.CONFIG", ""]
-    model = build_model(shapes_cfg("ssimkd", *opts, "MODEL.DISTILL.CHECK_IMAGES", 0))
+    cfg = shapes_cfg("ssimkd", *opts, "MODEL.DISTILL.CHECK_IMAGES", 0)
     with pytest.raises(ConfigError, match="two teachers would give roi_heads.box_head"):
-        prepare(model, None, resumed=False)
+        prepare(build_model(cfg), None, read_settings(cfg), resumed=False)
 
 
 def test_maps_that_do_not_agree_stop_the_run(student, loader, monkeypatch):
@@ -184,12 +163,12 @@ def test_maps_that_do_not_agree_stop_the_run(student, loader, monkeypatch):
     model.distiller.build_teacher(torch.device("cpu"))
     monkeypatch.setattr(FPN, "forward", shrunk)
     with pytest.raises(ConfigError, match="the student's p2 is .* cells for images of"):
-        prepare(model, loader, resumed=False)
+        prepare(model, loader, SETTINGS, resumed=False)
     assert model.training
 
 
 def test_no_objects_in_the_images(student, caplog):
-    prepare(student(), Loader([image_batch((96, 96), boxes=0)]), resumed=False)
+    prepare(student(), Loader([image_batch((96, 96), boxes=0)]), SETTINGS, resumed=False)
     assert "no objects in the images" in caplog.text
 
 
@@ -200,8 +179,8 @@ def test_a_teacher_without_detections(student, caplog, monkeypatch):
     detector.proposal_generator = None  # as a Fast R-CNN, which wants proposals in the data
     monkeypatch.setattr(TeacherSpec, "load", lambda self, device: (detector, cfg, absent))
     model = student(*TEACHER)
-    model.distiller.pair = lambda *args: ({}, {})
-    prepare(model, Loader([image_batch((96, 96))]), resumed=False)
+    model.distiller.match_maps = lambda *args: ({}, {})
+    prepare(model, Loader([image_batch((96, 96))]), SETTINGS, resumed=False)
     assert "The teacher's detections cannot be checked: AssertionError" in caplog.text
 
 
@@ -220,3 +199,29 @@ def test_what_counts_as_found():
     assert count_found(detections[:0], targets) == 0
     targets.gt_boxes = Boxes(torch.tensor([[0.0, 0, 10, 21], [70, 70, 80, 80]]))  # IoU 10/21
     assert count_found(detections, targets) == 0
+
+
+def test_each_teacher_is_checked_and_named(teacher_file, loader, caplog):
+    caplog.set_level(logging.INFO)
+    entry = {"CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": teacher_file}
+    teachers = [{**entry, "NAME": "a"}, {**entry, "NAME": "b"}]
+    cfg = shapes_cfg(
+        "ssimkd", "MODEL.DISTILL.TEACHERS", teachers, "MODEL.DISTILL.TEACHER.CONFIG", ""
+    )
+    prepare(build_model(cfg).train(), loader, read_settings(cfg), resumed=False)
+    for name in "ab":
+        assert f"Teacher {name} and student agree cell by cell" in caplog.text
+
+
+@pytest.mark.parametrize("resumed, losses, inherits", [
+    (False, ("ssim",), True), (True, ("ssim",), False), (False, (), False),
+])  # fmt: skip
+def test_a_new_student_inherits_and_a_resumed_or_plain_one_does_not(
+    student, resumed, losses, inherits
+):
+    model = student("MODEL.DISTILL.LOSSES", losses)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = replace(SETTINGS, check_images=0, inherit={"": ["roi_heads"]})
+    prepare(model, None, settings, resumed=resumed)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert bool(changed) == inherits and all(name.startswith("roi_heads.") for name in changed)

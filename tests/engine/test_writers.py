@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError
-from ssimkd.engine.writers import build_writers
+from ssimkd.engine.writers import build_writers, wandb_run
 from tqdm import tqdm
 
 LOG = logging.getLogger("detectron2.utils.events")
@@ -100,13 +100,13 @@ from omegaconf import OmegaConf
 from pycocotools.coco import COCO
 defaults.collect_env_info = lambda: ""  # it takes seconds
 sys.stderr.isatty = lambda: sys.argv[2] == "tty"
-quiet_terminal(sys.argv[1], 0)
-default_setup(OmegaConf.create({"train": {"output_dir": sys.argv[1]}}), None)
-setup_logger(sys.argv[1], distributed_rank=0, name="ssimkd")
-COCO().createIndex()  # it prints
-for name in ("ssimkd.engine.preflight", "detectron2.evaluation.testing", "detectron2.utils.events"):
-    logging.getLogger(name).info("info of %s", name)
-    logging.getLogger(name).warning("warning of %s", name)
+with quiet_terminal(sys.argv[1], 0):
+    default_setup(OmegaConf.create({"train": {"output_dir": sys.argv[1]}}), None)
+    setup_logger(sys.argv[1], distributed_rank=0, name="ssimkd")
+    COCO().createIndex()  # it prints
+    for name in ("ssimkd.preflight", "detectron2.evaluation.testing", "detectron2.utils.events"):
+        logging.getLogger(name).info("info of %s", name)
+        logging.getLogger(name).warning("warning of %s", name)
 """
 
 
@@ -114,7 +114,7 @@ for name in ("ssimkd.engine.preflight", "detectron2.evaluation.testing", "detect
 def test_quiet_leaves_warnings_results_and_progress(tmp_path, where):
     command = [sys.executable, "-c", QUIET, str(tmp_path), where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    names = ["ssimkd.engine.preflight", "detectron2.evaluation.testing", "detectron2.utils.events"]
+    names = ["ssimkd.preflight", "detectron2.evaluation.testing", "detectron2.utils.events"]
     said = re.findall(r"(?:warning|info) of [\w.]+", done.stdout)
     expected = [f"{kind} of {name}" for name in names for kind in ("info", "warning")]
     shown = set(expected) - {"info of ssimkd.preflight"}
@@ -133,39 +133,34 @@ class StandIn(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.logged, self.finished = [], 0
+        self.started, self.ended = None, 0
 
     def init(self, **kwargs):
         self.started = kwargs
         return self
 
-    def Image(self, data):  # noqa: N802 (wandb's name)
-        return ("image", data.shape)
+    def __enter__(self):
+        return self
 
-    def log(self, values, step):
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished += 1
+    def __exit__(self, *error):
+        self.ended += 1
 
 
-def test_weights_and_biases_gets_figures_and_images(tmp_path, monkeypatch):
+def test_weights_and_biases_follows_tensorboard_in_the_runs_folder(tmp_path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    folder = tmp_path / "run7"
-    folder.mkdir()
-    iterate(build_writers(str(folder), 20, batch_size=8, wandb_project="detectors"))
-    assert wandb.started == {"project": "detectors", "name": "run7", "dir": str(folder)}
-    assert [step for step, _ in wandb.logged] == [9, 19]
-    for _, values in wandb.logged:
-        assert values["ssim_kd_loss_r101"] == 1.0 and values["ssim_kd/p3"] == 0.5
-        assert values["images_per_second"] == 32.0
-        assert values["seen/detections"] == ("image", (4, 5, 3))
-    assert wandb.finished == 1
+    with wandb_run("detectors", str(tmp_path / "run7")):
+        assert wandb.ended == 0
+    expected = {"project": "detectors", "name": "run7", "dir": str(tmp_path / "run7")}
+    assert wandb.started == {**expected, "sync_tensorboard": True} and wandb.ended == 1
 
 
 def test_weights_and_biases_is_imported_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it raises ImportError
-    iterate(build_writers(str(tmp_path), 40, batch_size=8))
-    with pytest.raises(ConfigError, match=r"MODEL.DISTILL.WANDB_PROJECT .*: pip install wandb"):
-        build_writers(str(tmp_path), 40, batch_size=8, wandb_project="detectors")
+    with wandb_run("", str(tmp_path)):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"MODEL.DISTILL.WANDB_PROJECT .*: pip install wandb"),
+        wandb_run("detectors", str(tmp_path)),
+    ):
+        pass

@@ -1,4 +1,4 @@
-"""ICD against loops over instances, heads and cells; what each part trains; odd batches."""
+"""ICD: its values are those of loops; what each part trains; which instances it draws."""
 
 import math
 
@@ -7,68 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import image_batch
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from ssimkd.losses import Context, ICDLoss
+from loss_cases import CLASSES, COUNTS, SIZES, STRIDES, batch, make_loss, mean_over_images, run
+from loss_cases import targets as make_targets
+from ssimkd.losses import ICDLoss
 from ssimkd.losses.icd import Queries, positions_like
 
-STRIDES = {"p3": 8, "p5": 32}
-SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96
-COUNTS = [2, 1, 0, 3]  # instances of each image
-CLASSES, CHANNELS, HEADS = 5, 8, 2
+CHANNELS, HEADS = 8, 2
 
 
-def build(channels=CHANNELS, levels=STRIDES, num_classes=CLASSES, **options):
-    """A loss in double precision whose every parameter matters (none is 0 or 1 any more)."""
-    settings = dict(weight=2.0, aux_weight=1.0, heads=HEADS, detach_iters=0)
-    loss = ICDLoss(**{**settings, "max_queries": 12, **options})
-    torch.manual_seed(0)
-    loss.attach(dict.fromkeys(levels, channels), num_classes)
-    loss.double()
-    with torch.no_grad():
-        for parameter in loss.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return loss
+def make(levels=STRIDES, **options):
+    """A loss whose every parameter matters, with its iterations without gradient over."""
+    settings = dict(aux_weight=1.0, heads=HEADS, detach_iters=0, max_queries=12)
+    return make_loss("icd", CHANNELS, levels, **{**settings, **options})
 
 
-def maps(seed, sizes=SIZES, channels=CHANNELS, strides=STRIDES):
-    height, width = (max(size[i] for size in sizes) for i in (0, 1))
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        level: torch.randn(
-            len(sizes),
-            channels,
-            math.ceil(height / s),
-            math.ceil(width / s),
-            generator=generator,
-            dtype=torch.float64,
-        ).requires_grad_(seed == 0)
-        for level, s in strides.items()
-    }
-
-
-def targets(counts=COUNTS, sizes=SIZES):
-    generator = torch.Generator().manual_seed(5)
-    result = []
-    for count, size in zip(counts, sizes):
-        instances = Instances(size)
-        ends = torch.rand(count, 2, 2, generator=generator).sort(1).values  # low, high
-        boxes = ends * torch.tensor([size[1], size[0]])
-        instances.gt_boxes = Boxes(boxes.flatten(1))
-        instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
-        result.append(instances)
-    return result
-
-
-def batch(counts=COUNTS, sizes=SIZES):
-    """Student's and teacher's maps, and their context."""
-    context = Context(sizes, STRIDES, targets(counts, sizes))
-    return maps(0, sizes), maps(1, sizes), context
-
-
-def run(loss, student, teacher, context, seed=7):
-    torch.manual_seed(seed)
-    return loss(student, teacher, context)
+def maps(counts=COUNTS, sizes=SIZES, strides=STRIDES):
+    return batch(sizes, counts, strides, CHANNELS)
 
 
 def distilled(parts):
@@ -167,22 +122,19 @@ class Loops:
 
 
 def test_values_are_those_of_loops():
-    loss = build()
-    student, teacher, context = batch()
+    loss = make()
+    student, teacher, context = maps()
     drawn, draw = [], loss.draw_queries
     loss.draw_queries = lambda *args: drawn.append(draw(*args)) or drawn[-1]
     found = run(loss, student, teacher, context)
-    loops = Loops(loss)
     by_image = []
-    for n, (h, w) in enumerate(SIZES):
-        cut = [
-            {
-                level: m[level][n, :, : math.ceil(h / s), : math.ceil(w / s)].detach().numpy()
-                for level, s in STRIDES.items()
-            }
-            for m in (student, teacher)
-        ]
-        by_image.append(loops.image(drawn[n], *cut))
+    for n in range(len(SIZES)):
+        cut = [{}, {}]
+        for level in STRIDES:
+            h, w = context.cells(level, student[level])[n]
+            for own, whose in zip(cut, (student, teacher)):
+                own[level] = whose[level][n, :, :h, :w].detach().numpy()
+        by_image.append(Loops(loss).image(drawn[n], *cut))
     levels, entropies, errors = zip(*by_image)
     expected = {level: np.mean([x[level] for x in levels]) for level in STRIDES}
     # means over all queries and over all real instances of the batch
@@ -190,33 +142,25 @@ def test_values_are_those_of_loops():
     assert {k: v.item() for k, v in found.items()} == pytest.approx(expected, rel=1e-9)
 
 
-def test_equal_maps_cost_nothing_once_the_projections_agree():
-    loss = build()
-    student, _, context = batch()
+@pytest.mark.parametrize("sign", [1, -1], ids=["equal", "opposite"])
+def test_equal_values_cost_nothing_and_opposite_ones_four(sign):
+    loss = make()
+    student, _, context = maps(counts=[1, 2, 3, 1])
     teacher = {level: x.detach().clone() for level, x in student.items()}
-    assert distilled(run(loss, student, teacher, context)) > 0.1
-    loss.student_value.load_state_dict(loss.decoder.value.state_dict())
+    for own, other in zip(loss.student_value.parameters(), loss.decoder.value.parameters()):
+        own.data = sign * other.data
     value = distilled(run(loss, student, teacher, context))
-    gradients = torch.autograd.grad(value, [*student.values(), *loss.student_value.parameters()])
-    for x in (value, *gradients):
-        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-12)
-
-
-def test_opposite_values_cost_four():
-    loss = build()
-    student, _, context = batch(counts=[1, 2, 3, 1])
-    for parameter, other in zip(loss.student_value.parameters(), loss.decoder.value.parameters()):
-        parameter.data = -other.data
-    teacher = {level: x.detach() for level, x in student.items()}
     # unit variance (but for the 1e-5 beside it) and opposite sign: mean (2 v)^2 = 4
-    value = distilled(run(loss, student, teacher, context))
-    assert value.item() == pytest.approx(4, rel=1e-3)
+    assert value.item() == pytest.approx(0 if sign == 1 else 4, rel=1e-3, abs=1e-12)
+    if sign == 1:
+        wanted = [*student.values(), *loss.student_value.parameters()]
+        assert all(x.abs().max() < 1e-12 for x in torch.autograd.grad(value, wanted))
 
 
 def test_without_keys_every_cell_counts_the_same():
-    loss = build()
+    loss = make()
     torch.nn.init.zeros_(loss.decoder.key.weight)
-    student, teacher, context = batch([3, 2], [(64, 96)] * 2)
+    student, teacher, context = maps([3, 2], [(64, 96)] * 2)
     values = []
     for level in STRIDES:
         cells = [x[level].permute(0, 2, 3, 1) for x in (student, teacher)]  # (N, H, W, C)
@@ -227,29 +171,35 @@ def test_without_keys_every_cell_counts_the_same():
     torch.testing.assert_close(found, torch.cat(values).mean())
 
 
-def test_one_head_and_one_cell_is_the_mean_squared_error():
-    loss = build(heads=1, levels=["p5"])
-    student, teacher = (maps(seed, [(32, 32)], strides={"p5": 32}) for seed in (0, 1))
-    context = Context([(32, 32)], STRIDES, targets([4], [(32, 32)]))
-    pair = loss.student_value(student["p5"].flatten()), loss.decoder.value(teacher["p5"].flatten())
-    expected = F.mse_loss(*(F.layer_norm(x, (CHANNELS,)) for x in pair))
-    torch.testing.assert_close(run(loss, student, teacher, context)["p5"], expected)
+@pytest.mark.parametrize("counts", [COUNTS, [2, 2, 2, 2]], ids=str)
+def test_a_batch_is_the_mean_of_its_images(counts):
+    loss = make()
+    found = run(loss, *maps(counts))
+    for name, value in mean_over_images(loss, *maps(counts)).items():
+        if name != "aux" or counts != COUNTS:  # "aux" is a mean over instances, not images
+            torch.testing.assert_close(found[name], value)
 
 
-def test_the_auxiliary_loss_is_proportional_to_its_weight():
-    parts, threefold = (run(build(aux_weight=weight), *batch()) for weight in (1.0, 3.0))
-    for name, value in parts.items():
-        torch.testing.assert_close(threefold[name], value * (3 if name == "aux" else 1))
+def test_images_without_instances_have_no_distillation():
+    student, teacher, context = maps([0, 0], SIZES[:2])
+    parts = run(make(), student, teacher, context)
+    assert distilled(parts) == 0 and parts["aux"] > 0
+    gradients = torch.autograd.grad(sum(parts.values()), list(student.values()))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_the_seed_decides():
+    first, again, other = (run(make(), *maps(), seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
 
 
 # --- gradients ---
 
 
 def test_each_part_trains_what_it_is_for():
-    loss = build()
-    student, teacher, context = batch()
-    for x in teacher.values():
-        x.requires_grad_()
+    loss = make()
+    student, teacher, context = maps()
     wanted = {
         "student": list(student.values()),
         "projection": list(loss.student_value.parameters()),
@@ -267,13 +217,13 @@ def test_each_part_trains_what_it_is_for():
         }
         assert any(reached["decoder"]) == (name == "aux")
         assert any(reached["student"]) == all(reached["projection"]) == (name != "aux")
-        if name != "aux":  # a level's part ends at its own maps
+        if name != "aux":  # the part of a level trains the maps of that level alone
             assert reached["student"] == [level == name for level in STRIDES]
 
 
 def test_gradients_are_those_of_differences():
-    loss = build(aux_clip=1e9)
-    student, teacher, context = batch([2, 0], [(16, 40), (9, 16)])
+    loss = make(aux_clip=1e9)
+    student, teacher, context = maps([2, 0], [(16, 40), (9, 16)])
     wanted = (*student.values(), *loss.student_value.parameters())
     assert torch.autograd.gradcheck(
         lambda *_: distilled(run(loss, student, teacher, context)), wanted, fast_mode=True
@@ -286,11 +236,9 @@ def test_gradients_are_those_of_differences():
 
 
 def test_the_norm_of_the_auxiliary_gradient_is_clipped():
-    data = batch()
-
     def gradient(clip):
-        loss = build(aux_clip=clip)
-        value = run(loss, *data)["aux"]
+        loss = make(aux_clip=clip)
+        value = run(loss, *maps())["aux"]
         gradients = torch.autograd.grad(value, list(loss.decoder.parameters()))
         return value, torch.cat([x.flatten() for x in gradients])
 
@@ -301,95 +249,17 @@ def test_the_norm_of_the_auxiliary_gradient_is_clipped():
         torch.testing.assert_close(clipped, plain * min(share, 1))
 
 
-@pytest.mark.parametrize(
-    ("counts", "sizes"),
-    [
-        (COUNTS, SIZES),
-        ([0, 2], [(64, 96), (40, 80)]),
-        ([0, 0], [(64, 96), (40, 80)]),
-        ([0], [(1, 1)]),
-        ([3], [(8, 5)]),  # one cell in each level
-        ([40, 1], [(64, 96), (8, 8)]),  # more than max_queries
-    ],
-    ids=str,
-)
-def test_every_parameter_takes_part_in_every_step(counts, sizes):
-    loss = build()
-    student, teacher, context = batch(counts, sizes)
-    sum(run(loss, student, teacher, context).values()).backward()
-    for x in (*student.values(), *loss.parameters()):
-        assert x.grad is not None and torch.isfinite(x.grad).all()
-
-
-def test_first_only_the_own_parts_learn():
-    loss = build(detach_iters=10)
-    student, teacher, context = batch()
-    later = run(build(), student, teacher, context)
-    for iteration in (0, 9, 10):
-        context.iteration = iteration
+def test_in_the_first_iterations_only_decoder_and_projection_learn():
+    loss = make(detach_iters=10)
+    student, teacher, context = maps()
+    for context.iteration in (0, 9, 10):
         parts = run(loss, student, teacher, context)
-        torch.testing.assert_close(parts, later)
+        torch.testing.assert_close(parts, run(make(), student, teacher, context))
         wanted = [*student.values(), loss.student_value.weight, loss.decoder.key.weight]
         *to_student, to_projection, to_decoder = torch.autograd.grad(sum(parts.values()), wanted)
         # zeros rather than None: an adapter before the loss takes part in every step
-        assert all(bool(gradient.any()) == (iteration == 10) for gradient in to_student)
+        assert all(bool(x.any()) == (context.iteration == 10) for x in to_student)
         assert to_projection.any() and to_decoder.any()
-
-
-# --- batches ---
-
-
-@pytest.mark.parametrize("counts", [COUNTS, [2, 2, 2, 2]], ids=str)
-def test_a_padded_batch_is_the_mean_of_its_images(counts):
-    loss = build()
-    student, teacher, context = batch(counts)
-    found = run(loss, student, teacher, context)
-    torch.manual_seed(7)  # images draw one after the other
-    alone = []
-    for n, (h, w) in enumerate(SIZES):
-        cut = [
-            {
-                level: x[level][n : n + 1, :, : math.ceil(h / s), : math.ceil(w / s)]
-                for level, s in STRIDES.items()
-            }
-            for x in (student, teacher)
-        ]
-        alone.append(loss(*cut, Context([(h, w)], STRIDES, [context.targets[n]])))
-    if counts == COUNTS:
-        del found["aux"]  # a mean over instances, not images
-    for name, value in found.items():
-        torch.testing.assert_close(value, torch.stack([parts[name] for parts in alone]).mean())
-
-
-def test_padded_cells_matter_only_without_the_mask():
-    loss = build()
-    student, teacher, context = batch()
-    others = [
-        {level: torch.where(context.inside(level, x), x, 5 * x + 100) for level, x in whose.items()}
-        for whose in (student, teacher)
-    ]
-    expected = run(loss, student, teacher, context)
-    torch.testing.assert_close(run(loss, *others, context), expected, rtol=0, atol=0)
-    context.mask_padding = False
-    unmasked = run(loss, *others, context)
-    assert all(abs(unmasked[name] - value) > 1e-6 for name, value in expected.items())
-
-
-def test_images_without_instances_are_no_distillation():
-    loss = build()
-    student, teacher, context = batch([0, 0], [(64, 96), (40, 80)])
-    parts = run(loss, student, teacher, context)
-    assert distilled(parts) == 0 and parts["aux"] > 0
-    gradients = torch.autograd.grad(sum(parts.values()), list(student.values()))
-    assert not any(gradient.any() for gradient in gradients)
-
-
-def test_the_seed_decides():
-    loss = build()
-    data = batch()
-    first, again, other = (run(loss, *data, seed=seed) for seed in (1, 1, 2))
-    assert first == again
-    assert all(first[name] != other[name] for name in first)
 
 
 # --- queries ---
@@ -400,8 +270,8 @@ def test_the_seed_decides():
     [(0, 5, 100, 1), (3, 5, 100, 18), (3, 0.5, 100, 4), (30, 5, 100, 100), (120, 5, 100, 120)],
 )
 def test_fake_instances_per_real_one(real, ratio, most, queries):
-    loss = build(fake_ratio=ratio, max_queries=most)
-    (target,) = targets([real], [(60, 90)])
+    loss = make(fake_ratio=ratio, max_queries=most)
+    (target,) = make_targets([(60, 90)], [real])
     drawn = loss.draw_queries(target, (60, 90), torch.zeros(1, dtype=torch.float64))
     assert drawn.real == real
     assert len(drawn.classes) == len(drawn.boxes) == len(drawn.centers) == queries
@@ -410,8 +280,8 @@ def test_fake_instances_per_real_one(real, ratio, most, queries):
 
 
 def test_fake_instances_lie_in_the_image_and_centres_in_their_boxes():
-    loss = build(fake_ratio=400, max_queries=9999, jitter=0.3)
-    (target,) = targets([10], [(60, 90)])
+    loss = make(fake_ratio=400, max_queries=9999, jitter=0.3)
+    (target,) = make_targets([(60, 90)], [10])
     drawn = loss.draw_queries(target, (60, 90), torch.zeros(1, dtype=torch.float64))
     low, high = drawn.boxes[10:, :2], drawn.boxes[10:, 2:]
     assert (low >= 0).all() and (low < high).all() and (high <= drawn.image).all()
@@ -467,41 +337,23 @@ def test_positions_are_relative_to_the_image():
 
 
 def test_errors_name_what_to_change():
-    student, teacher, context = batch()
-    with pytest.raises(ValueError, match=r"icd: the student predicts 2 classes, .* \[[0-9, ]+\]"):
-        run(build(num_classes=2), student, teacher, context)
-    context.targets = None
-    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.LOSSES: icd needs the ground truth"):
-        run(build(), student, teacher, context)
+    student, teacher, context = maps()
+    context.targets[0].gt_classes[0] = CLASSES
+    with pytest.raises(ValueError, match=rf"predicts {CLASSES} classes, .* \[.*{CLASSES}\]"):
+        run(make(), student, teacher, context)
     with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.IN_FEATURES: .*'p3': 8, 'p4': 16"):
-        ICDLoss().attach({"p3": 8, "p4": 16}, 4)
-    for channels in (24, 8):
-        with pytest.raises(ValueError, match=rf"MODEL\.DISTILL\.ICD\.HEADS: {channels} .* 2 x 8"):
-            ICDLoss().attach({"p3": channels}, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("weight", -1.0),
-        ("aux_weight", math.inf),
-        ("aux_clip", -0.5),
-        ("heads", 0),
-        ("fake_ratio", -0.1),
-        ("max_queries", 0),
-        ("jitter", 0.6),
-        ("jitter", math.nan),
-        ("detach_iters", -1),
-    ],
-)
-def test_options_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
-        ICDLoss(**{name: value})
+        ICDLoss().attach({"p3": 8, "p4": 16}, CLASSES)
+    with pytest.raises(ValueError, match=r"MODEL\.DISTILL\.ICD\.HEADS: 24 .* 2 x 8"):
+        ICDLoss().attach({"p3": 24}, CLASSES)
+    with pytest.raises(ValueError, match=r"icd needs the number of classes"):
+        ICDLoss().attach({"p3": 16}, 0)
+    with pytest.raises(ValueError, match="jitter must be at most 0.5"):
+        ICDLoss(jitter=0.6)
 
 
 def test_in_a_student(student):
-    key = "MODEL.DISTILL"
-    model = student(f"{key}.LOSSES", ("icd",))
+    model = student("MODEL.DISTILL.LOSSES", ("icd",))
+    assert model.distiller.losses["icd"].num_classes == model.roi_heads.num_classes == 4
     with EventStorage(1000) as storage:
         losses = model(image_batch((96, 96), (64, 96)))
     parts = {k: v[0] for k, v in storage.latest().items() if k.startswith("icd_kd/")}

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import batch
 from ssimkd.losses import Context, MSSSIMLoss, SSIMLoss
 from ssimkd.ssim.definition import ssim_map
-from test_losses import equal_batch, padded_batch
 from test_definition import DEFAULTS, reference_terms, related_maps
-from torch.autograd import gradcheck
 
 WANG = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -79,26 +78,16 @@ def test_a_map_of_less_than_two_windows_reduces_to_ssim(size, normalize):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"border": "reflect"},
-        {"border": "valid"},
-        {"window_size": 3},
-        {"sigma": 0.7},
-        {"k1": 0.5},
-        {"k2": 0.5},
-        {"normalize": "standardize"},
-        {"normalize": "minmax", "normalize_scope": "image"},
-    ],
+    [{"border": "valid"}, {"window_size": 3, "sigma": 0.7}, {"k1": 0.5, "k2": 0.5}],
     ids=str,
 )
 def test_one_exponent_reduces_to_ssim_with_the_same_options(options):
-    student, teacher, context = equal_batch()
+    student, teacher, context = batch([(64, 96)] * 2, [0, 0], channels=3)
     student = {level: 0.9 * x + 0.1 * student[level] for level, x in teacher.items()}
-    loss = MSSSIMLoss(scale_exponents=[0.5], **options)
-    known = SSIMLoss(**options)(student, teacher, context)
-    torch.testing.assert_close(loss(student, teacher, context), known)
+    found = MSSSIMLoss(scale_exponents=[0.5], **options)(student, teacher, context)
+    torch.testing.assert_close(found, SSIMLoss(**options)(student, teacher, context))
     plain = MSSSIMLoss(scale_exponents=[0.5])(student, teacher, context)
-    assert abs(known["p3"] - plain["p3"]) > 1e-6
+    assert abs(found["p3"] - plain["p3"]) > 1e-6
 
 
 def test_an_offset_costs_only_the_luminance_of_the_coarsest_scale():
@@ -108,13 +97,6 @@ def test_an_offset_costs_only_the_luminance_of_the_coarsest_scale():
     luminance = ssim_map(*coarse, exponents=(1, 0, 0)).mean(dim=(2, 3))
     expected = (1 - (luminance ** (WANG[2] / sum(WANG[:3]))).mean()) / 2
     torch.testing.assert_close(on_one_level(student, teacher), expected)
-
-
-def test_scale_and_offset_of_a_channel_do_not_matter_after_min_max():
-    student, teacher, context = padded_batch()
-    moved = {level: 30 * x - 4 for level, x in student.items()}
-    expected = MSSSIMLoss()(student, teacher, context)
-    torch.testing.assert_close(MSSSIMLoss()(moved, teacher, context), expected)
 
 
 # --- similarity below 0.1 ---
@@ -155,19 +137,6 @@ def test_the_tangent_below_the_floor():
 # --- edges ---
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 9), (23, 24)], ids=str)
-@pytest.mark.parametrize("normalize", ["minmax", "none"])
-@pytest.mark.parametrize("both", [True, False], ids=["both", "student"])
-def test_flat_maps_are_finite(size, normalize, both):
-    student = torch.full((2, 3, *size), 0.25, requires_grad=True)
-    teacher = related_maps(2, 3, *size, dtype=torch.float32)[1]
-    teacher = torch.full_like(teacher, 0.25) if both else teacher
-    value = on_one_level(student, teacher, normalize=normalize)
-    (gradient,) = torch.autograd.grad(value, student)
-    assert torch.isfinite(gradient).all()
-    assert value == 0 if both else 0 <= value < 0.5
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (4, 5)], ids=str)
 def test_a_window_of_one_cell_sees_only_luminance(size):
     # No variance: c s = 1 at every scale; 1 cell stays 1 cell when halved
@@ -178,22 +147,3 @@ def test_a_window_of_one_cell_sees_only_luminance(size):
     luminance = (2 * student * teacher + 1e-4) / (student**2 + teacher**2 + 1e-4)
     expected = luminance.mean(dim=(2, 3)) ** (WANG[4] / sum(WANG))
     torch.testing.assert_close(value, (1 - expected.mean()) / 2)
-
-
-@pytest.mark.parametrize("sign", [1, -1], ids=["alike", "opposite"])
-def test_gradients(sign):
-    student, teacher = related_maps(2, 2, 5, 7)
-    student = sign * student + (sign < 0)
-    context = Context([(5, 7), (3, 6)], {"p3": 1})
-    loss_module = MSSSIMLoss(normalize="none", window_size=3, k2=0.5)
-
-    def loss(s):
-        return loss_module({"p3": s}, {"p3": teacher}, context)["p3"]
-
-    assert gradcheck(loss, student.requires_grad_())
-
-
-@pytest.mark.parametrize("exponents", [(), (0.5, 0.0), (1.0, -0.1), (math.inf,), (math.nan, 1)])
-def test_exponents_must_be_positive(exponents):
-    with pytest.raises(ValueError, match="scale_exponents must be finite numbers > 0"):
-        MSSSIMLoss(scale_exponents=exponents)

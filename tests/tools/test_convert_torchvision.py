@@ -12,7 +12,7 @@ from conftest import ROOT
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from ssimkd.teacher.frozen import TeacherSpec
+from ssimkd.teacher.spec import TeacherSpec
 from torchvision import models
 from torchvision.transforms.functional import normalize
 

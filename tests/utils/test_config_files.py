@@ -39,6 +39,13 @@ def test_our_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     assert find_config("ssimkd_R50") == f"{tmp_path}/configs/ssimkd_R50.yaml"
 
 
+@pytest.mark.parametrize("base", ["shapes/vanilla.yaml", "ssimkd_R50.yaml", RETINA + ".yaml"])
+def test_a_base_may_be_named_from_any_folder(tmp_path, base):
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {base}\nOUTPUT_DIR: mine\n")
+    expected = load_config(base, ["OUTPUT_DIR", "mine"])
+    assert load_config(str(tmp_path / "mine.yaml")) == expected
+
+
 @pytest.mark.parametrize("name", ["", "nowhere", "nowhere.yaml", "configs", "shapes", "../configs"])
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(ConfigError, match=r"is neither a \.yaml or \.py file, nor the name of a"):

@@ -1,9 +1,16 @@
 """SSIMKD: structural knowledge distillation for object detection on Detectron2.
 
-Importing it registers the meta-architectures, the losses and the embedded data set.
+Importing it registers meta-architectures, losses and the Shapes data with Detectron2, and
+changes nothing else.
 """
 
+import warnings
 from contextlib import suppress
+
+# Detectron2 compiles small functions when it is imported, and newer versions of torch warn of that.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
+    import detectron2.modeling  # noqa: F401
 
 from ssimkd.config import add_ssimkd_config
 from ssimkd.data.shapes import register_search, register_shapes
@@ -17,7 +24,6 @@ from ssimkd.modeling.meta_arch import (
     DistillRetinaNet,
 )
 from ssimkd.modeling.several_teachers import Distillers
-from ssimkd.utils import known_warnings
 
 with suppress(ImportError):  # Detectron2 v0.5 has no FCOS
     from ssimkd.modeling.meta_arch import DistillFCOS  # noqa: F401

@@ -23,7 +23,7 @@ def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL` and three other keys to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
-    the code of a loss's own authors. [shapes]: measured on the embedded data set by
+    the code of a loss's own authors. [shapes]: measured on the Shapes data by
     `benchmarks/compare.py`, see docs/comparison.md; [shapes: x]: by its option `--ablation x`.
 
     Raises:
@@ -89,8 +89,6 @@ def add_ssimkd_config(cfg: CN) -> None:
     for name, cls in KD_LOSS_REGISTRY:
         key = name.upper()
         if key in cfg.MODEL.DISTILL:
-            raise ConfigError(
-                f"MODEL.DISTILL.{key} exists already: rename the loss {name}"
-            )
+            raise ConfigError(f"MODEL.DISTILL.{key} exists already: rename the loss {name}")
         defaults = loss_defaults(cls)
         cfg.MODEL.DISTILL[key] = CN({option.upper(): value for option, value in defaults.items()})

@@ -1,22 +1,23 @@
-"""A student for stock Detectron2: its weights and config without a trace of the distillation."""
+"""Exports a student for stock Detectron2: weights and config without the distillation."""
 
 import copy
 import logging
 import os
 from contextlib import suppress
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, instantiate
+import yaml
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, one_line
-from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import target_of
 
 from .reader import CheckpointReader
 
@@ -27,19 +28,19 @@ PREFIX = "distiller."
 def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
     """Writes `student.pth` and `student.yaml`, which plain Detectron2 reads.
 
-    Where YAML cannot express a LazyConfig, a warning says so and there is no `student.yaml`.
+    If YAML cannot express a LazyConfig, a warning says so, and there is no `student.yaml`.
 
     Args:
         cfg (CfgNode or DictConfig): the config of the distilled run, or of a plain detector.
-        state_dict (dict[str, Tensor]): its model's.
-        folder (str): where the two files go.
+        state_dict (dict[str, Tensor]): the model's.
+        folder (str): where the two files are written.
 
     Returns:
         (str, str): paths of the checkpoint and the config. A CfgNode becomes a config for
         `DefaultPredictor`, a DictConfig one for `LazyConfig.load`.
 
     Raises:
-        ConfigError: the weights are not exactly those of the parent detector.
+        ConfigError: the weights are not exactly those of the plain detector.
         OSError: the folder cannot be written.
     """
     weights = {k: v.detach().cpu() for k, v in state_dict.items() if not k.startswith(PREFIX)}
@@ -47,87 +48,65 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     plain = plain_config(cfg, os.path.abspath(paths[0]))
     check_weights(plain, weights)
     os.makedirs(folder, exist_ok=True)
-    # Written beside and renamed: an interrupted export leaves what was there.
     with atomic_write(paths[0]) as file:
         torch.save({"model": weights, "__author__": "SSIMKD"}, file)
-    reason = write_config(plain, folder)
-    if reason:
-        logger.warning("Student: %s, without a student.yaml: %s", paths[0], reason)
-    else:
-        logger.info("Student for stock Detectron2: %s and %s", *paths)
+    try:
+        text = to_yaml(plain)
+    except ConfigError as error:
+        with suppress(FileNotFoundError):  # An earlier one would belong to other weights.
+            os.remove(paths[1])
+        logger.warning("Student: %s, without a student.yaml: %s", paths[0], error)
+        return paths
+    with atomic_write(paths[1], "w") as file:
+        file.write(text)
+    logger.info("Student for stock Detectron2: %s and %s", *paths)
     return paths
 
 
-def warn_unless_exportable(cfg, folder: str) -> None:
-    """Warns of a LazyConfig for which no `student.yaml` will be written; tries it in `folder`."""
-    reason = write_config(plain_config(cfg, ""), folder, trial=True)
-    if reason:
-        logger.warning("student.pth will be written, student.yaml will not: %s", reason)
+def warn_unless_exportable(cfg) -> None:
+    """Warns of a LazyConfig for which no `student.yaml` will be written."""
+    try:
+        to_yaml(plain_config(cfg, ""))
+    except ConfigError as error:
+        logger.warning("student.pth will be written, student.yaml will not: %s", error)
 
 
-def write_config(plain, folder: str, trial: bool = False) -> str:
-    """Writes `student.yaml` and reads it back.
+def to_yaml(plain) -> str:
+    """The text of `student.yaml`.
 
     Args:
-        plain (CfgNode or DictConfig): of :func:`plain_config`.
-        folder (str): where it goes.
-        trial (bool): leave what is there as it is.
+        plain (CfgNode or DictConfig): a config of :func:`plain_config`.
 
-    Returns:
-        str: why YAML cannot express the config, so that none is there, nor an older one; "" if
-        it can.
+    Raises:
+        ConfigError: YAML cannot express what a LazyConfig holds.
     """
-    path, draft = (os.path.join(folder, name) for name in ("student.yaml", "student.tmp.yaml"))
+    if isinstance(plain, CfgNode):
+        return plain.dump()
     try:
-        if isinstance(plain, CfgNode):
-            with open(draft, "w") as f:
-                f.write(plain.dump())
-            reason = ""
-        else:
-            reason = save_lazy(plain, draft)
-        if not trial:
-            remove(path) if reason else os.replace(draft, path)
-        return reason
-    finally:
-        remove(draft)
-        remove(f"{draft}.pkl")  # Detectron2's, in place of what YAML cannot express
-
-
-def remove(path: str) -> None:
-    """Removes a file, if it is there."""
-    with suppress(FileNotFoundError):
-        os.remove(path)
-
-
-def save_lazy(plain, path: str) -> str:
-    """LazyConfig.save, read back; returns why YAML cannot express the model, "" if it can."""
-    failures: List[Any] = []
-
-    def take(record: logging.LogRecord) -> bool:  # Detectron2 logs a failure and raises none
-        failures.extend(record.exc_info[1:2] if record.exc_info else ())
-        return False
-
-    upstream = logging.getLogger("detectron2.config.lazy")
-    upstream.addFilter(take)
-    try:
-        LazyConfig.save(plain, path)
-        if failures:
-            raise failures[0]
-        LazyConfig.load(path, "model")
-    except OSError:
-        raise
-    except Exception as error:
-        return (
+        text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
+        yaml.unsafe_load(text)  # as LazyConfig.load reads it
+    except Exception as error:  # Any object can be in the model, and fail in its own way.
+        raise ConfigError(
             "YAML cannot express what the node model holds, such as a lambda; import it by a name "
             f"from a module instead ({one_line(error)})"
-        )
-    finally:
-        upstream.removeFilter(take)
-    return ""
+        ) from error
+    return text
+
+
+def with_names(node: Any) -> Any:
+    """Nested containers of a LazyConfig with the names of what `_target_` calls."""
+    if isinstance(node, list):
+        return [with_names(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ret = {key: with_names(value) for key, value in node.items()}
+    if callable(ret.get("_target_")):
+        ret["_target_"] = _convert_target_to_string(ret["_target_"])
+    return ret
 
 
 def plain_config(cfg, weights: str):
-    """`cfg` with the parent meta-architecture, without distillation, and with `weights`."""
+    """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`."""
     if isinstance(cfg, CfgNode):
         plain = cfg.clone()
         plain.defrost()
@@ -137,19 +116,20 @@ def plain_config(cfg, weights: str):
         for node, key in OWN_KEYS:
             plain[node].pop(key, None)
         return plain
-    # The model alone: schedules and data may hold functions, which no YAML can express.
+    # The model is enough. Schedules and data can hold functions, which YAML cannot express.
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
     plain.model = copy.deepcopy(cfg.model)
     plain.model._target_ = parent_of(target_of(plain.model))
-    plain.model.pop("distiller", None)
+    for argument in ("distiller", "log_gradients", "image_format"):  # of DistillMixin
+        plain.model.pop(argument, None)
     plain.train.init_checkpoint = weights
     return plain
 
 
 def parent_of(meta_arch: Any) -> Any:
-    """The detector that a student class distils; anything else that builds one is its own."""
-    classes = getattr(meta_arch, "__mro__", ())
-    return next((cls for cls in classes if not issubclass(cls, DistillMixin)), meta_arch)
+    """The detector class that a student class extends; anything else is returned as it is."""
+    plain_architecture = getattr(meta_arch, "plain_architecture", None)
+    return plain_architecture() if plain_architecture else meta_arch
 
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:

@@ -1,22 +1,21 @@
-"""Reading checkpoint files, without running what they hold.
+"""Reading checkpoint files without running code that they hold.
 
-A pickle is a program: whoever wrote it decides what it calls. Here it may build tensors, NumPy
-arrays and plain containers and nothing else, unless the user trusts it (`--trust-checkpoint`).
+A pickle is a program: its author decides what it calls. A `.pth` file is read by torch's
+`weights_only` reader, a `.pkl` file by the small reader below. Both build tensors, plain containers
+and NumPy arrays of numbers, and refuse anything else.
 """
 
 import codecs
 import functools
 import hashlib
 import importlib
-import io
-import logging
 import math
 import os
 import pickle
 import re
 import types
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import numpy as np
 import torch
@@ -24,28 +23,23 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
 
-from ssimkd.errors import ConfigError, as_config_error, building, one_line
+from ssimkd.errors import ConfigError, as_config_error, one_line
 
-logger = logging.getLogger(__name__)
 _CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
 multiarray: Any = importlib.import_module(f"{_CORE}.multiarray")
 numeric: Any = importlib.import_module(f"{_CORE}.numeric")
 
-TRUST = "--trust-checkpoint"
-# torch.hub's convention: the first digits of the file's sha256 stand behind the last hyphen.
-HUB_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth?$")
-# Detectron2's zoo. It calls the digits a commit; its model_final_280758.pkl has another sha256.
-ZOO_NAME = re.compile(r"model_final_([0-9a-f]{6})\.pkl$")
-
-
-def _tensor_storage(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+# torch.hub's convention: the name ends in the first digits of the file's SHA-256.
+HUB_NAME = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.pth?$")  # and not in a date
+# How both readers say that they do not call what a file names.
+NAMED = re.compile(r"GLOBAL (\S+) (was not an allowed global|whose module)")
 
 
 class _Dtype:
-    """What a pickle gets for `numpy.dtype`: plain numbers and text.
+    """What a file gets for `numpy.dtype`: a type of numbers or text.
 
-    A real one could be turned into one of objects, whose bytes then are addresses in memory.
+    With a real one a file could build an array of objects from bytes, which are then taken for the
+    objects' addresses in memory.
     """
 
     def __init__(self, code: str, *options: Any) -> None:
@@ -58,14 +52,14 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """What a pickle gets for `numpy.ndarray`: an empty array, to be filled once."""
+    """What a file gets for `numpy.ndarray`: an empty array, which can be filled once."""
 
     def __new__(cls) -> "_Array":
         return super().__new__(cls, (0,), np.uint8)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
-        if isinstance(content, str):  # of Python 2
+        if isinstance(content, str):  # written by Python 2
             content = content.encode("latin1")
         if not isinstance(content, bytes) or min(shape, default=0) < 0 or self.size:
             raise pickle.UnpicklingError("an array is filled with something else than bytes")
@@ -88,28 +82,13 @@ def _frombuffer(content: Any, kind: _Dtype, *options: Any) -> np.ndarray:
     return numeric._frombuffer(bytes(content), kind.dtype, *options)
 
 
-# What a pickle may name -> what it gets. NumPy 2 renamed its core; files of both are about.
-ADMITTED: Dict[str, Any] = {
-    "_codecs.encode": codecs.encode,  # how protocol 2 writes bytes
-    "collections.OrderedDict": OrderedDict,
-    "numpy.dtype": _Dtype,
-    "numpy.ndarray": _Array,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch.storage._load_from_bytes": _tensor_storage,
-}
-for _kind in (set, frozenset, complex, bytearray):
-    for _module in ("builtins", "__builtin__"):  # the latter in protocols of Python 2
-        ADMITTED[f"{_module}.{_kind.__name__}"] = _kind
-for _core in ("numpy.core", "numpy._core"):
-    ADMITTED[f"{_core}.multiarray._reconstruct"] = _reconstruct
-    ADMITTED[f"{_core}.multiarray.scalar"] = _scalar
-    ADMITTED[f"{_core}.numeric._frombuffer"] = _frombuffer
-# torch's own restricted reader admits tensors and containers; this is added to it.
-NUMPY: List[Any] = [(value, name) for name, value in ADMITTED.items() if name.startswith("numpy")]
-
-# Both readers' words for what they do not call.
-NAMED = re.compile(r"GLOBAL (\S+) (was not an allowed global|whose module)")
+# What a file may name -> what it gets.
+NUMPY: Dict[str, Any] = {"numpy.dtype": _Dtype, "numpy.ndarray": _Array}
+for _core in ("numpy.core", "numpy._core"):  # NumPy 2 has renamed the former to the latter.
+    NUMPY[f"{_core}.multiarray._reconstruct"] = _reconstruct
+    NUMPY[f"{_core}.multiarray.scalar"] = _scalar
+    NUMPY[f"{_core}.numeric._frombuffer"] = _frombuffer
+ADMITTED = {**NUMPY, "_codecs.encode": codecs.encode, "collections.OrderedDict": OrderedDict}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -117,36 +96,27 @@ class _Unpickler(pickle.Unpickler):
         found = ADMITTED.get(f"{module}.{name}")
         if found is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
-        # A pickle may set attributes of what it gets: of a copy, where they can be set at all
+        # A pickle can set attributes of a function that it gets, hence it gets a copy.
         return functools.partial(found) if isinstance(found, types.FunctionType) else found
-
-
-_trusted = False
-
-
-def trust_checkpoints(trusted: bool) -> None:
-    """Whether this process reads checkpoints with Python's own reader, which runs anything."""
-    global _trusted
-    _trusted = trusted
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
     """The content of a `.pkl` or `.pth` file, tensors on the CPU.
 
     Raises:
-        ConfigError: it cannot be read, holds no mapping, or names what is not admitted; to be put
-            after the file's name.
+        ConfigError: it cannot be read, does not hold a mapping, or names something that is not
+            admitted. The caller puts the file's name before the message.
     """
     try:
-        content = read_raw(path)
-    except Exception as error:  # a pickle that is none can raise anything
-        name = NAMED.search(str(error)) or _named_by_plain(path)
+        content = read_file(path)
+    except Exception as error:  # A damaged pickle can raise anything.
+        name = NAMED.search(str(error))
         if name:
             raise ConfigError(
-                f"is not read: it names {name[1]}, which may run any code; {TRUST} reads it all "
-                "the same, if you trust who wrote it"
+                f"is not read: it names {name[1]}, which may run any code. If you trust its "
+                f"author, convert it: {conversion_command(path)}"
             ) from error
-        # torch's advice in its first line, to read it without restriction, would not help
+        # torch advises to read the file without restriction, which does not help here.
         why = "it is no checkpoint" if "Weights only" in str(error) else one_line(error)
         raise ConfigError(f"cannot be read: {why}") from error
     if not isinstance(content, dict):
@@ -154,28 +124,31 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     return content
 
 
-def read_raw(path: str, **options: Any) -> Any:
-    """What a file holds, or any exception; the options are torch.load's."""
+def read_file(path: str, **options: Any) -> Any:
+    """The content of a file; raises any exception. The options are torch.load's."""
     if path.endswith(".pkl"):
         with open(path, "rb") as f:
-            # latin1: Caffe2's were written by Python 2
-            return (pickle.Unpickler if _trusted else _Unpickler)(f, encoding="latin1").load()
-    with torch.serialization.safe_globals(NUMPY):
-        return torch.load(path, map_location="cpu", weights_only=not _trusted, **options)
+            return _Unpickler(f, encoding="latin1").load()  # Python 2 wrote those of Caffe2.
+    admitted: List[Any] = [(value, name) for name, value in NUMPY.items()]
+    with torch.serialization.safe_globals(admitted):
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
-def _named_by_plain(path: str) -> Optional[re.Match]:
-    """What a plain pickle would call that has not the name of one."""
-    try:
-        with open(path, "rb") as f:
-            _Unpickler(f).load()
-    except Exception as error:
-        return NAMED.search(str(error))
-    return None
+def conversion_command(path: str) -> str:
+    """A command that runs a file's code and writes its tensors to a file that can be read."""
+    load = f"torch.load({path!r}, 'cpu', weights_only=False)"
+    if path.endswith(".pkl"):
+        load = f"pickle.load(open({path!r}, 'rb'), encoding='latin1')"
+    target = os.path.splitext(path)[0] + "_weights.pth"
+    code = (
+        f"import pickle, torch; x = {load}; torch.save({{'model': {{k: torch.as_tensor(v) for k, v "
+        f"in x.get('model', x).items() if hasattr(v, 'shape')}}}}, {target!r})"
+    )
+    return 'python -c "' + re.sub(r'([\\"$`])', r"\\\1", code) + '"'
 
 
 class _Reader(Checkpointer):
-    """Reads where Detectron2 calls its parent, hence for all but `.pkl` and `.pyth`."""
+    """Stands behind DetectionCheckpointer, which reads all but `.pkl` and `.pyth` by its parent."""
 
     def _load_file(self, f: str) -> Dict[str, Any]:
         return read_checkpoint(f)
@@ -192,8 +165,12 @@ class CheckpointReader(DetectionCheckpointer, _Reader):
         """
         if path and "://" in path:
             fetch(path.split("?")[0])
-        with building(f"{path} cannot be loaded"), as_config_error(path, sep=" "):
+        try:
             return super().load(path, *args, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{path} {error}") from error
+        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be loaded: {one_line(error)}") from error
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):
@@ -211,47 +188,29 @@ class CheckpointReader(DetectionCheckpointer, _Reader):
 
 
 def fetch(address: str) -> str:
-    """Local path of a URL or path, downloaded if need be and checked.
+    """Local path of a path or URL. A URL is downloaded once and compared with its name.
 
     Raises:
-        ConfigError: it cannot be had, or see :func:`check_download`.
+        ConfigError: it cannot be downloaded, or its name holds the digits of another file's
+            SHA-256, by torch.hub's convention.
     """
     with as_config_error(f"cannot fetch {address}", Exception):
         path = PathManager.get_local_path(address)
-    if "://" in address:
-        check_download(address, path)
+    match = HUB_NAME.search(address) if "://" in address else None
+    if match:
+        digest = sha256(path)
+        if not digest.startswith(match[1]):
+            raise ConfigError(
+                f"{address} is not what its name says: its SHA-256 begins with "
+                f"{digest[: len(match[1])]}; delete {path} to fetch it again"
+            )
     return path
 
 
-def check_download(address: str, path: str) -> None:
-    """Compares a file with the digits in its name, where there are some.
-
-    Args:
-        address (str): URL that it came from.
-        path (str): where it lies.
-
-    Raises:
-        ConfigError: the name follows torch.hub's convention and the file differs. Detectron2's zoo
-            does not say what its digits are, so a difference there is a warning.
-    """
-    name = os.path.basename(address)
-    hub, zoo = HUB_NAME.search(name), ZOO_NAME.search(name)
-    match: Optional[re.Match] = hub or zoo
-    if match is None or not os.path.isfile(path):
-        return
+def sha256(path: str) -> str:
+    """SHA-256 of a file, as a hexadecimal number."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        content = f.read()
-    digests = {kind: hashlib.new(kind, content).hexdigest() for kind in ("sha256", "md5")}
-    kinds = [kind for kind, digest in digests.items() if digest.startswith(match[1])]
-    if kinds:
-        logger.info("%s is what its name says, by %s", name, kinds[0])
-    elif hub and not match[1].isdigit():  # a date is no digest
-        raise ConfigError(
-            f"{address} is not what its name says: its sha256 begins with "
-            f"{digests['sha256'][: len(match[1])]}; delete {path} to fetch it again"
-        )
-    else:
-        logger.warning(
-            "%s is not verified: %s in its name begins neither its sha256 (%s) nor its md5 (%s)",
-            *(name, match[1], digests["sha256"], digests["md5"]),
-        )
+        for block in iter(lambda: f.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

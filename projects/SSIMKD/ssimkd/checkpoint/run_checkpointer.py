@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, and gone on from only where they are whole."""
+"""The checkpoints of a run's model: written atomically, resumed from only if they are complete."""
 
 import logging
 import os
@@ -12,31 +12,33 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ssimkd.errors import OUTPUT, ConfigError, as_config_error, as_output_error, one_line
+from ssimkd.errors import OUTPUT, ConfigError, as_output_error, one_line
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.random_state import preserve_random_state, set_random_state
 
-from .reader import NAMED, read_raw
+from .coverage import first_three, unloaded_tensors
+from .reader import NAMED, CheckpointReader, read_file
 from .same_run import check_same_run
-from .strict import StrictCheckpointer
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"
-NUMBERED = re.compile(r"model_\d{7,}\.pth")  # names sort as their iterations do
+NUMBERED = re.compile(r"model_\d{7,}\.pth")  # These names sort by iteration.
 
 
-class RunCheckpointer(StrictCheckpointer):
-    """A run's checkpointer, whose files survive a crash at any moment.
+class RunCheckpointer(CheckpointReader):
+    """The checkpointer of a run. A crash at any moment leaves its earlier files as they were.
 
-    Names and format are Detectron2's; stock Detectron2 reads the files.
+    Names and format are Detectron2's, so that stock Detectron2 reads the files. A checkpoint of
+    another model, which would leave random values in this one, is an error.
 
     Args:
-        model (nn.Module): as Detectron2's.
-        save_dir (str): as Detectron2's.
-        run (dict or None): what `same_run.describe_run` says of this run: it is kept in the
-            checkpoints, and a resume compares it.
-        options: as :class:`StrictCheckpointer`'s.
+        model (nn.Module), save_dir (str): as Detectron2's.
+        require_all (bool): a checkpoint must hold every tensor of the model, as one that is
+            resumed from must. Otherwise the tensors that it lacks are a warning. It is an error if
+            it lacks all of them, or if its backbone has other shapes.
+        run (dict or None): the run's settings and teachers, see :func:`same_run.check_same_run`.
+            They are kept in the checkpoints, and a resume compares them.
+        options: as Detectron2's.
     """
 
     def __init__(
@@ -44,43 +46,44 @@ class RunCheckpointer(StrictCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
+        require_all: bool = False,
         run: Optional[Dict[str, Any]] = None,
         **options: Any,
     ) -> None:
         super().__init__(model, save_dir, **options)
         self.path_manager = AtomicPathManager()
-        self.run = run
+        self.require_all, self.run = require_all, run
         self.resuming = False
-        self.source = ""  # what was resumed from, until something is saved
+        self.source = ""  # the checkpoint resumed from, until a newer one is written
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As Detectron2's.
 
         Raises:
-            ConfigError: it cannot be written; the checkpoints before it are as they were.
+            ConfigError: it cannot be written. The earlier checkpoints are as they were.
         """
         self.source = ""
         with as_output_error(f"write {name}.pth to {self.save_dir}"):
             try:
                 super().save(name, **kwargs, **({"run": self.run} if self.run else {}))
             except RuntimeError as error:
-                # torch's writer ends in an error of its own, on the way from the one that matters
+                # On a full disk torch's writer raises this while it handles the OSError.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one to go on from, whole or not."""
+        """Whether the folder has a checkpoint, complete or not."""
         return bool(checkpoints_in(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """As Detectron2's; goes on from the last whole checkpoint.
+        """As Detectron2's. A resume continues from the last complete checkpoint.
 
         Raises:
-            ConfigError: none is whole, it is not one of this model and optimizer or of these
-                teachers, or the processes do not see the same; or see :meth:`load`.
+            ConfigError: no checkpoint is complete, it belongs to another model, optimizer or
+                teacher, or the processes find different ones; or see :meth:`load`.
         """
-        found = self._last_whole() if resume and self.has_checkpoint() else ""
+        found = self._last_complete() if resume and self.has_checkpoint() else ""
         if resume and len(set(comm.all_gather(found))) > 1:
             raise ConfigError(
                 f"{OUTPUT}: the processes see different checkpoints in {self.save_dir}, "
@@ -88,37 +91,40 @@ class RunCheckpointer(StrictCheckpointer):
             )
         self.resuming, self.source = bool(found), found
         if not found:
-            if self.whole and not path:
-                raise ConfigError(f"empty, and {self.save_dir} has no checkpoint to go on from")
+            if self.require_all and not path:
+                raise ConfigError(f"empty, and {self.save_dir} has no checkpoint to resume from")
             return super().resume_or_load(path, resume=False)
-        self.whole = True
+        self.require_all = True
         return self.load(found)
 
-    def complete(self) -> None:
-        """Writes `model_final` where a crash came just before it: no step was left to take."""
+    def write_final(self) -> None:
+        """Writes `model_final` for a run that was resumed after its last step.
+
+        It was interrupted just before it wrote the file, and no step is left whose hooks do so.
+        """
         if self.source and self.save_to_disk and os.path.basename(self.source) != FINAL:
             target = os.path.join(self.save_dir, FINAL)
             with open(self.source, "rb") as source, atomic_write(target) as file:
                 shutil.copyfileobj(source, file)
             self.tag_last_checkpoint(FINAL)
 
-    def _last_whole(self) -> str:
+    def _last_complete(self) -> str:
         names = checkpoints_in(self.save_dir)
         for name in names:
             path = os.path.join(self.save_dir, name)
-            fault = find_damage(path)
-            if not fault:
+            damage = find_damage(path)
+            if not damage:
                 return path
-            logger.warning("%s is not whole and is left out: %s", path, fault)
+            logger.warning("%s is incomplete or damaged and is skipped: %s", path, damage)
         raise ConfigError(
-            f"none of the checkpoints in {self.save_dir} is whole ({', '.join(names)}); "
+            f"none of the checkpoints in {self.save_dir} is complete ({', '.join(names)}); "
             "start anew without --resume"
         )
 
     def move_earlier_checkpoints(self) -> None:
-        """Moves an earlier run's checkpoints to a folder of their own: no resume is to find them.
+        """Moves an earlier run's checkpoints to a new folder, so that no resume finds them.
 
-        For a run that starts anew; `model_final.pth` stays where it is until it is written over.
+        For a run that starts anew. `model_final.pth` stays until the new run overwrites it.
 
         Raises:
             ConfigError: they cannot be moved.
@@ -130,7 +136,7 @@ class RunCheckpointer(StrictCheckpointer):
         folder = os.path.join(self.save_dir, f"before-{datetime.now():%Y%m%d-%H%M%S-%f}")
         with as_output_error(f"move the checkpoints of an earlier run to {folder}"):
             os.mkdir(folder)
-            for name in sorted(names):  # `last_checkpoint` first
+            for name in sorted(names):  # `last_checkpoint` is the first.
                 os.rename(os.path.join(self.save_dir, name), os.path.join(folder, name))
         logger.warning("Without --resume: the earlier run's checkpoints are now in %s", folder)
 
@@ -142,19 +148,38 @@ class RunCheckpointer(StrictCheckpointer):
                     f"holds weights without the state of their training ({', '.join(absent)}): "
                     "start a new run from them (MODEL.WEIGHTS or train.init_checkpoint)"
                 )
-            check_state(checkpoint)
             if self.run and "run" in checkpoint:
                 check_same_run(checkpoint["run"], self.run)
         return super()._load_model(checkpoint)
 
+    def _log_incompatible_keys(self, incompatible) -> None:
+        wrong = unloaded_tensors(incompatible)
+        if wrong and self.require_all:
+            raise ConfigError(f"does not fit the model: {first_three(list(wrong.values()))}")
+        none = all(name in wrong for name, _ in self.model.named_parameters())
+        # The heads may predict other classes. A backbone of other shapes is another model's.
+        other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
+        if none or other:
+            raise ConfigError(f"is another model's: {first_three(other or list(wrong.values()))}")
+        super()._log_incompatible_keys(incompatible)
+
+
+class AtomicPathManager:
+    """Detectron2's PathManager, except that it writes files by :func:`atomic_write`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(PathManager, name)
+
+    def open(self, path: str, mode: str = "r") -> Any:
+        """A context manager of the file."""
+        return atomic_write(path, mode) if "w" in mode else PathManager.open(path, mode)
+
 
 def checkpoints_in(folder: str) -> List[str]:
-    """Names of the checkpoint that a folder's `last_checkpoint` gives and of those before it.
+    """Names of the checkpoints to try in turn: that in `last_checkpoint`, then the older ones.
 
-    Where it gives none, the newest comes first; the files need not be whole, nor be there.
+    Without a readable `last_checkpoint` the newest comes first. The files may be damaged or absent.
     """
-    if not os.path.isdir(folder):
-        return []
     try:
         with open(os.path.join(folder, LAST), encoding="utf-8") as f:
             last = os.path.basename(f.read().strip())
@@ -167,49 +192,19 @@ def checkpoints_in(folder: str) -> List[str]:
 
 
 def numbered_in(folder: str) -> List[str]:
-    """Names of a folder's checkpoints but for the final one, the newest first."""
+    """Names of a folder's checkpoints except the final one, the newest first."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(filter(NUMBERED.fullmatch, names), reverse=True)
 
 
-def check_state(checkpoint: Dict[str, Any]) -> None:
-    """Raises ConfigError for a state of the training that would fail, or end it, later on."""
-    trainer = checkpoint.get("trainer")
-    if not isinstance(trainer, dict) or "iteration" not in trainer:
-        return  # not this project's
-    iteration = trainer["iteration"]
-    if type(iteration) is not int or iteration != checkpoint.get("iteration", iteration):
-        raise ConfigError(f"is damaged: its iteration is {iteration!r}")
-    exact = trainer.get("hooks", {}).get("ExactResume")
-    if exact is None:
-        return
-    if type(exact.get("data", {"batches": 0})["batches"]) is not int:
-        raise ConfigError("is damaged: its place in the training data is no number")
-    with preserve_random_state():
-        for state in exact["random"]:
-            with as_config_error("is damaged: its random state cannot be restored", Exception):
-                set_random_state(state)
-
-
-class AtomicPathManager:
-    """Detectron2's PathManager, except that what it opens for writing is a :func:`atomic_write`."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(PathManager, name)
-
-    def open(self, path: str, mode: str = "r") -> Any:
-        """A context manager of the file."""
-        return atomic_write(path, mode) if "w" in mode else PathManager.open(path, mode)
-
-
 def find_damage(path: str) -> str:
-    """Why a checkpoint is not whole, in words; "" of a whole one: every byte is checked."""
+    """Why a checkpoint cannot be resumed from, or "" if it is complete. Reads every byte."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes the sums, but does not read them
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not compare them.
             damaged = archive.testzip()
         if not damaged:
-            read_raw(path, mmap=True)  # what Python's reader passes over, torch's may refuse
-    except Exception as error:  # a damaged header can raise anything
-        # a whole file that is not trusted is an error of its own
+            read_file(path, mmap=True)
+    except Exception as error:  # A damaged header can raise anything.
+        # A complete file that is refused since it names code gets an error of its own.
         return "" if NAMED.search(str(error)) else one_line(error)
     return f"{damaged} is damaged" if damaged else ""

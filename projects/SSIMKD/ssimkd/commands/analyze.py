@@ -1,22 +1,20 @@
-#!/usr/bin/env python
-r"""Parameters, FLOPs and speed of a student beside its teachers'.
+"""Counts parameters and FLOPs of a student and of its teachers, and times them.
 
-    python tools/analyze.py --config-file configs/ssimkd_R50.yaml --weights output/student.pth
+    ssimkd analyze --config-file ssimkd_R50.yaml --weights output/student.pth --image street.jpg
 
-One image of 640 x 480 pixels, or --image, is prepared as in an evaluation of the config and shown
-to each. FLOPs are fvcore's: a multiplication with its addition is one. What it does not count is
-listed below the table. The speed is the median of --repeats, after one that does not count, on this
-machine. Without --weights the student's are random: it finds less, and its second stage has less to
-do, than one that was trained; the same for a teacher whose checkpoint cannot be fetched.
+One image is prepared as in an evaluation of the config; without --image it is noise of 640 x 480
+pixels. FLOPs are fvcore's: a multiplication with its addition is one; operators that it does not
+count are listed below the table. The speed is the median of --repeats runs on this machine.
+Without --weights the student's weights are random. It then finds fewer objects, which makes it
+faster than a trained one. The same holds for a teacher whose checkpoint cannot be read.
 """
 
 import argparse
 import logging
 import os
 import tempfile
-import time
 from collections import Counter
-from typing import Any, Dict, Iterator, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -25,26 +23,26 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd.checkpoint.export import build_plain, plain_config
-from ssimkd.checkpoint.reader import trust_checkpoints
-from ssimkd.engine.arguments import add_flags, load_config
+from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
 from ssimkd.modeling.several_teachers import build_distiller
 from ssimkd.report.model_cost import flop_counter
-from ssimkd.utils.measure import interleave, markdown
+from ssimkd.utils.measure import clock_of, interleave, markdown
+
+from . import add_overrides, at_least, command_parser
 
 logger = logging.getLogger("ssimkd.analyze")
 HEAD = ("", "weights", "parameters", "GFLOPs", "of these backbone and neck", "images/s")
 
 
 class Detector(NamedTuple):
-    """A detector to be looked at.
+    """A detector to be measured.
 
     Attributes:
         model (nn.Module): in evaluation mode.
-        trained (bool): its weights are no random ones.
+        trained (bool): its weights come from a checkpoint.
     """
 
     model: Any
@@ -53,10 +51,8 @@ class Detector(NamedTuple):
 
 def teachers_of(cfg) -> Iterator[Tuple[str, Any]]:
     """Name and TeacherSpec of each teacher that a config names."""
-    if isinstance(cfg, CfgNode):
-        distiller: Any = build_distiller(cfg)
-    else:
-        distiller = instantiate(cfg.model.get("distiller"))
+    lazy = not isinstance(cfg, CfgNode)
+    distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
     for name, one in distiller.named() if distiller else ():
         if one.spec.config:
             yield f"teacher {name}".rstrip(), one.spec
@@ -74,7 +70,7 @@ def load_all(cfg, weights: str) -> Dict[str, Detector]:
         try:
             found[name] = Detector(spec.load(device)[0], True)
         except ConfigError as error:
-            logger.warning("%s: random weights, since %s", name, error)
+            logger.warning("%s has random weights: %s", name, error)
             found[name] = Detector(spec.build(spec.load_config(), device).eval(), False)
     return found
 
@@ -91,24 +87,17 @@ def read_image(cfg, path: str) -> Tensor:
 
 @torch.no_grad()
 def count_flops(model: Any, image: Tensor) -> Tuple[float, float, Counter]:
-    """FLOPs of a detector and of its backbone with neck; how often it runs what is not counted."""
+    """FLOPs of a detector, those of its backbone with neck, and operators that are not counted."""
     flops = flop_counter(model, image)
     return flops.total(), flops.by_module()["model.backbone"], flops.unsupported_ops()
 
 
 @torch.no_grad()
-def run(model: Any, image: Tensor) -> None:
-    """One inference, to its end."""
-    model([{"image": image}])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
-    """Markdown: a row per detector, and what was not counted."""
+    """Markdown: a row per detector, and the operators that were not counted."""
     detectors = load_all(cfg, weights)
-    calls = {name: lambda m=d.model: run(m, image) for name, d in detectors.items()}
-    seconds = interleave(calls, repeats, time.perf_counter)
+    calls = {name: lambda m=d.model: m([{"image": image}]) for name, d in detectors.items()}
+    seconds = interleave(calls, repeats, clock_of(device_of(cfg)))
     rows = []
     uncounted: Counter = Counter()
     for name, (model, trained) in detectors.items():
@@ -122,32 +111,25 @@ def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
     return f"{markdown(HEAD, rows)}\n\nNot counted (most per detector): {operators}"
 
 
-def main() -> None:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", "--config", required=True, help="config of a student")
-    parser.add_argument("--weights", default="", help="its checkpoint, path or URL")
-    parser.add_argument("--image", default="", help="file to measure on")
-    parser.add_argument("--repeats", type=int, default=5, help="timed inferences of each")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
-    add_flags(parser)
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    trust_checkpoints(args.trust_checkpoint)
+def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser("analyze", __doc__)
+    add = parser.add_argument
+    add("--weights", default="", help="the student's checkpoint, a path or URL")
+    add("--image", default="", help="an image file to measure on")
+    add("--repeats", type=at_least(1), default=5, help="timed runs of each detector (5)")
+    add_overrides(parser)
+    return parser.parse_args(words)
+
+
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    args = parse(words)
     setup_logger(name="ssimkd")
-    with exit_in_one_line(args.debug):
-        cfg = load_config(args.config_file, args.opts, splits=())
-        image = read_image(cfg, args.image)
-        text = table(cfg, args.weights, image, args.repeats)
+    cfg = load_config(args.config_file, args.opts, splits=())
+    image = read_image(cfg, args.image)
+    text = table(cfg, args.weights, image, args.repeats)
     height, width = image.shape[1:]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"\n{text}\n\nOn an image of {height} x {width} pixels; {where}, torch {torch.__version__}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    print(f"\n{text}\n\nImage of {height} x {width} pixels; {where}, torch {torch.__version__}")

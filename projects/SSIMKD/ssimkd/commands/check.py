@@ -1,16 +1,14 @@
-#!/usr/bin/env python
-r"""Looks at a student and its teachers before a long run: a table, and status 1 if one should not.
+"""Looks at a student and its teachers before a long run.
 
-    python tools/check_pair.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
+    ssimkd check --config-file ssimkd_R50.yaml --num-gpus 8
 
-It builds both, makes the checks that every run makes before its first iteration, and then trains
-for --iterations in a temporary folder with a learning rate of 0, so that the losses are those of
-the start. The share of a loss's value is not its pull on the student: tools/suggest_weight.py
-measures that. With --num-gpus one process gets the batch of one GPU. Time is that of the iterations
-alone, without evaluations and without the exchange between GPUs. Only warnings and the table are
-printed.
+Student and teachers are built, and every check is made that a run makes before its first iteration.
+Then --iterations iterations run in a temporary folder with a learning rate of 0, so that the losses
+are those of the start. With --num-gpus, which is that of the long run, this one process gets the
+batch of one GPU. The time leaves out evaluations and the exchange between GPUs.
 
-Status 0: nothing to say against it. Status 1: an error, in one line, or a warning in the table.
+Warnings and a table are printed. The exit status is 0 if nothing speaks against the run. It is 1
+after an error, which is one line, or if the table has a warning.
 """
 
 import argparse
@@ -21,24 +19,22 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, MutableMapping, Tuple
+from typing import Any, Dict, Iterator, List, MutableMapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from ssimkd.checkpoint.reader import trust_checkpoints
 from ssimkd.data.datasets import check_classes
-from ssimkd.engine import lazy_driver as lazy_engine
-from ssimkd.engine import yaml_driver as engine
-from ssimkd.engine.arguments import add_flags, argument_parser, check_config, load_config
+from ssimkd.engine import lazy_driver, yaml_driver
+from ssimkd.engine.arguments import argument_parser, check_config, load_config
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.modeling.meta_arch import image_format_of
-from ssimkd.modeling.several_teachers import distillers_of
-from ssimkd.modeling.student import build_teacher
+from ssimkd.modeling.several_teachers import build_teachers, distillers_of
 from ssimkd.utils.config_keys import datasets_of, setting
+
+from . import add_overrides, at_least, command_parser
 
 Row = Tuple[str, str]
 LEAST = 5  # iterations: Detectron2 times from the fourth one on
@@ -78,10 +74,12 @@ def listen() -> Remarks:
 def build(cfg) -> Any:
     """The student of a config with its teachers."""
     lazy = not isinstance(cfg, CfgNode)
-    model: Any = lazy_engine.lazy_model(cfg) if lazy else engine.DistillTrainer.build_model(cfg)
+    model: Any = (
+        lazy_driver.lazy_model(cfg) if lazy else yaml_driver.DistillTrainer.build_model(cfg)
+    )
     if lazy:
-        lazy_engine.check_image_format(cfg, model, "train", "test")
-        build_teacher(model)
+        lazy_driver.check_image_format(cfg, model, "train", "test")
+        build_teachers(model)
     if not any(distiller.enabled for _, distiller in distillers_of(model)):
         raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
@@ -95,7 +93,7 @@ def pair_rows(model: Any) -> Iterator[Row]:
         teacher = distiller.teacher
         if teacher is None:  # of several, one without losses
             continue
-        order = teacher.rules.input_format
+        order = teacher.preprocessing.input_format
         yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, order)
         for level, other in distiller.teacher_levels.items():
             shape, channels = distiller.student_shapes[level], teacher.shapes[other].channels
@@ -148,7 +146,7 @@ def share(batch: int, num_gpus: int) -> int:
 
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
     """Trains shortly; returns Detectron2's figures of it."""
-    run = engine.train if isinstance(cfg, CfgNode) else lazy_engine.lazy_train
+    run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.lazy_train
     try:
         run(short(cfg, folder, iterations, num_gpus), resume=False)
     except FloatingPointError as error:
@@ -174,26 +172,22 @@ def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
         yield "memory", f"{most / 2**20:.2f} GiB at most, of the whole process"
 
 
-def main() -> None:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", "--config", required=True, help="config of a student")
-    parser.add_argument("--num-gpus", type=int, default=1, help="that the long run will have")
-    parser.add_argument(
-        "--iterations", type=int, default=20, help=f"of the short run, at least {LEAST}"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
-    add_flags(parser)
-    args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
-    if args.iterations < LEAST:
-        parser.error(f"--iterations must be at least {LEAST}")
-    if args.num_gpus < 1:
-        parser.error("--num-gpus must be at least 1")
+def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser("check", __doc__)
+    add = parser.add_argument
+    add("--num-gpus", type=at_least(1), default=1, help="GPUs of the long run (1)")
+    add("--iterations", type=at_least(LEAST), default=20, help="of the short run (20)")
+    add_overrides(parser)
+    return parser.parse_args(words)
+
+
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    args = parse(words)
     remarks = listen()
-    with exit_in_one_line(args.debug), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg, argument_parser().parse_args([]))
         rows = list(pair_rows(build(cfg)))
@@ -203,7 +197,3 @@ def main() -> None:
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     sys.exit(any(name == "WARNING" for name, _ in rows))
-
-
-if __name__ == "__main__":
-    main()

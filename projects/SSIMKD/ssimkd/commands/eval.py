@@ -1,10 +1,11 @@
-"""`ssimkd eval`: measures a detector's AP; `ssimkd train --eval-only`."""
+"""`ssimkd eval`: measures a detector's AP; it is `ssimkd train --eval-only`."""
 
 import sys
+from typing import Optional, Sequence
 
 from . import train
 
 
-def main() -> None:
-    """Command line of `ssimkd eval`."""
-    train.main(["--eval-only", *sys.argv[1:]])
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    train.main(["--eval-only", *(sys.argv[1:] if words is None else words)])

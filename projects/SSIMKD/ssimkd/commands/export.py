@@ -1,30 +1,28 @@
-#!/usr/bin/env python
-r"""Writes the student of a checkpoint for stock Detectron2, as every training run does at its end.
+"""Writes the student of a checkpoint for plain Detectron2, as every training run does at its end.
 
-    python tools/export_student.py --config-file configs/ssimkd_R50.yaml \
-        --weights output/ssimkd_R50/model_0044999.pth --out output/exported
+    ssimkd export --config-file ssimkd_R50.yaml --weights output/model_0044999.pth --out exported
 
-makes student.pth and student.yaml in output/exported. A `.yaml` config becomes one for
-DefaultPredictor, a `.py` config one for LazyConfig.load. With
+writes student.pth and student.yaml: the config of the same kind, for DefaultPredictor (.yaml) or
+LazyConfig.load (.py). With
 
     --format torchscript --images a.jpg b.jpg c.jpg
 
-it is student.ts, with --format onnx student.onnx: a graph that runs without Detectron2, written
-only if it finds in these images what the detector finds. docs/tools.md says what goes in and comes
-out, and which detectors cannot be a graph.
+it writes student.ts, and with --format onnx it writes student.onnx: graphs that run without
+Detectron2. A graph is only written if it finds the same objects as the detector in these images.
 """
 
 import argparse
+from typing import Optional, Sequence
 
 from detectron2.utils.logger import setup_logger
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
 from ssimkd.checkpoint.export import export_student, read_weights
 from ssimkd.checkpoint.graph import SUFFIXES, write_graph
-from ssimkd.checkpoint.reader import trust_checkpoints
-from ssimkd.engine.arguments import add_flags, load_config
+from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import image_reader, load_detector
+
+from . import add_overrides, command_parser
 
 
 def export_weights(args: argparse.Namespace) -> None:
@@ -39,9 +37,9 @@ def export_weights(args: argparse.Namespace) -> None:
 def export_graph(args: argparse.Namespace) -> None:
     """Writes student.ts or student.onnx."""
     if args.half:
-        raise ConfigError("--half: for --format detectron2 alone")
+        raise ConfigError("--half is for --format detectron2 only")
     if len(args.images) < 2:
-        raise ConfigError(f"--images: --format {args.format} needs two, better more, to be checked")
+        raise ConfigError(f"--images: --format {args.format} needs at least two images to check")
     cfg = load_config(args.config_file, args.opts, splits=())
     read = image_reader(cfg)
     images = [read(path)["image"] for path in args.images]
@@ -49,33 +47,22 @@ def export_graph(args: argparse.Namespace) -> None:
     print(f"{path}: agrees with the detector on {len(images)} images")
 
 
-def main() -> None:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file", "--config", required=True, help="config of the distilled run"
-    )
-    parser.add_argument("--weights", required=True, help="its checkpoint, path or URL")
-    parser.add_argument("--out", required=True, help="folder of what is written")
-    parser.add_argument(
-        "--format", choices=("detectron2", *SUFFIXES), default="detectron2", help="what is written"
-    )
-    parser.add_argument(
-        "--images", nargs="+", default=[], help="files, before another option: to check a graph on"
-    )
-    parser.add_argument(
-        "--half", action="store_true", help="store kernels and matrices in float16: half the size"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
-    add_flags(parser)
-    args = parser.parse_args()
-    trust_checkpoints(args.trust_checkpoint)
+def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser("export", __doc__)
+    add = parser.add_argument
+    add("--weights", required=True, help="the student's checkpoint, a path or URL")
+    add("--out", required=True, help="the folder to write to")
+    add("--format", choices=("detectron2", *SUFFIXES), default="detectron2", help="what to write")
+    add("--images", nargs="+", default=[], help="image files to check a graph on")
+    add("--half", action="store_true", help="store matrices in float16, for half the size")
+    add_overrides(parser)
+    return parser.parse_args(words)
+
+
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    args = parse(words)
     setup_logger(name="ssimkd")
-    with exit_in_one_line(args.debug):
-        export_weights(args) if args.format == "detectron2" else export_graph(args)
-
-
-if __name__ == "__main__":
-    main()
+    export_weights(args) if args.format == "detectron2" else export_graph(args)

@@ -6,9 +6,10 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     python train_net.py --config-file configs/ssimkd_R50.py --num-gpus 8 train.amp.enabled=True
     python train_net.py --config-file configs/ssimkd_R50.yaml --eval-only MODEL.WEIGHTS x.pth
     torchrun --nproc-per-node 8 train_net.py --config-file configs/ssimkd_R50.yaml
-    srun --ntasks-per-node 8 python train_net.py --config-file configs/ssimkd_R50.yaml
+    srun --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 ... train_net.py ...
 """
 
+from contextlib import nullcontext
 from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
@@ -16,34 +17,38 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from ssimkd.checkpoint.reader import trust_checkpoints
-from ssimkd.engine import launch
-from ssimkd.engine import lazy_driver as lazy_engine
-from ssimkd.engine import yaml_driver as engine
+from ssimkd.engine import launch, lazy_driver, yaml_driver
 from ssimkd.engine.arguments import argument_parser, check_config, load_arguments
 from ssimkd.engine.run_record import record_run
 from ssimkd.engine.writers import quiet_terminal
-from ssimkd.errors import as_config_error, traceback_in_log_only
+from ssimkd.errors import as_config_error, traceback_in_log
+from ssimkd.utils.config_files import find_config
 from ssimkd.utils.config_keys import key_of, setting
+from ssimkd.utils.known_warnings import silence_known_warnings
 
 
 def run(args) -> None:
     """One process of a run."""
+    silence_known_warnings()
     cfg = load_arguments(args)
-    trust_checkpoints(args.trust_checkpoint)
+    args.config_file = find_config(args.config_file)  # Detectron2 prints the file
     folder = setting(cfg, "output")
-    with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
-        if args.quiet:
-            quiet_terminal(folder, comm.get_rank())
-        default_setup(cfg, args)
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+    quiet = quiet_terminal(folder, comm.get_rank()) if args.quiet else nullcontext()
+    with quiet:
+        with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
+            default_setup(cfg, args)
+        setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+        with record_run(folder), traceback_in_log():
+            drive(cfg, args)
+
+
+def drive(cfg, args) -> None:
+    """Trains or evaluates by the driver of this kind of config."""
     if isinstance(cfg, CfgNode):
-        drive = engine.evaluate if args.eval_only else engine.train
+        call = yaml_driver.evaluate if args.eval_only else yaml_driver.train
     else:
-        drive = lazy_engine.lazy_evaluate if args.eval_only else lazy_engine.lazy_train
-    with record_run(folder), traceback_in_log_only(args.debug):
-        drive(cfg, args.resume)
+        call = lazy_driver.lazy_evaluate if args.eval_only else lazy_driver.lazy_train
+    call(cfg, args.resume)
 
 
 def check(args) -> str:

@@ -1,20 +1,15 @@
-#!/usr/bin/env python
-r"""Proposes the weight of the distillation losses of a config, from the start of its training.
+"""Proposes a weight for the distillation losses of a config, from the start of its training.
 
-    python tools/suggest_weight.py --config-file configs/ssimkd_R50.yaml --num-gpus 8
-    python tools/suggest_weight.py --config-file configs/shapes/ssimkd.yaml --iters 200 \
-        MODEL.DISTILL.LOSSES "('pkd',)"
+    ssimkd weight --config-file ssimkd_R50.yaml --num-gpus 8
+    ssimkd weight --config-file my_student.yaml --iters 200 MODEL.DISTILL.LOSSES "('pkd',)"
 
-Runs the config's training for some iterations, writes nothing beside it, and measures how long the
-gradient of the distillation losses is against that of the detector's own, at the maps that the
-backbone returns. On the embedded data seven of eleven losses did best at 5 to 120 times and the
-others, SSIM among them, higher (docs/comparison.md); there every parameter's gradient was clipped
-to length 1, without which (SOLVER.CLIP_GRADIENTS) a long one may do harm. --ratio (8) is a place
-to start a search from.
-Several losses keep their weights' proportions.
-
-The iterations watched are the training's first, within the learning rate's warm-up: take --iters
-beyond it (SOLVER.WARMUP_ITERS) where the ratio of a student that has settled is wanted.
+The config's training runs for --iters iterations in a temporary folder. Meanwhile the gradient of
+the distillation losses is compared with that of the detector's own losses, at the maps that the
+backbone returns: their lengths' ratio is proportional to the weight. On the Shapes data most
+losses did best at ratios of 5 to 120, and SSIM at a higher one (docs/comparison.md). Every
+parameter's gradient was clipped there (SOLVER.CLIP_GRADIENTS); without that a large ratio may do
+harm. The weight for --ratio 8 is a place to start a search from. Several losses keep the
+proportions of their weights.
 """
 
 import argparse
@@ -28,26 +23,25 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode, instantiate
 from tqdm import tqdm
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
-from ssimkd import ConfigError
-from ssimkd.checkpoint.reader import TRUST
-from ssimkd.engine.arguments import add_flags, load_config
-from ssimkd.errors import exit_in_one_line
+from ssimkd.engine.arguments import load_config
+from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.modeling.several_teachers import Distillers, build_distiller
+from ssimkd.utils.config_keys import key_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PERIOD = 10  # iterations between two looks at the gradients
-LEAST = 2 * PERIOD  # iterations until there is a line of the log with a gradient
+from . import add_overrides, at_least, command_parser
+
+PERIOD = 10  # iterations between two measurements of the gradients
+LEAST = 2 * PERIOD  # iterations until the log has a line with a gradient
 GOOD = (5.0, 120.0)  # ratios of the best weights, docs/comparison.md
 
 
 def weights_of(cfg) -> Dict[str, float]:
-    """Loss, "<teacher>/<loss>" with several teachers -> the weight that a config gives it.
+    """Loss, or "<teacher>/<loss>" with several teachers -> the weight that a config gives it.
 
     Raises:
         ConfigError: nothing is distilled.
@@ -67,29 +61,25 @@ def weights_of(cfg) -> Dict[str, float]:
     return weights
 
 
-def watching(cfg) -> List[str]:
-    """Overrides of a config that log the gradients; of several teachers one says it for all."""
+def logging_gradients(cfg) -> List[str]:
+    """Overrides that log the gradients."""
     if isinstance(cfg, CfgNode):
         return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
-    node = cfg.model.distiller
-    teachers = [f"{name}." for name in node if isinstance(node[name], Mapping)]
-    name = "" if "losses" in node else teachers[0]
-    return [f"model.distiller.{name}log_gradients={PERIOD}"]
+    return [f"model.log_gradients={PERIOD}"]
 
 
-def probe(
-    config: str, iters: int, num_gpus: int, opts: List[str], flags: Sequence[str] = ()
-) -> List[Dict[str, Any]]:
-    """The metrics that the first `iters` iterations of a training log.
+def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """The metrics that the first `args.iters` iterations of a config's training log.
 
     Raises:
-        ConfigError: the training ends before.
+        ConfigError: the training ends before it has logged anything.
     """
     with tempfile.TemporaryDirectory() as folder:
-        lazy = config.endswith(".py")
-        own = [f"train.output_dir={folder}"] if lazy else ["OUTPUT_DIR", folder]
-        command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", config]
-        command += ["--num-gpus", str(num_gpus), *flags, *opts, *own]
+        key, iters = key_of(cfg, "output"), args.iters
+        output_dir = [key, folder] if isinstance(cfg, CfgNode) else [f"{key}={folder}"]
+        command = [sys.executable, "-m", "ssimkd", "train", "--config-file", args.config_file]
+        command += ["--num-gpus", str(args.num_gpus), *args.opts]
+        command += [*logging_gradients(cfg), *output_dir]
         output, metrics = Path(folder, "output.txt"), Path(folder, "metrics.json")
         rows: List[Dict[str, Any]] = []
         with open(output, "w") as stream, tqdm(total=iters, unit="iteration") as bar:
@@ -133,53 +123,41 @@ def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -
     ratio = logged.get("gradient_ratio", 0.0)
     if not ratio > 0:
         raise ConfigError(f"--iters: no gradient was logged; take at least {LEAST}")
-    values = {key: value for key, value in logged.items() if "_kd/" in key}
     lines = ["| loss/level | value, weight 1 | gradient over the detector's |", "|---|---|---|"]
-    for key, value in values.items():
+    for key, value in ((key, value) for key, value in logged.items() if "_kd/" in key):
         level = logged.get(f"gradient_ratio/{key.rsplit('/', 1)[1]}")
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
     low, high = GOOD
-    inside = "within" if low <= ratio <= high else "outside of"
-    lines += ["", f"At all levels together the ratio is {ratio:.3g}; that is {inside} {low:g} to"]
-    lines.append(f"{high:g}, where most losses did best on the embedded data (clipped gradients).")
+    inside = "inside" if low <= ratio <= high else "outside"
+    lines += ["", f"The ratio over all levels is {ratio:.3g}, {inside} the range of {low:g} to"]
+    lines.append(f"{high:g} where most losses did best on the Shapes data (clipped gradients).")
     for name, weight in weights.items():
         least, start, most = (weight * r / ratio for r in (low, wanted, high))
         lines.append(
-            f"  weight of {name}, now {weight:g}: {least:.2g} to {most:.2g}; "
-            f"ratio {wanted:g} is {start:.2g}"
+            f"  {name} has the weight {weight:g}; the range is {least:.2g} to {most:.2g}, "
+            f"and {start:.2g} gives the ratio {wanted:g}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file", "--config", required=True, help="of the run to come, .yaml or .py"
-    )
-    parser.add_argument(
-        "--iters", type=int, default=300, help=f"iterations to watch, at least {LEAST}"
-    )
-    parser.add_argument("--ratio", type=float, default=8.0, help="to give the weight of (8)")
-    parser.add_argument("--num-gpus", type=int, default=1)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config, last")
-    add_flags(parser)
-    args = parser.parse_args()
-    if args.iters < LEAST:
-        parser.error(f"--iters must be at least {LEAST}")
-    if args.num_gpus < 1:
-        parser.error("--num-gpus must be at least 1")
+def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser("weight", __doc__)
+    add = parser.add_argument
+    add("--iters", type=at_least(LEAST), default=300, help="iterations to run (300)")
+    add("--ratio", type=float, default=8.0, help="ratio to give the weight of (8)")
+    add("--num-gpus", type=at_least(1), default=1)
+    add_overrides(parser)
+    args = parser.parse_args(words)
     if not args.ratio > 0:
         parser.error("--ratio must be above 0")
-    flags = [TRUST] if args.trust_checkpoint else []
-    with exit_in_one_line(args.debug):
-        cfg = load_config(args.config_file, args.opts)
-        weights, opts = weights_of(cfg), [*args.opts, *watching(cfg)]
-        rows = probe(args.config_file, args.iters, args.num_gpus, opts, flags)
-        print(report(weights, medians(rows), args.ratio))
+    return args
 
 
-if __name__ == "__main__":
-    main()
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """The command; `words` are its arguments, by default the process's own."""
+    args = parse(words)
+    cfg = load_config(args.config_file, args.opts)
+    weights = weights_of(cfg)
+    print(report(weights, medians(probe(cfg, args)), args.ratio))

@@ -1,27 +1,23 @@
-"""Images that cannot be read: named, or left out of the training and counted."""
+"""Errors of images that cannot be read name the image."""
 
-import logging
 import struct
 import zlib
 from traceback import walk_tb
-from typing import Any, Callable, Dict, Set
+from typing import Any, Callable, Dict
 
 import cv2
-from detectron2.engine import HookBase
-from detectron2.utils import comm
 from PIL.Image import DecompressionBombError
 
 from ssimkd.errors import ConfigError, one_line
 
-logger = logging.getLogger(__name__)
 READERS = ("PIL", "detectron2.data.detection_utils")  # modules that read images and annotations
 
 
 class BadImageError(ConfigError):
-    """An image, or what the data set says of it, cannot be used; the line begins with its file."""
+    """An image or its annotation cannot be read. The message begins with the image's file."""
 
 
-# What decoders raise, or a user's own mapper to say so.
+# What decoders raise. A user's own mapper can raise BadImageError.
 UNREADABLE = (
     *(OSError, EOFError, DecompressionBombError, BadImageError),
     *(cv2.error, struct.error, zlib.error),
@@ -29,10 +25,10 @@ UNREADABLE = (
 
 
 def is_unreadable(error: Exception) -> bool:
-    """Whether an error says that data cannot be read; a mapper's bug is none of them.
+    """Whether an error means that data cannot be read, and not that a mapper has a bug.
 
-    A ValueError (such as Detectron2's of a size that is not the annotated one) or a SyntaxError
-    (Pillow's) may be either: it counts where it comes out of one of READERS.
+    A ValueError (Detectron2's for an image of another size than annotated) or a SyntaxError
+    (Pillow's) counts where it was raised below one of READERS.
     """
     if isinstance(error, UNREADABLE):
         return True
@@ -43,14 +39,13 @@ def is_unreadable(error: Exception) -> bool:
 
 
 class NamingMapper:
-    """A mapper whose failures name the image.
+    """A mapper whose errors name the image.
 
     Args:
         mapper (callable): record in Detectron2's format -> what the model takes.
 
     Raises:
-        BadImageError: when called, of an image that cannot be read.
-        ConfigError: when called, whatever else the mapper raised: no image is to blame.
+        BadImageError: when called, for an image that cannot be read.
     """
 
     def __init__(self, mapper: Callable[[Dict], Any]) -> None:
@@ -62,25 +57,6 @@ class NamingMapper:
         try:
             return self.mapper(record)
         except Exception as error:
-            kind = BadImageError if is_unreadable(error) else ConfigError
-            raise kind(f"{name}: {one_line(error)}") from error
-
-
-class CountSkipped(HookBase):
-    """Says at the end of a training which images were left out.
-
-    Args:
-        loader (ResumableLoader or iterable): its set `skipped` holds a line for each image.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def after_train(self) -> None:
-        """Not after a failure, when some processes may be gone."""
-        if self.trainer.iter < self.trainer.max_iter or not hasattr(self.loader, "skipped"):
-            return
-        skipped: Set[str] = set().union(*comm.gather(self.loader.skipped))
-        if skipped:
-            lines = "\n".join(sorted(skipped))
-            logger.warning("%d images were skipped (--skip-bad-images):\n%s", len(skipped), lines)
+            if not is_unreadable(error):  # It is a bug in the mapper and keeps its traceback.
+                raise
+            raise BadImageError(f"{name}: {one_line(error)}") from error

@@ -1,127 +1,95 @@
-"""A user's annotation file in COCO's format: what it must hold, before a run depends on it."""
+"""Checks of a user's annotation file in COCO's format, before a run depends on it."""
 
 import json
 import logging
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence
 
 from ssimkd.errors import ConfigError, as_config_error
 
 logger = logging.getLogger(__name__)
-MOST = 1e9  # pixels of a side, beyond which a number is none
 
-
-# Part of the file -> the keys of its entries, and the kind of their values.
-REQUIRED: Dict[str, Dict[str, Tuple[type, ...]]] = {
-    "images": {"id": (int, str), "file_name": (str,), "height": (int,), "width": (int,)},
-    "annotations": {
-        "id": (int, str),
-        "image_id": (int, str),
-        "category_id": (int,),
-        "bbox": (list,),
-    },
-    "categories": {"id": (int,), "name": (str,)},
+# Part of the file -> the keys that each of its entries must have, and the types of their values.
+REQUIRED: Dict[str, Dict[str, Any]] = {
+    "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
+    "annotations": {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list},
+    "categories": {"id": int, "name": str},
 }
-SCORED: Dict[str, Tuple[type, ...]] = {"area": (int, float), "iscrowd": (int,)}
+SCORED = {"area": (int, float), "iscrowd": int}  # of annotations, which COCO's metric needs
 
 
 def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, Any]:
-    """Reads and checks an annotation file; warns of objects that no detector can find.
+    """Reads and checks an annotation file.
+
+    Warns of boxes without area or outside their image, which Detectron2 leaves out.
 
     Args:
-        json_file (str): in COCO's format: images, annotations, categories.
-        images (str): folder of the images; the first one must be there.
-        scored (bool): detections are compared with it: that needs an area of each annotation.
+        json_file (str): in COCO's format.
+        images (str): folder of the images. The first one must exist.
+        scored (bool): detections will be compared with the annotations.
 
     Returns:
-        dict: metadata for Detectron2: thing_classes in the order of their ids, and the keypoints
-        where the categories name some.
+        dict: Detectron2's metadata: thing_classes in the order of their ids, and the keypoints'
+        names where the categories have some.
 
     Raises:
-        ConfigError: what is wrong with the file, to be put after its name.
+        ConfigError: what is wrong with the file. The caller puts the file's name before it.
     """
-    with (
-        as_config_error("cannot be read", (OSError, RecursionError, ValueError)),
-        open(json_file) as f,
-    ):
+    with as_config_error("cannot be read", (OSError, ValueError)), open(json_file) as f:
         content = json.load(f)
-    parts = ("images", "annotations", "categories")
-    for part in parts:
-        if not (isinstance(content, dict) and isinstance(content.get(part), list)):
+    for part, keys in REQUIRED.items():
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise ConfigError(f"has no list {part!r}")
         if not content[part]:
             raise ConfigError(f"has no {part}")
-    ids: Dict[str, set] = {}
-    for part in parts:
-        kinds = dict(REQUIRED[part], **(SCORED if scored and part == "annotations" else {}))
-        ids[part] = check_entries(part, content[part], kinds)
-    check_annotations(content["annotations"], ids)
-    warn_of_boxes_outside(json_file, content)
+        check_entries(
+            part, content[part], {**keys, **(SCORED if part == "annotations" and scored else {})}
+        )
+    check_annotations(content)
+    warn_of_unseen_boxes(json_file, content)
     first = os.path.join(images, content["images"][0]["file_name"])
     if not os.path.isfile(first):
         raise ConfigError(f"names the image {first}, which does not exist")
     return metadata(sorted(content["categories"], key=lambda category: category["id"]))
 
 
-def check_entries(part: str, entries: List[Any], kinds: Dict[str, Tuple[type, ...]]) -> set:
-    """The ids of a part's entries.
-
-    Raises:
-        ConfigError: an entry lacks a key, has a value of another kind, or the id of another one.
-    """
+def check_entries(part: str, entries: List[Any], keys: Dict[str, Any]) -> None:
+    """Raises ConfigError for an entry without a key, with a value of another type, or a used id."""
     ids = set()
     for entry in entries:
-        if not isinstance(entry, dict):
-            raise ConfigError(f"has an entry of {part!r} that is no mapping: {entry!r}")
-        for key, kind in kinds.items():
-            if key not in entry:
+        for key, kind in keys.items():
+            if not isinstance(entry, dict) or key not in entry:
                 raise ConfigError(f"has an entry of {part!r} without {key!r}: {entry}")
             if not isinstance(entry[key], kind):
                 raise ConfigError(f"has an entry of {part!r} with a wrong {key!r}: {entry}")
         if entry["id"] in ids:
             raise ConfigError(f"has the id {entry['id']} twice in {part!r}")
         ids.add(entry["id"])
-    return ids
 
 
-def check_annotations(annotations: List[Dict[str, Any]], ids: Dict[str, set]) -> None:
-    """Raises ConfigError for a box or shape that is none, or an unknown image or category."""
-    for entry in annotations:
-        box = entry["bbox"]
-        if not (numbers(box) and len(box) == 4 and min(box[2:]) >= 0):
+def check_annotations(content: Dict[str, List[Dict[str, Any]]]) -> None:
+    """Raises ConfigError for a malformed box or an unknown image or category."""
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for entry in content["annotations"]:
+        if not is_box(entry["bbox"]):
             raise ConfigError(f"has a bbox that is not [x, y, width, height]: {entry}")
-        if type(entry.get("iscrowd", 0)) is not int or entry.get("iscrowd", 0) not in (0, 1):
-            raise ConfigError(f"has an 'iscrowd' that is neither 0 nor 1: {entry}")
-        points = entry.get("keypoints") or []
-        if not numbers(points) or len(points) % 3:
-            raise ConfigError(f"has 'keypoints' that are not [x, y, v, ...]: {entry}")
-        if not is_mask(entry.get("segmentation") or []):
-            raise ConfigError(f"has a 'segmentation' that is no list of polygons, nor RLE: {entry}")
-        for key, part in (("image_id", "images"), ("category_id", "categories")):
-            if entry[key] not in ids[part]:
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if entry[key] not in known:
                 raise ConfigError(f"has an annotation of the unknown {key} {entry[key]}")
 
 
-def numbers(values: Any) -> bool:
-    """Whether this is a list of finite numbers that pixels can have."""
-    return isinstance(values, list) and all(
-        type(x) in (int, float) and abs(x) < MOST for x in values
-    )
+def is_box(bbox: Sequence[Any]) -> bool:
+    """Whether these are four numbers x, y, width, height of which the last two are not negative."""
+    numbers = all(isinstance(value, (int, float)) for value in bbox)
+    return numbers and len(bbox) == 4 and min(bbox[2:]) >= 0
 
 
-def is_mask(segmentation: Any) -> bool:
-    """Whether this is COCO's list of polygons [x, y, ...], or its RLE: `size` and `counts`."""
-    if not isinstance(segmentation, dict):
-        return isinstance(segmentation, list) and all(map(numbers, segmentation))
-    size, counts = segmentation.get("size", []), segmentation.get("counts")
-    return numbers(size) and len(size) == 2 and (isinstance(counts, str) or numbers(counts))
-
-
-def warn_of_boxes_outside(json_file: str, content: Dict[str, Any]) -> None:
-    """Warns of boxes without area or outside their image: Detectron2 leaves them out.
+def warn_of_unseen_boxes(json_file: str, content: Dict[str, Any]) -> None:
+    """Warns of boxes without area or outside their image.
 
     Raises:
-        ConfigError: all are.
+        ConfigError: all boxes are of this kind.
     """
     images = {image["id"]: image for image in content["images"]}
     unseen = []
@@ -140,12 +108,10 @@ def warn_of_boxes_outside(json_file: str, content: Dict[str, Any]) -> None:
 
 
 def metadata(categories: List[Dict[str, Any]]) -> Dict[str, Any]:
-    """What Detectron2 keeps of COCO's categories; left and right keypoints are swapped in flips."""
+    """Detectron2's metadata of COCO's categories. A flip swaps left and right keypoints."""
     found: Dict[str, Any] = {"thing_classes": [category["name"] for category in categories]}
     names = categories[0].get("keypoints")
     if names:
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ConfigError(f"has 'keypoints' in a category that are no list of names: {names!r}")
         mirrored = [(name, name.replace("left", "right")) for name in names if "left" in name]
         found["keypoint_names"] = names
         found["keypoint_flip_map"] = [pair for pair in mirrored if pair[1] in names]

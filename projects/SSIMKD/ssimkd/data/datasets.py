@@ -1,4 +1,4 @@
-"""The data sets that a run names: a user's own, and checks of all before anything is built."""
+"""The data sets that a run names: registering a user's own, and checking all before the start."""
 
 import os
 from itertools import chain, product
@@ -16,60 +16,67 @@ from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
 FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
-HOW_TO_SET = {  # head -> the keys of its number of classes
+HOW_TO_SET = {  # head -> the keys that set its number of classes
     "roi_heads": f"MODEL.ROI_HEADS.NUM_CLASSES (model.roi_heads.num_classes), {FROM_DATA}",
     "model": f"MODEL.RETINANET.NUM_CLASSES (model.num_classes), {FROM_DATA}",
     "sem_seg_head": "MODEL.SEM_SEG_HEAD.NUM_CLASSES (model.sem_seg_head.num_classes)",
 }
 
 
-def use_own_data(cfg: CfgNode, splits: Sequence[str]) -> None:
-    """Registers a YAML config's own data and, where asked, takes the number of classes from it.
+def use_own_data(cfg, splits: Sequence[str]) -> None:
+    """Registers a config's own data and, where asked, takes the number of classes from it.
 
     Args:
-        cfg (CfgNode): `DATASETS.COCO`, `.NUM_CLASSES_FROM_DATA` (False afterwards) and the heads'.
-        splits (sequence[str]): "TRAIN", "TEST": what the run uses; the first one is counted.
+        cfg (CfgNode or DictConfig): `DATASETS.COCO` and `.NUM_CLASSES_FROM_DATA`, or the optional
+            `datasets.coco` and `.num_classes_from_data`. The latter key is False afterwards.
+        splits (sequence[str]): "TRAIN", "TEST": which data the run uses. The classes of the first
+            one are counted; those of "TRAIN" if none is used.
 
     Raises:
-        ConfigError: a file is missing or is not in COCO's format.
+        ConfigError: a key is wrong, a file is missing or is not in COCO's format.
     """
+    entries, count = own_data_of(cfg)
     names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
-    count = cfg.DATASETS.NUM_CLASSES_FROM_DATA
-    if not isinstance(cfg.DATASETS.COCO, (list, tuple)):  # yacs takes None for anything
-        raise ConfigError(f"DATASETS.COCO must be a list of mappings, got {cfg.DATASETS.COCO}")
     if splits or count:
-        register_coco(cfg.DATASETS.COCO, list(chain(*names.values())), names.get("TEST", ()))
-    if count:
-        split = next(iter(names))
-        classes = count_classes(names[split], key_of(cfg, split))
-        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
-            node.NUM_CLASSES = classes
-        cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
-
-
-def lazy_use_own_data(cfg, splits: Sequence[str]) -> None:
-    """As :func:`use_own_data` for the optional node `datasets` of a LazyConfig."""
-    node = cfg.get("datasets", {})
-    known = {"coco", "num_classes_from_data"}
-    if not isinstance(node, Mapping) or set(node) - known:
-        raise ConfigError(f"datasets: there are the keys {', '.join(sorted(known))}, got {node}")
-    names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
-    count = node.get("num_classes_from_data", False)
-    if splits or count:
-        listed = node.get("coco", [])
-        if not isinstance(listed, Sequence) or isinstance(listed, str):
-            raise ConfigError(f"datasets.coco must be a list, got {listed!r}")
-        entries = [
-            {k.upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
-            for entry in listed
-        ]
         register_coco(entries, list(chain(*names.values())), names.get("TEST", ()))
-    if count:
-        split = next(iter(names))
-        classes = count_classes(names[split], key_of(cfg, split))
+    if not count:
+        return
+    split = next(iter(names))
+    classes = count_classes(names[split], key_of(cfg, split))
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
+        cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
+    else:
         head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
         head.num_classes = classes
         cfg.datasets.num_classes_from_data = False
+
+
+def own_data_of(cfg) -> Tuple[List[Any], bool]:
+    """A config's entries of its own data, with keys in capitals, and whether to count classes.
+
+    Raises:
+        ConfigError: a key is unknown, or the entries are not a list.
+    """
+    if isinstance(cfg, CfgNode):
+        entries, count = cfg.DATASETS.COCO, cfg.DATASETS.NUM_CLASSES_FROM_DATA
+    else:
+        node = cfg.get("datasets", {})
+        known = {"coco", "num_classes_from_data"}
+        if not isinstance(node, Mapping) or set(node) - known:
+            raise ConfigError(
+                f"datasets: there are the keys {', '.join(sorted(known))}, got {node}"
+            )
+        entries, count = node.get("coco", []), node.get("num_classes_from_data", False)
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise ConfigError(
+            f"DATASETS.COCO (.yaml) or datasets.coco (.py) must be a list, got {entries}"
+        )
+    upper = [
+        {str(k).upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
+        for entry in entries
+    ]
+    return upper, count
 
 
 def register_coco(
@@ -79,9 +86,9 @@ def register_coco(
 
     Args:
         entries (sequence[mapping]): NAME (for DATASETS.TRAIN and TEST), JSON (annotation file),
-            IMAGES (folder). One that is registered already as it stands is left alone.
-        names (sequence[str]): the data sets that are used: only their files are read.
-        scored (sequence[str]): those of them that detections are compared with.
+            IMAGES (folder). One that is registered already is left alone.
+        names (sequence[str]): the data sets that are used. Only their files are read.
+        scored (sequence[str]): those on which detections are evaluated.
 
     Raises:
         ConfigError: a key is missing or unknown, a file does not exist or is not in COCO's format,
@@ -122,7 +129,7 @@ def check_datasets(names: Sequence[str], key: str) -> None:
                 "datasets.coco (.py) registers your own"
             )
         if name.startswith(FOLDER):
-            continue  # drawn on first use
+            continue  # It is drawn on first use.
         metadata = MetadataCatalog.get(name)
         paths = [metadata.get("json_file"), metadata.get("image_root")]
         missing += [
@@ -137,28 +144,30 @@ def check_datasets(names: Sequence[str], key: str) -> None:
 
 
 def count_classes(names: Sequence[str], key: str) -> int:
-    """Number of object classes of the first of several registered data sets.
+    """Number of object classes in the first of several registered data sets.
 
     Raises:
-        ConfigError: there is none, or it does not name its classes.
+        ConfigError: there is no data set, or it does not name its classes.
     """
     check_datasets(names, key)
     classes = classes_of(names[0]) if names else []
     if not classes:
-        raise ConfigError(f"{key}: there is no data set that names its classes, to count them")
+        raise ConfigError(
+            f"{key}: no data set here names its classes, so that they cannot be counted"
+        )
     return len(classes)
 
 
 def classes_of(name: str, kind: str = "thing") -> List[str]:
-    """Names of a data set's classes of a kind ("thing", "stuff"); empty where it does not say."""
+    """Names of a data set's "thing" or "stuff" classes; empty where its metadata has none."""
     return list(MetadataCatalog.get(name).get(f"{kind}_classes", ()))
 
 
 def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
-    """Raises ConfigError unless the data sets have the classes of each other and of the heads.
+    """Raises ConfigError unless all data sets have the same classes, as many as the heads predict.
 
     Args:
-        model (nn.Module): a detector; a head whose number of classes is not known is left alone.
+        model (nn.Module): a detector. A head that does not tell its number of classes is left out.
         data (mapping[str, sequence[str]]): config key -> the data sets that it names.
     """
     things = "roi_heads" if hasattr(model, "roi_heads") else "model"
@@ -187,8 +196,8 @@ def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
 
 
 def classes_in(head: Any) -> int:
-    """Number of classes that a head predicts; 0 where it does not say."""
+    """Number of classes that a head predicts; 0 where it is not known."""
     found = getattr(head, "num_classes", None)
-    if found is None and hasattr(head, "predictor"):  # of semantic segmentation
+    if found is None and hasattr(head, "predictor"):  # a head of semantic segmentation
         found = head.predictor.out_channels
     return found if isinstance(found, int) else 0

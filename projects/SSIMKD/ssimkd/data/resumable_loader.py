@@ -1,10 +1,13 @@
-"""A training stream that can be taken up where it was left.
+"""A training stream that a resumed run continues exactly.
 
-Detectron2's training loader is endless and forgets its place. Here order and augmentation are a
-function of (seed, position in the stream), whatever the number of workers, so a resumed run sees
-exactly the images, flips and sizes that it would have seen. Processes share one stream as
-Detectron2's samplers do, k of them taking every k-th image: however many there are, an iteration
-sees the same images (but where lying and standing ones wait for their like, in each process).
+Detectron2's training loader does not remember how many images it has given. Here the order of the
+images and their random augmentation depend on the seed and the position in the stream alone, not
+on the number of workers. A resumed run therefore sees the same images, flips and sizes as a run
+that was never interrupted.
+
+As in Detectron2, k processes share one stream, and each takes every k-th image. Without grouping by
+aspect ratio an iteration sees the same images for any number of processes. With it, each process
+collects landscape and portrait images in groups of its own, so that the batches can differ.
 """
 
 import logging
@@ -22,44 +25,44 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ssimkd.engine.preemption import ignore_cluster_signals
 from ssimkd.errors import ConfigError
 from ssimkd.utils.random_state import preserve_random_state
 
 from .bad_images import BadImageError, NamingMapper
 
 logger = logging.getLogger(__name__)
-MAX_BAD_IN_A_ROW = 10  # bad images, beyond which the data or the disk is wrong
-SKIPPED = "skipped"  # key of an item: the images that it stands in for
-# Attributes of Detectron2's samplers that hold random draws.
+MAX_BAD_IN_A_ROW = 10  # With more unreadable images in a row the data or the disk is wrong.
+SKIPPED = "skipped"  # key of an item that replaces unreadable images: a line for each of them
+# Attributes of Detectron2's samplers that hold what they drew at random.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
-Position = Tuple[int, int]  # place in this process's stream, index in the data set
+Position = Tuple[int, int]  # position in this process's stream, index in the data set
 
 
 class ResumableLoader:
-    """Endless batches, list[dict] each, of this process's share; with a `state_dict`.
+    """Endless batches (list[dict]) of this process's share of the images, with a `state_dict`.
 
-    The loader starts when the first batch is asked for, from the state at that moment, and leaves
-    the process's random generators alone.
+    Loading starts with the first batch, from the state at that moment. It does not change the
+    process's random generators.
 
     Args:
         dataset (list[dict] or Dataset): records in Detectron2's format.
         mapper (callable): record -> what the model takes.
-        sampler (Sampler or None): endless indices of this process; None: TrainingSampler.
-        total_batch_size (int): images per iteration of all processes together.
-        aspect_ratio_grouping (bool): batches of images that all lie or all stand.
+        sampler (Sampler or None): endless indices of this process. None is a TrainingSampler.
+        total_batch_size (int): images per iteration in all processes together.
+        aspect_ratio_grouping (bool): a batch holds landscape images or portrait images.
         num_workers (int): processes that load images.
-        skip_bad_images (bool): an image that cannot be read gives its place to the next of the
-            data set that can, of the same orientation. Both are the same however the stream is
-            shared out or resumed. Not for more than ten in a row, or half of the data set.
+        skip_bad_images (bool): replace an image that cannot be read by the next one of the data
+            set that can, of the same orientation. The number of processes and a resume do not
+            change which one it is. More than ten in a row, or half of the data set, are an error.
         options: further arguments of torch's DataLoader.
 
     Raises:
-        ConfigError: the batch cannot be shared out, or images of unknown size cannot be grouped.
-            In the stream, too many images are bad; BadImageError: one cannot be read.
+        ConfigError: the processes cannot share the batch equally, or images of unknown size cannot
+            be grouped. While it loads: too many images cannot be read.
+        BadImageError: while it loads, an image cannot be read.
 
     Attributes:
-        skipped (set[str]): a line for each image that was skipped so far, in this process.
+        skipped (set[str]): a line for each image that this process has skipped so far.
     """
 
     def __init__(
@@ -98,17 +101,16 @@ class ResumableLoader:
         self.options = {
             "collate_fn": trivial_batch_collator,
             "num_workers": num_workers,
-            "worker_init_fn": ignore_cluster_signals,
             **options,
         }
-        self.batches = 0  # taken so far
+        self.batches = 0  # given so far
 
     def __iter__(self) -> Iterator[List[Dict]]:
         with preserve_random_state():
             loader = iter(
                 DataLoader(
                     self._seeded(),
-                    batch_sampler=self._places(),  # type: ignore[arg-type]
+                    batch_sampler=self._positions(),  # type: ignore[arg-type]
                     **self.options,
                 )
             )
@@ -116,19 +118,19 @@ class ResumableLoader:
             with preserve_random_state():
                 batch = next(loader)
             for item in batch:
-                self._note(item)
+                self._count_skipped(item)
             self.batches += 1
             yield batch
 
     def peek(self, images: int) -> List[List[Dict]]:
-        """The next batches, until they hold so many images, without taking them."""
+        """The next batches with at least so many images. The stream does not move on."""
         count = math.ceil(images / self.batch_size)
         with preserve_random_state():
             dataset = self._seeded()
-            return [[dataset[p] for p in batch] for batch in islice(self._places(), count)]
+            return [[dataset[p] for p in batch] for batch in islice(self._positions(), count)]
 
-    def _note(self, item: Any) -> None:
-        """Takes out of an item what was skipped for it, and warns of each image once."""
+    def _count_skipped(self, item: Any) -> None:
+        """Removes from an item the list of images that it replaces, and warns once of each."""
         lines = item.pop(SKIPPED, ()) if isinstance(item, dict) else ()
         for line in lines:
             if line not in self.skipped:
@@ -144,25 +146,25 @@ class ResumableLoader:
         seed = getattr(self.sampler, "_seed", 0)
         return SeededDataset(self.dataset, seed, self.skip_bad_images, self.landscape)
 
-    def _places(self) -> Iterator[List[Position]]:
-        """Batches of places that were not taken yet."""
+    def _positions(self) -> Iterator[List[Position]]:
+        """Batches of positions that have not been given yet."""
         return islice(
             group_batches(self.sampler, self.batch_size, self.landscape), self.batches, None
         )
 
     def state_dict(self) -> Dict[str, Any]:
-        """What the sampler drew when it was made, and the number of batches taken from it."""
+        """What the sampler drew when it was built, and the number of batches given so far."""
         drawn = {name: vars(self.sampler)[name] for name in DRAWN if name in vars(self.sampler)}
         return {"sampler": drawn, "batches": self.batches}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Takes the stream up where the state was taken; before the first batch only."""
+        """Continues the stream at the state's position. To be called before the first batch."""
         vars(self.sampler).update(state["sampler"])
         self.batches = state["batches"]
 
 
 class SeededDataset(Dataset):
-    """Items of a data set, whose random augmentation depends on (seed, position) alone.
+    """A data set whose random augmentation depends on the seed and the position alone.
 
     Args:
         dataset (Dataset): items by index.
@@ -178,12 +180,12 @@ class SeededDataset(Dataset):
         landscape: Optional[List[bool]] = None,
     ) -> None:
         self.dataset, self.skip_bad_images, self.landscape = dataset, skip_bad_images, landscape
-        self.seed = (seed % 2**64, 0)  # Detectron2's "no seed" is -1; 0: as one process ever drew
+        self.seed = (seed % 2**64, 0)  # Detectron2's -1 means no seed.
         self.rank, self.processes = comm.get_rank(), comm.get_world_size()
 
-    def __getitem__(self, place: Position) -> Any:
-        position, index = place
-        shared = position * self.processes + self.rank  # in the stream of all processes
+    def __getitem__(self, where: Position) -> Any:
+        position, index = where
+        shared = position * self.processes + self.rank  # position in the stream of all processes
         words = np.random.SeedSequence((*self.seed, shared)).generate_state(3)
         bad = []
         for candidate in self._candidates(index):
@@ -203,12 +205,12 @@ class SeededDataset(Dataset):
                 item[SKIPPED] = bad
             return item
         raise ConfigError(
-            f"--skip-bad-images: {len(bad)} images in a row cannot be read, and no other stands in "
-            f"for them; {bad[0]}"
+            f"--skip-bad-images: {len(bad)} images in a row cannot be read, so that none replaces "
+            f"them; {bad[0]}"
         )
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """An image, then those that may stand in for it."""
+        """The index of an image, then those of the images that can replace it."""
         size = len(self.dataset)
         for candidate in chain(range(index, size), range(index)):
             if self.landscape is None or self.landscape[candidate] == self.landscape[index]:
@@ -223,7 +225,10 @@ def group_batches(
     Args:
         sampler (Sampler): indices of images.
         batch_size (int): images in a batch.
-        landscape (list[bool] or None): of each image, whether it is wider than high; None: no grouping.
+        landscape (list[bool] or None): whether each image is wider than high. None is no grouping.
+
+    Yields:
+        list[Position]: a batch.
     """
     waiting: Dict[bool, List[Position]] = defaultdict(list)
     for position, index in enumerate(sampler):

@@ -1,4 +1,4 @@
-"""The embedded data set: textured shapes on cluttered backgrounds, drawn from a seed.
+"""The Shapes data: textured shapes on cluttered backgrounds, drawn from a seed.
 
 Images are 8-bit BGR arrays (H, W, 3), masks are 8-bit arrays (H, W), boxes are [x, y, w, h] in
 pixels. On disk the set is COCO's, under `$DETECTRON2_DATASETS/ssimkd_shapes` (the variable's
@@ -32,7 +32,7 @@ CLASSES = ("disk", "ring", "triangle", "cross")
 STUFF = ("things", "background")  # of semantic segmentation, where all objects are one class
 BACKGROUND = len(CLASSES) + 1  # its category id
 SPLITS = {"train": 2000, "val": 400}  # images
-SIZES = ((96, 96), (96, 128), (128, 96))  # (H, W); they differ, so that batches are padded
+SIZES = ((96, 96), (96, 128), (128, 96))  # (H, W). They differ, so that batches are padded.
 FOLDER = "ssimkd_shapes"
 BACKGROUND_CONTRAST, OBJECT_CONTRAST = 0.3, 0.5
 FINEST = 4  # subpixel bits of OpenCV's drawing functions
@@ -82,7 +82,7 @@ def draw_mask(
 def draw_texture(rng: np.random.Generator, size: Tuple[int, int], contrast: float) -> np.ndarray:
     """A random texture, (H, W, 3) in [0, 255]: two colours mixed by waves, checks or blotches.
 
-    `contrast` in [0, 1] is how far the second colour may lie from the first.
+    `contrast` in [0, 1] bounds the distance of the second colour from the first.
     """
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -102,7 +102,7 @@ def draw_texture(rng: np.random.Generator, size: Tuple[int, int], contrast: floa
 
 
 def draw_background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
-    """Clutter without any object: a texture, patches of other textures, strokes."""
+    """A background without objects: a texture, patches of other textures, strokes."""
     height, width = size
     image = draw_texture(rng, size, BACKGROUND_CONTRAST)
     for _ in range(rng.integers(1, 4)):
@@ -120,7 +120,7 @@ def draw_background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarr
 
 
 def blend(image: np.ndarray, paint: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`paint` over `image` where `mask` is 255, mixed in between."""
+    """Paints `paint` over `image` with the opacity `mask` / 255."""
     alpha = mask[:, :, None] / 255.0
     return image * (1 - alpha) + paint * alpha
 
@@ -132,7 +132,7 @@ def draw_image(seed: Tuple[int, ...]) -> Tuple[np.ndarray, np.ndarray, List[Draw
         seed (tuple[int]): the same seed draws the same image.
 
     Returns:
-        (H, W, 3) uint8 image; (H, W) uint8 owner of each pixel (see annotations.py); the objects.
+        (H, W, 3) uint8 image; (H, W) uint8 owner of each pixel, see shapes_annotations.py; objects.
     """
     rng = np.random.default_rng(seed)
     size = SIZES[rng.integers(len(SIZES))]
@@ -144,7 +144,7 @@ def draw_image(seed: Tuple[int, ...]) -> Tuple[np.ndarray, np.ndarray, List[Draw
         mask, center = draw_mask(rng, CLASSES[label], size)
         inside = mask > 127
         if (inside & (owner > 0)).sum() > 0.2 * inside.sum():
-            continue  # mostly hidden objects would be noise in the annotation
+            continue  # A mostly hidden object would be noise in the annotation.
         image = blend(image, draw_texture(rng, size, OBJECT_CONTRAST), mask)
         box = list(cv2.boundingRect(inside.astype(np.uint8)))
         objects.append(DrawnObject(label, box, center))
@@ -193,32 +193,21 @@ def write_coco(path: str, images: List[Dict], annotations: List[Dict], categorie
         f.write(json.dumps(content))  # several times faster than json.dump
 
 
-def is_complete(root: str) -> bool:
-    """Whether `root` holds all that the set has: earlier code drew boxes alone."""
-    return all(os.path.isfile(os.path.join(root, f"panoptic_{split}.json")) for split in SPLITS)
-
-
 def ensure_shapes(root: str) -> None:
-    """Draws the set into `root` unless it is there; a half-drawn one is never left behind.
-
-    A folder drawn by earlier code is replaced by one with the same images.
-    """
-    if is_complete(root):
+    """Draws the set into the folder `root` unless it exists. A failure leaves no incomplete set."""
+    if os.path.isdir(root):
         return
-    logger.info("Drawing the embedded data set into %s ...", root)
+    logger.info("Drawing the Shapes data into %s ...", root)
     parent = os.path.dirname(os.path.abspath(root))
     os.makedirs(parent, exist_ok=True)
     draft = tempfile.mkdtemp(dir=parent, prefix=f".{FOLDER}-")
-    fresh, stale = os.path.join(draft, "fresh"), os.path.join(draft, "stale")
+    fresh = os.path.join(draft, FOLDER)
     try:
         for split, count in SPLITS.items():
             write_split(fresh, split, count)
-        if os.path.isdir(root) and not is_complete(root):
-            logger.info("%s was drawn by earlier code, without masks: replacing it", root)
-            os.rename(root, stale)
         os.rename(fresh, root)
     except OSError:
-        if not is_complete(root):  # else another process was first
+        if not os.path.isdir(root):  # Otherwise another process has drawn it meanwhile.
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -227,8 +216,8 @@ def ensure_shapes(root: str) -> None:
 def register_shapes() -> None:
     """Registers `ssimkd_shapes_{train,val}` and `ssimkd_shapes_panoptic_{train,val}`.
 
-    The latter have semantic segmentation as well, "separated" as for the zoo's PanopticFPN. All are
-    drawn when one of them is first loaded.
+    The latter have semantic segmentation as well, "separated" as for the zoo's PanopticFPN. The
+    images are drawn when one of the data sets is first loaded.
     """
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), FOLDER)
 
@@ -261,7 +250,7 @@ def register_shapes() -> None:
             panoptic_json=os.path.join(root, f"panoptic_{split}.json"),
             sem_seg_root=os.path.join(root, f"sem_seg_{split}"),
             stuff_classes=list(STUFF),
-            # COCO's category ids; 0, "things", is none of them
+            # COCO's category ids. 0, "things", is not one of them.
             stuff_dataset_id_to_contiguous_id={0: 0, BACKGROUND: 1},
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
             ignore_label=255,
@@ -272,7 +261,7 @@ def register_shapes() -> None:
 def register_search() -> None:
     """Registers `ssimkd_shapes_search_{train,val}`: the training images in two parts.
 
-    Settings are chosen on the latter, every fifth image, so that `ssimkd_shapes_val` plays no part.
+    The latter has every fifth image. Settings are chosen on it, not on the validation set.
     """
 
     def load(held_out: bool) -> List[Dict]:
@@ -282,5 +271,5 @@ def register_search() -> None:
     for part in SPLITS:
         name = f"{FOLDER}_search_{part}"
         DatasetCatalog.register(name, lambda part=part: load(part == "val"))
-        # Without a json_file: Detectron2's evaluator writes its own
+        # Detectron2's evaluator writes a json_file where there is none.
         MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=list(CLASSES))

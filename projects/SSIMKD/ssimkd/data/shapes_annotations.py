@@ -1,7 +1,7 @@
-"""What COCO's formats say of a drawn image: masks, keypoints, panoptic segments.
+"""Annotations of a drawn image in COCO's formats: masks, keypoints, panoptic segments.
 
-owner    uint8 (H, W)           0 where the background is seen, k + 1 where the k-th object is
-objects  list[DrawnObject]      in the order they were drawn: later ones cover earlier ones
+owner    uint8 (H, W)           0 where the background is visible, k + 1 where the k-th object is
+objects  list[DrawnObject]      in the order of drawing: later ones cover earlier ones
 """
 
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
@@ -29,26 +29,26 @@ class DrawnObject(NamedTuple):
 def polygons(mask: np.ndarray) -> List[List[float]]:
     """The parts of a mask as closed paths [x0, y0, x1, y1, ...] along the edges of its pixels.
 
-    Polygons and no RLE: Detectron2's default `INPUT.MASK_FORMAT` takes nothing else. A cut leads
-    from a part's outline to its hole, and by the even-odd rule, which pycocotools fills by, the way
-    there cancels the way back: the path decodes to the mask, pixel for pixel. Floats, since
-    transforms scale the array in place.
+    They are polygons, since Detectron2's default `INPUT.MASK_FORMAT` does not take RLE. A path runs
+    from a part's outline to each of its holes and back. pycocotools fills by the even-odd rule, by
+    which the two ways cancel, so that the path decodes exactly to the mask. Coordinates are floats,
+    since transforms scale the array in place.
 
     Args:
         mask (ndarray): (H, W) uint8, 0 or 1.
 
     Returns:
-        list[list[float]]: one path per part. An empty mask has a path without area: without any,
-        Detectron2 would fail on an object that has no mask beside others that have one.
+        list[list[float]]: one path per part. An empty mask gets a path without area, since
+        Detectron2 fails where one object of an image has a path and another has none.
     """
     if not mask.any():
         return [[0.0] * 6]
-    # OpenCV joins the outermost points of a region. Doubled, a pixel is 2 x 2 points, each of which
-    # lies at a corner of its own: 2x at the pixel's left edge x, 2x + 1 at its right edge x + 1.
+    # OpenCV's contours run through the centres of pixels, not along their edges. In an image of
+    # twice the size, 2x stands for the left edge x of a pixel and 2x + 1 for its right edge x + 1.
     double = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, hierarchy = cv2.findContours(double, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     corners = [(contour[:, 0] + 1) // 2 for contour in contours]
-    parents = hierarchy[0][:, 3]  # of a hole, its outline; of an outline, -1
+    parents = hierarchy[0][:, 3]  # A hole's parent is its outline; an outline's is -1.
     parts = []
     for outline in np.flatnonzero(parents < 0):
         start = corners[outline][:1]
@@ -56,17 +56,17 @@ def polygons(mask: np.ndarray) -> List[List[float]]:
         for hole in np.flatnonzero(parents == outline):
             ways += [start, corners[hole], corners[hole][:1]]
         path = np.concatenate(ways)
-        moved = (path != np.roll(path, 1, axis=0)).any(axis=1)  # concave corners come twice
+        moved = (path != np.roll(path, 1, axis=0)).any(axis=1)  # Concave corners appear twice.
         parts.append(path[moved].ravel().astype(float).tolist())
     return parts
 
 
 def keypoints(owner: np.ndarray, index: int, center: Tuple[int, int]) -> List[int]:
-    """x, y, v of an object's KEYPOINTS: its centre, and the extremes of what is seen of it.
+    """x, y, v of an object's KEYPOINTS: its centre, and the extreme points of its visible part.
 
-    Where several pixels are extreme, the middle one counts. v is 2, but 1 for a centre that a later
-    object covers, and 0 (with x = y = 0) for the extremes of an object of which nothing is seen.
-    A ring's centre counts as seen though it lies in the hole.
+    Of several extreme pixels the middle one is taken. COCO's v is 2 for a visible point, 1 for a
+    centre that a later object covers, and 0 (with x = y = 0) for the extreme points of an invisible
+    object. A ring's centre counts as visible although it lies in the hole.
     """
     x, y = center
     points = [x, y, 1 if owner[y, x] > index + 1 else 2]
@@ -82,10 +82,9 @@ def keypoints(owner: np.ndarray, index: int, center: Tuple[int, int]) -> List[in
 def instances(owner: np.ndarray, objects: Sequence[DrawnObject]) -> List[Dict[str, Any]]:
     """COCO's annotations of an image's objects, without the ids.
 
-    `bbox` is of the whole object, `segmentation` of what is seen of it. `area` is the box's and
-    not, as in COCO, the mask's: it sorts the objects into small, medium and large, and by the
-    mask's, half of the medium ones would be small: APs and APm could not be compared with earlier
-    results.
+    `bbox` bounds the whole object, `segmentation` its visible part. `area`, by which COCO's metric
+    divides objects into small, medium and large, is that of the box and not of the mask, so that
+    APs and APm stay comparable with the results in docs/.
     """
     annotations = []
     for index, (label, box, center) in enumerate(objects):
@@ -107,10 +106,10 @@ def instances(owner: np.ndarray, objects: Sequence[DrawnObject]) -> List[Dict[st
 def segments(
     owner: np.ndarray, objects: Sequence[DrawnObject], background: int
 ) -> List[Dict[str, Any]]:
-    """COCO's panoptic segments of an image; what is not seen has none.
+    """COCO's panoptic segments of an image's visible parts.
 
     A segment's id is the owner's number plus one, since 0 stands for pixels without a label.
-    `background` is the category of the first.
+    `background` is the category of the first segment.
     """
     found = []
     for number, category in enumerate([background, *(item.label + 1 for item in objects)]):

@@ -8,14 +8,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 
-from ssimkd.checkpoint.reader import TRUST
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
-from ssimkd.data.datasets import check_datasets, lazy_use_own_data, use_own_data
+from ssimkd.data.datasets import check_datasets, use_own_data
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
-
-from .limits import check_limits
 
 SPLITS = ("TRAIN", "TEST")
 SKIP = (
@@ -60,12 +57,7 @@ def minutes(text: str) -> float:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that reads checkpoints: `args.trust_checkpoint`, `.debug`."""
-    parser.add_argument(
-        TRUST,
-        action="store_true",
-        help="read checkpoints that hold more than tensors: they can run any code",
-    )
+    """The flags of every command: `args.debug`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -100,15 +92,24 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
         path = config_files.find_config(path)
     cfg = config_files.load_config(path, overrides)
     if isinstance(cfg, CfgNode):
-        use_own_data(cfg, splits)
+        check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
+    use_own_data(cfg, splits)
+    if isinstance(cfg, CfgNode):
         cfg.freeze()
-    else:
-        lazy_use_own_data(cfg, splits)
     return cfg
 
 
+def check_no_none(node: CfgNode, name: str) -> None:
+    """Raises ConfigError for a key that is None, which yacs takes in place of any value."""
+    for key, value in node.items():
+        if value is None:
+            raise ConfigError(f"{name}.{key} is None: give it a value, or leave it out")
+        if isinstance(value, CfgNode):
+            check_no_none(value, f"{name}.{key}")
+
+
 def check_config(cfg, args: argparse.Namespace) -> str:
-    """Raises ConfigError for what would fail later and less clearly: settings, files, devices.
+    """Raises ConfigError for missing data sets, checkpoints and devices, before anything is built.
 
     Args:
         cfg (CfgNode or DictConfig): of :func:`load_arguments`.
@@ -117,7 +118,6 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     Returns:
         str: the config's device, such as "cuda" or "cpu".
     """
-    check_limits(cfg, args.eval_only)
     splits = ("TEST",) if args.eval_only else ("TEST", "TRAIN")
     used = datasets_of(cfg, *splits)
     *_, needed = used

@@ -1,18 +1,16 @@
 """No step with NaN or infinity: it is named, and the run stops or, where asked, leaves it out."""
 
 import logging
-from contextlib import contextmanager
-from functools import wraps
-from types import MethodType
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
-from detectron2.engine import HookBase
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ssimkd.errors import one_line
+from ssimkd.modeling.nonfinite import explain_nonfinite
+from ssimkd.utils.compat import unwrap
 
 logger = logging.getLogger(__name__)
 # A loss scale starts at 2^16 and halves with each overflow: after so many, gradients do not fit
@@ -20,146 +18,161 @@ logger = logging.getLogger(__name__)
 MOST_OVERFLOWS = 20
 
 
-class FiniteSteps(HookBase):
-    """Checks every gradient, by one norm of all, before the optimizer's step, and every loss.
+class _StepLeftOutError(Exception):
+    """Ends the optimizer's step before it begins; the gradients are not finite."""
 
-    With several processes all of them see the same gradient, so they leave out the same steps.
-    Mixed precision leaves out steps of its own accord while it looks for a loss scale: that is no
-    fault unless it never ends.
+
+class FiniteSteps:
+    """Makes Detectron2's SimpleTrainer or AMPTrainer keep NaN and infinity out of the weights.
+
+    Before the optimizer's step it looks at all gradients, by one norm, and at what Detectron2 says
+    of the losses. With several processes all of them see the same gradient, so they leave out the
+    same steps. Mixed precision leaves out steps by itself while it looks for a loss scale: that is
+    no fault unless it never ends.
 
     Args:
-        allowed (int): steps that the whole run may leave out; at the next one it stops.
+        model, data_loader, optimizer: as SimpleTrainer's.
+        skip (int): steps that the whole run may leave out; at the next one it stops.
+
+    Raises:
+        FloatingPointError: in :meth:`run_step`; it names the loss or the parameter, the iteration
+            and the images.
     """
 
-    def __init__(self, allowed: int = 0) -> None:
-        self.allowed, self.skipped = allowed, 0
-        self.stepped, self.overflows, self.scaled = False, 0, False
-        self.files: List[str] = []
-        self.losses: Mapping[str, Tensor] = {}
-        self.refused: Optional[FloatingPointError] = None  # what Detectron2 said of the losses
+    iter: int
+    model: nn.Module
+    optimizer: Any
 
-    def before_train(self) -> None:
-        """Looks at what the model returns, at what Detectron2 says of it, and at the optimizer."""
-        inner = self._inner()
-        # such a scaler has looked at the gradients before it takes a step
-        self.scaled = hasattr(inner, "grad_scaler") and inner.grad_scaler.is_enabled()
-        self.before = (inner._write_metrics, inner.optimizer.step)
-        self.handle = inner.model.register_forward_hook(self._note)
-        inner._write_metrics = self._write_metrics
-        # a method of the optimizer, as torch's schedulers expect when they wrap it in turn,
-        # and with the mark of one that has done so already
-        step = wraps(inner.optimizer.step)(lambda _, *args: self._step(*args))
-        inner.optimizer.step = MethodType(step, inner.optimizer)
+    def __init__(self, model: nn.Module, data_loader: Any, optimizer: Any, *, skip: int) -> None:
+        super().__init__(model, data_loader, optimizer)  # type: ignore[call-arg]
+        self.allowed, self.skipped, self.overflows = skip, 0, 0
+        self.batch: List[Dict[str, Any]] = []
+        self.losses: Optional[Mapping[str, Tensor]] = None  # of this step, once there are some
+        self.refused: Optional[FloatingPointError] = None  # what Detectron2 says of them
+        self.stepped = False
+        model.register_forward_pre_hook(self._keep_batch)
+        optimizer.register_step_pre_hook(self._check_gradients)
 
-    def after_train(self) -> None:
-        """Leaves nothing behind."""
-        inner = self._inner()
-        inner._write_metrics, inner.optimizer.step = self.before
-        self.handle.remove()
-
-    def _inner(self) -> Any:
-        """The trainer that takes the steps; DefaultTrainer has it inside."""
-        return getattr(self.trainer, "_trainer", self.trainer)
-
-    def before_step(self) -> None:
-        """A new step."""
-        self.stepped, self.refused = False, None
-
-    def after_step(self) -> None:
-        """Sees to the steps that mixed precision has left out."""
+    def run_step(self) -> None:
+        """As Detectron2's, without a step of the optimizer where a number is not finite."""
+        self.losses, self.refused, self.stepped = None, None, False
+        try:
+            super().run_step()  # type: ignore[misc]
+        except _StepLeftOutError:
+            pass
+        except FloatingPointError as error:
+            if self.losses is not None:
+                raise
+            # a part of the detector, such as its proposals, refuses to go on
+            raise FloatingPointError(self._explain(str(error))) from error
         if self.stepped:
             self.overflows = 0
-        elif any(comm.all_gather(bool(self.refused))):  # the main process alone knows of it
-            self._leave_out()
         else:
-            self.overflows += 1
-            if self.overflows > MOST_OVERFLOWS:
-                raise FloatingPointError(
-                    f"mixed precision: {self.overflows} gradients in a row do not fit float16, at "
-                    f"iteration {self.trainer.iter}"
-                )
+            self._count_overflow()
 
-    def _note(self, model: nn.Module, inputs: Any, losses: Mapping[str, Tensor]) -> None:
+    def _keep_batch(self, model: nn.Module, inputs: Any) -> None:
         if model.training:
-            self.files = files_of(inputs[0])
-            self.losses = {name: loss.detach() for name, loss in losses.items()}
+            self.batch = inputs[0]
 
-    def _write_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Detectron2's, whose error waits for the optimizer's step: it may be left out."""
+    def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        """As Detectron2's, but its error waits for the optimizer's step, which may be left out."""
+        self.losses = {name: loss.detach() for name, loss in loss_dict.items()}
         try:
-            self.before[0](*args, **kwargs)
+            super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
         except FloatingPointError as error:
             self.refused = error
 
-    def _step(self, *args: Any) -> Any:
-        """The optimizer's, if its gradients are finite."""
+    def _check_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Runs before the optimizer's step.
+
+        A step without gradients would do nothing as well, but Detectron2's clipping of gradients
+        by value fails where there are none.
+        """
+        if self.stepped:  # Detectron2's clipping optimizer calls the step of its parent
+            return
         self.stepped = True
-        if not self.scaled:
-            groups = self.trainer.optimizer.param_groups
+        scaler = getattr(self, "grad_scaler", None)
+        if scaler is None or not scaler.is_enabled():  # else it has looked at the gradients
+            groups = optimizer.param_groups
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             if not get_total_norm(gradients).isfinite():
-                return self._leave_out()
-        if self.refused:  # only the main process knows of it: it cannot be left out
+                self._leave_out()
+                raise _StepLeftOutError
+        if self.refused:  # only the main process knows of it, so the step cannot be left out
             raise FloatingPointError(self._explain())
-        return self.before[1](*args)
+
+    def _count_overflow(self) -> None:
+        """Mixed precision has left out this step."""
+        if any(comm.all_gather(self.refused is not None)):  # only the main process knows of it
+            self._leave_out()
+            return
+        self.overflows += 1
+        if self.overflows > MOST_OVERFLOWS:
+            raise FloatingPointError(
+                f"mixed precision: {self.overflows} gradients in a row do not fit float16, at "
+                f"iteration {self.iter}"
+            )
 
     def _leave_out(self) -> None:
+        text = self._explain()
         if self.skipped >= self.allowed:
-            raise FloatingPointError(self._explain())
+            raise FloatingPointError(text)
         self.skipped += 1
-        counted = f"{self.skipped} of {self.allowed}"
-        logger.warning("Left out a step (%s allowed): %s", counted, self._explain())
+        logger.warning("Left out a step (%d of %d allowed): %s", self.skipped, self.allowed, text)
 
-    def _explain(self) -> str:
-        """What is wrong: this process's losses, another's, or the gradient alone; and where."""
-        wrong = [f"{k} is {v.item()}" for k, v in self.losses.items() if not v.isfinite()]
+    def _explain(self, text: str = "") -> str:
+        """What is not finite (unless the text says it) and why, the iteration and the images."""
+        images = ", ".join(str(x.get("file_name", "of no file")) for x in self.batch)
+        what = text or self._wrong_losses() or f"the gradient of {self._wrong_gradients()}"
+        try:
+            why = explain_nonfinite(unwrap(self.model), self.batch)
+        except Exception as error:  # the first fault must not be lost behind a second one
+            why = f"a second run on these images fails: {one_line(error)}"
+        return f"{what}{why and f': {why}'} (iteration {self.iter}, images: {images})"
+
+    def _wrong_losses(self) -> str:
+        losses = self.losses or {}
+        wrong = [f"{k} is {v.item()}" for k, v in losses.items() if not v.isfinite()]
         if self.refused and not wrong:
             wrong = [f"in another process: {one_line(self.refused)}"]
-        what = ", ".join(wrong) or f"the gradient of {self._wrong_gradients()} is not finite"
-        return f"{what} ({place(self.trainer.iter, self.files)})"
+        return ", ".join(wrong)
 
     def _wrong_gradients(self) -> str:
         names = [
             name
-            for name, parameter in self.trainer.model.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if parameter.grad is not None and not parameter.grad.isfinite().all()
         ]
         more = f" and {len(names) - 1} more parameters" if len(names) > 1 else ""
-        return f"{names[0]}{more}" if names else "all parameters together"
+        return f"{names[0] if names else 'all parameters together'}{more} is not finite"
 
-    def state_dict(self) -> Dict[str, int]:
-        """How many steps were left out so far."""
-        return {"skipped": self.skipped}
+    def state_dict(self) -> Dict[str, Any]:
+        """Detectron2's, and how many steps were left out so far."""
+        return {**super().state_dict(), "skipped_steps": self.skipped}  # type: ignore[misc]
 
-    def load_state_dict(self, state: Dict[str, int]) -> None:
-        """Counts on."""
-        self.skipped = state["skipped"]
-
-
-def files_of(batched_inputs: List[Dict]) -> List[str]:
-    """The image files of a batch."""
-    return [str(x.get("file_name", "of no file")) for x in batched_inputs]
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Takes a checkpoint of Detectron2's own trainers as well."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        self.skipped = state_dict.get("skipped_steps", 0)
 
 
-def place(iteration: int, files: List[str]) -> str:
-    """Where in a run something went wrong, in words."""
-    return f"iteration {iteration}, images: {', '.join(files)}"
+class FiniteSimpleTrainer(FiniteSteps, SimpleTrainer):
+    """Detectron2's SimpleTrainer with :class:`FiniteSteps`."""
 
 
-@contextmanager
-def naming_place(batched_inputs: List[Dict], backbone: Dict[str, Any]) -> Iterator[None]:
-    """Around a student's forward: its FloatingPointError names levels, iteration and images.
+class FiniteAMPTrainer(FiniteSteps, AMPTrainer):
+    """Detectron2's AMPTrainer (mixed precision) with :class:`FiniteSteps`."""
+
+
+def build_step_trainer(
+    model: nn.Module, data_loader: Any, optimizer: Any, *, amp: bool, skip: int
+) -> SimpleTrainer:
+    """The trainer that takes the steps of either driver; the arguments are :class:`FiniteSteps`'.
 
     Args:
-        batched_inputs (list[dict]): what the student is given.
-        backbone (dict): "maps", level -> (N, C, H, W), once it has run.
+        model, data_loader, optimizer: as SimpleTrainer's.
+        amp (bool): mixed precision.
+        skip (int): steps that the run may leave out.
     """
-    try:
-        yield
-    except FloatingPointError as error:
-        wrong = [
-            level for level, found in backbone.get("maps", {}).items() if not found.isfinite().all()
-        ]
-        text = f"; not finite in the student: {', '.join(wrong)}" if wrong else ""
-        where = place(get_event_storage().iter, files_of(batched_inputs))
-        raise FloatingPointError(f"{error}{text} ({where})") from error
+    kind = FiniteAMPTrainer if amp else FiniteSimpleTrainer
+    return kind(model, data_loader, optimizer, skip=skip)

@@ -1,18 +1,69 @@
-"""What both drivers add to Detectron2's training loop."""
+"""The hooks of a run, in the order in which they act: :func:`build_hooks`."""
 
 import logging
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import USER_ERRORS, describe_error
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
+from .preemption import StopOnSignal
+
 logger = logging.getLogger(__name__)
 RUNNING = ("loss_normalizer",)  # attributes of models that training moves, outside state_dict
+
+
+def build_hooks(
+    *,
+    model: nn.Module,
+    loader: Any,
+    checkpointer: RunCheckpointer,
+    scheduler: Any,
+    checkpoints: Dict[str, Any],
+    export: "CallAfterTraining",
+    test: Callable[[], Any],
+    eval_period: int,
+    build_writers: Callable[[], List[EventWriter]],
+    log_period: int,
+    pictures: Optional[HookBase] = None,
+    precise_bn: Optional[HookBase] = None,
+) -> List[Optional[HookBase]]:
+    """The hooks of either driver, in order.
+
+    Args:
+        model (nn.Module): without DistributedDataParallel around it.
+        loader (ResumableLoader or iterable): the training data.
+        checkpointer (RunCheckpointer): writes the checkpoints.
+        scheduler (LRScheduler or ParamScheduler): of the learning rate.
+        checkpoints (dict): "period" and what else Detectron2's PeriodicCheckpointer takes.
+        export (CallAfterTraining): writes the student.
+        test (callable): evaluates and returns the metrics.
+        eval_period, log_period (int): in iterations; the former may be 0, then it evaluates only
+            at the end.
+        build_writers (callable): makes the writers, on the main process.
+        pictures, precise_bn (HookBase or None): where the run has them.
+    """
+    main = comm.is_main_process()
+    resume = ExactResume(loader, model, checkpoints["period"])
+    return [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=scheduler),
+        precise_bn,  # changes the model, so it comes before the checkpoints
+        resume,  # its state is a part of the checkpoints
+        hooks.PeriodicCheckpointer(checkpointer, **checkpoints) if main else None,
+        export,  # before the last evaluation, whose failure must not cost the student
+        StopOnSignal(resume.collect, checkpointer),
+        CountSkipped(loader),
+        pictures,
+        EvalHook(eval_period, test),
+        hooks.PeriodicWriter(build_writers(), period=log_period) if main else None,
+    ]
 
 
 class ExactResume(HookBase):
@@ -118,3 +169,23 @@ class EvalHook(hooks.EvalHook):
         """Evaluates, but not after a failure of the training."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
+
+
+class CountSkipped(HookBase):
+    """Says at the end of a training which images were left out.
+
+    Args:
+        loader (ResumableLoader or iterable): its set `skipped` holds a line for each image.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def after_train(self) -> None:
+        """Not after a failure, when some processes may be gone."""
+        if self.trainer.iter < self.trainer.max_iter or not hasattr(self.loader, "skipped"):
+            return
+        skipped: Set[str] = set().union(*comm.gather(self.loader.skipped))
+        if skipped:
+            lines = "\n".join(sorted(skipped))
+            logger.warning("%d images were skipped (--skip-bad-images):\n%s", len(skipped), lines)

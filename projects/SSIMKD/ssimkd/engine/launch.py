@@ -1,7 +1,7 @@
-"""The processes of a run: torchrun's or Slurm's, or by `--num-gpus` Detectron2's own.
+"""The processes of a run: torchrun's, or by `--num-gpus` Detectron2's own.
 
-torchrun says in environment variables which of its processes each one is. Slurm's `srun` says the
-same under other names; they are read as torchrun's. Everything else is torch.distributed's.
+torchrun says in environment variables which of its processes each one is. On a cluster, Slurm's
+`srun --ntasks-per-node 1` starts one torchrun on each machine. The rest is torch.distributed's.
 """
 
 import os
@@ -19,11 +19,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ssimkd.errors import (
-    USER_ERRORS,
+    IN_LOG,
     WORKER,
     ConfigError,
     describe_error,
     exit_in_one_line,
+    is_user_error,
     one_line,
 )
 from ssimkd.utils.compat import create_local_process_group
@@ -40,13 +41,13 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
     Args:
         main (callable): one process of the run, takes `args`.
         check (callable): takes `args`, raises ConfigError for what cannot run; returns the device.
-        args (Namespace): of :func:`ssimkd.cli.argument_parser`.
+        args (Namespace): of :func:`argument_parser`.
     """
-    with exit_in_one_line(args.debug):
+    with exit_in_one_line():
         place = find_place(os.environ)
         if place and args.num_gpus > 1:
             raise ConfigError(
-                "--num-gpus: torchrun or srun has started the processes already; leave it out"
+                "--num-gpus: torchrun has started the processes already; leave it out"
             )
         if not place:
             check(args)
@@ -81,12 +82,12 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
 
 
 def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
-    """This process's part of a run that torchrun or Slurm has started."""
+    """This process's part of a run that torchrun has started."""
     timeout = timedelta(minutes=args.timeout)
-    with exit_in_one_line(args.debug):
+    with exit_in_one_line():
         store = rendezvous(timeout)
-    with print_error_once(store, args.debug):
-        join(store, check(args), timeout)
+    with print_error_once(store):
+        join_group(store, check(args), timeout)
         main(args)
         comm.synchronize()  # the main process may be writing still
         dist.destroy_process_group()
@@ -99,19 +100,14 @@ def find_place(env: Mapping[str, str]) -> Dict[str, str]:
         env (mapping[str, str]): the environment.
 
     Returns:
-        dict[str, str]: torchrun's variables; none where this process was started alone, as is one
-        of a shell or batch script of Slurm without srun.
+        dict[str, str]: torchrun's variables; none where this process was started alone.
 
     Raises:
-        ConfigError: a variable is missing or no such number, or Slurm has spread the processes in
-            a way that Detectron2 does not know.
+        ConfigError: a variable is no such number.
     """
-    if all(name in env for name in VARIABLES):
-        place = {name: env[name] for name in VARIABLES}
-    elif integer(env, "SLURM_STEP_NUM_TASKS", default="1") > 1:
-        place = from_slurm(env)
-    else:
+    if not all(name in env for name in VARIABLES):
         return {}
+    place = {name: env[name] for name in VARIABLES}
     for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if integer(place, part, least=0) >= integer(place, whole):
             raise ConfigError(f"{part} is {place[part]} and {whole} {place[whole]}: not below it")
@@ -120,46 +116,14 @@ def find_place(env: Mapping[str, str]) -> Dict[str, str]:
     return place
 
 
-def integer(env: Mapping[str, str], name: str, default: str = "", least: int = 1) -> int:
+def integer(env: Mapping[str, str], name: str, least: int = 1) -> int:
     """The number in a variable; ConfigError where it holds none, or one below the least."""
-    value = env.get(name, default)
+    value = env[name]
     if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < least:
         raise ConfigError(
             f"the environment variable {name} must be an integer of at least {least}, got {value!r}"
         )
     return int(value)
-
-
-def from_slurm(env: Mapping[str, str]) -> Dict[str, str]:
-    """torchrun's variables for one of several tasks of Slurm; see :func:`find_place`."""
-    tasks = integer(env, "SLURM_STEP_NUM_TASKS")
-    nodes = integer(env, "SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
-    rank, local_rank = (integer(env, name, least=0) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
-    local_size = tasks // nodes
-    if tasks % nodes or local_rank != rank % local_size:
-        raise ConfigError(
-            f"task {rank} of {tasks} is the {local_rank}th of its node, of {nodes} nodes: srun has "
-            "to fill one node after the other with equally many; set --ntasks-per-node and "
-            "--distribution=block"
-        )
-    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    nodelist = next((env[name] for name in names if env.get(name)), "127.0.0.1")
-    # jobs that share a node stay apart
-    port = 20000 + integer(env, "SLURM_JOB_ID", "0", least=0) % 10000
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(local_size),
-        "MASTER_ADDR": env.get("MASTER_ADDR", first_host(nodelist)),
-        "MASTER_PORT": env.get("MASTER_PORT", str(port)),
-    }
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of Slurm's compressed list: "gpu[007-009,12]-ib,login" is gpu007-ib."""
-    first = re.match(r"(\[.*?\]|[^,\[])*", nodelist)
-    return re.sub(r"\[(\w+).*?\]", r"\1", first.group() if first else nodelist)
 
 
 def rendezvous(timeout: timedelta) -> dist.Store:
@@ -181,27 +145,28 @@ def rendezvous(timeout: timedelta) -> dist.Store:
 
 
 @contextmanager
-def print_error_once(store: dist.Store, debug: bool) -> Iterator[None]:
+def print_error_once(store: dist.Store) -> Iterator[None]:
     """As :func:`exit_in_one_line`, silent where another process has said the same."""
     try:
         yield
-    except USER_ERRORS as error:
-        if debug:
+    except Exception as error:
+        if not is_user_error(error):
             raise
         said = describe_error(error)
         try:
-            # the images that follow it are each process's own
-            first = store.add("error/" + said.split(" (iteration ")[0], 1) == 1
+            # the images and the log that follow it are each process's own
+            key = said.split(" (iteration ")[0].split(IN_LOG)[0]
+            first = store.add(f"error/{key}", 1) == 1
         except RuntimeError:  # the store is gone, with the process that kept it
             first = True
         sys.exit(f"error: {said}" if first else 1)
 
 
-def join(store: dist.Store, device: str, timeout: timedelta) -> None:
+def join_group(store: dist.Store, device: str, timeout: timedelta) -> None:
     """Makes this process one of torch.distributed's and Detectron2's.
 
     Args:
-        store (Store): of :func:`meet`.
+        store (Store): of :func:`rendezvous`.
         device (str): "cuda": NCCL and a GPU of its own; else gloo.
         timeout (timedelta): of every collective operation.
 
@@ -214,7 +179,7 @@ def join(store: dist.Store, device: str, timeout: timedelta) -> None:
         gpus = torch.cuda.device_count()
         if 1 < gpus < local_size:
             raise ConfigError(f"{local_size} processes share this machine, which has {gpus} GPUs")
-        # Slurm's --gpus-per-task shows each process its own GPU alone
+        # a cluster may show each process its own GPU alone
         torch.cuda.set_device(local_rank if gpus >= local_size else 0)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout

@@ -5,30 +5,34 @@ with the student's cell by cell on real images, and it should find the objects i
 """
 
 import logging
-from contextlib import suppress
 from itertools import chain
 from typing import Any, Dict, List, Set, Tuple
 
 import torch
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error, one_line
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.modeling.meta_arch import capture_backbone, image_format_of
+from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
-from ssimkd.teacher.frozen import convert_channel_order, preprocessing_of, training_image_format
 from ssimkd.teacher.inherit import inherit
+from ssimkd.teacher.preprocessing import (
+    convert_channel_order,
+    image_format_of,
+    training_image_format,
+)
 from ssimkd.utils.random_state import preserve_random_state
+
+from .settings import DriverSettings
 
 logger = logging.getLogger(__name__)
 FOUND_IOU = 0.5  # overlap from which a detection has found an object
 LEAST_FOUND = 0.3  # share of the objects; trained detectors find about twice as many
 
 
-def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
+def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool) -> None:
     """Lets a student inherit its teachers' weights and checks the pairs on training images.
 
     The model's mode, the stream of data and the random generators stay as they are.
@@ -36,6 +40,7 @@ def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
     Args:
         model (nn.Module): a student with its weights; another model is left alone.
         loader (ResumableLoader or iterable): only the former can show images without taking them.
+        settings (DriverSettings): what is inherited, and how many images are looked at.
         resumed (bool): the weights are a checkpoint's: nothing is inherited.
 
     Raises:
@@ -43,9 +48,10 @@ def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
     """
     inherited: Set[str] = set()
     with preserve_random_state():
+        check_names(settings, [name for name, _ in distillers_of(model)])
         for name, distiller in distillers_of(model):
-            modules = [] if resumed else distiller.inherit
-            check = distiller.check_images > 0 and comm.is_main_process()
+            modules = [] if resumed else settings.inherit.get(name, [])
+            check = settings.check_images > 0 and comm.is_main_process()
             if not (distiller.enabled and (modules or check)):
                 continue
             with naming_teacher(name):
@@ -56,14 +62,27 @@ def prepare(model: Any, loader: Any, *, resumed: bool) -> None:
                     raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice}")
                 inherited |= copied
             if check:
-                check_pair(model, name, distiller, loader, (detector, cfg, absent))
+                if not hasattr(loader, "peek"):
+                    text = "Teacher and student are not checked: a %s shows no images"
+                    logger.warning(text, type(loader).__name__)
+                    continue
+                batches = loader.peek(settings.check_images)
+                check_pair(model, name, distiller, batches, (detector, cfg, absent))
+
+
+def check_names(settings: DriverSettings, teachers: List[str]) -> None:
+    """Raises ConfigError for a name that INHERIT gives to no teacher of a student."""
+    for name, modules in settings.inherit.items():
+        if modules and teachers and name not in teachers:
+            known = ", ".join(teachers) if teachers != [""] else "a list for the one teacher"
+            raise ConfigError(f"INHERIT: {name!r} is no teacher; there is {known}")
 
 
 def check_pair(
     model: Any,
     name: str,
     distiller: Distiller,
-    loader: Any,
+    batches: List[List[Dict]],
     teacher: Tuple[nn.Module, Any, List[str]],
 ) -> None:
     """Looks at one teacher and the student on the first training images.
@@ -72,16 +91,11 @@ def check_pair(
         model (nn.Module): the student.
         name (str): of the teacher; "" of a single one.
         distiller (Distiller): its own.
-        loader (ResumableLoader or iterable): as in :func:`prepare`.
+        batches (list[list[dict]]): images with "instances".
         teacher (tuple): what :meth:`TeacherSpec.load` returned.
     """
     detector, cfg, absent = teacher
     who = f"The teacher {name}".rstrip()
-    if not hasattr(loader, "peek"):
-        kind = type(loader).__name__
-        logger.warning("Teacher and student are not checked: a %s shows no images", kind)
-        return
-    batches = loader.peek(distiller.check_images)
     with naming_teacher(name):
         shapes = check_maps(model, distiller, batches[0])
     logger.info("%s and student agree cell by cell: %s", f"Teacher {name}".rstrip(), shapes)
@@ -106,43 +120,6 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
     with as_config_error(what, (ImportError, NotImplementedError)):
         student, _ = paired_maps(model, distiller, batch)
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
-
-
-class _Taken(BaseException):  # which no `except Exception` of a student stops
-    """Ends a student's forward: its maps are there."""
-
-
-def _end(*_: Any) -> None:
-    raise _Taken
-
-
-@torch.no_grad()
-def paired_maps(
-    model: Any, distiller: Distiller, batch: List[Dict]
-) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-    """The maps of a student's modules in evaluation mode and of its teacher's.
-
-    They are taken while the student's own forward starts, in training that of training and else
-    its inference, for which the images are; it ends with the backbone: the heads do not run.
-
-    Returns:
-        (dict, dict): see :meth:`Distiller.pair`.
-    """
-    training, hook = model.training, model.backbone.register_forward_hook
-    model.eval()  # batch statistics must not move
-    model.training = training  # of the detector alone
-    try:
-        with (
-            capture_backbone(model.backbone) as taken,
-            hook(_end),
-            EventStorage(),
-            suppress(_Taken),
-        ):
-            model(batch)
-        rules = preprocessing_of(model, image_format_of(model))
-        return distiller.pair(batch, taken["maps"], taken["images"], rules)
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run leaves about itself: `run.json` in its folder."""
+"""What a run leaves about itself: `run.json` in its folder, and what its checkpoints keep of it."""
 
 import json
 import logging
@@ -15,14 +15,41 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
+from omegaconf import OmegaConf
+from torch import nn
 
+from ssimkd.checkpoint.reader import sha256
+from ssimkd.checkpoint.same_run import flatten
 from ssimkd.errors import ConfigError, as_output_error, one_line
+from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
 PACKAGES = ("ssimkd", "detectron2", "torch", "torchvision", "numpy")
+
+
+def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
+    """What a checkpoint keeps of a run.
+
+    Args:
+        cfg (CfgNode or DictConfig): its config.
+        model (nn.Module): a student, or a plain detector, which has no teachers.
+
+    Returns:
+        dict: "settings", key -> value in words; "teachers", key -> "file" and its "sha256".
+    """
+    if not isinstance(cfg, CfgNode):
+        cfg = OmegaConf.to_container(cfg)
+    teachers = {}
+    for name, distiller in distillers_of(model):
+        if distiller.enabled:
+            key = f"MODEL.DISTILL.TEACHERS, {name}" if name else "MODEL.DISTILL.TEACHER.WEIGHTS"
+            path = distiller.spec.find_weights()
+            teachers[key] = {"file": path, "sha256": sha256(path)}
+    return {"settings": dict(flatten(cfg)), "teachers": teachers}
 
 
 @contextmanager

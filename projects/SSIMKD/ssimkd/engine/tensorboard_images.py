@@ -1,7 +1,7 @@
-"""Pictures of a run on TensorBoard: what the student finds, and where it differs from its teacher.
+"""Pictures on TensorBoard while a run trains: detections, and where student and teacher differ.
 
-They show one image of the test set, the same at all times. Detectron2's own key asks for them:
-`VIS_PERIOD` (.yaml), `model.vis_period` (.py), in iterations; 0 is none.
+They always show the same image, the first of the test set. Detectron2's own key asks for them:
+`VIS_PERIOD` (.yaml) or `model.vis_period` (.py), in iterations; 0 means none.
 """
 
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 import numpy as np
 import torch
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -18,21 +18,20 @@ from torch import nn
 
 from ssimkd.evaluation.predictor import draw_detections
 from ssimkd.evaluation.similarity import render, similarity_maps
-from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.utils.random_state import preserve_random_state
 
-LEAST_SCORE = 0.3  # of a detection that is drawn: early in a run the others cover the image
+LEAST_SCORE = 0.3  # lower ones are not drawn: early in a run they would cover the image
 
 
 def build_pictures(
     model: Any, names: Sequence[str], load: Callable[[], Any]
 ) -> Optional["Pictures"]:
-    """The hook that takes pictures; None where a run asks for none, or on another process.
+    """The hook that takes pictures, on the main process; None if the run asks for none.
 
     Args:
         model (nn.Module): without DistributedDataParallel around it.
-        names (sequence[str]): of the test sets; without any there are no pictures.
-        load (callable): gives the first one's items, as the model takes them.
+        names (sequence[str]): the test sets; without any there are no pictures.
+        load (callable): returns the first one's items, as the model takes them.
     """
     period = getattr(model, "vis_period", 0)
     if not (period > 0 and len(names) and comm.is_main_process()):
@@ -43,9 +42,9 @@ def build_pictures(
 
 
 class Pictures(HookBase):
-    """Puts pictures into the event storage, the first before training, so that it fails early.
+    """Puts pictures into the event storage: before the training, and every `period` iterations.
 
-    Training goes on as if there were none: modes, batch statistics and random generators stay.
+    Modes, batch statistics and random generators stay as they are, so the training is the same.
 
     Args:
         model (nn.Module): a student or a plain detector.
@@ -58,40 +57,37 @@ class Pictures(HookBase):
         self.model, self.item, self.metadata, self.period = model, item, metadata, period
 
     def before_train(self) -> None:
-        """The state that training starts from."""
+        """Shows the state that training starts from, so that a failure comes early."""
         self.show()
 
     def after_step(self) -> None:
-        """Each `period` iterations."""
+        """Shows the pictures every `period` iterations."""
         if (self.trainer.iter + 1) % self.period == 0:
             self.show()
 
     def show(self) -> None:
-        """Puts the pictures of now."""
+        """Puts the present pictures into the event storage."""
         with preserve_random_state(), evaluation_mode(self.model), torch.no_grad():
             pictures = self.draw()
         for name, picture in pictures.items():
             get_event_storage().put_image(name, picture.transpose(2, 0, 1))
 
     def draw(self) -> Dict[str, np.ndarray]:
-        """Name -> (H, W, 3) uint8, RGB. What a detector has no part for is not there."""
-        pictures = {}
-        found = self.model([self.item])[0]
-        if "instances" in found:
-            name, found = self.item["file_name"], found["instances"]
+        """Name -> (H, W, 3) uint8, RGB: "detections" and, with a teacher, "loss_maps"."""
+        pictures, name = {}, self.item["file_name"]
+        found = self.model([self.item])[0].get("instances")
+        if found is not None:
             shown = found[found.scores >= LEAST_SCORE]
             pictures["detections"] = draw_detections(name, shown, self.metadata)
         maps = similarity_maps(self.model, self.item)
         if maps:
-            image = self.item["image"].permute(1, 2, 0)
-            rgb = convert_image_to_rgb(image, image_format_of(self.model))
-            pictures["loss_maps"] = render(maps, rgb)
+            pictures["loss_maps"] = render(maps, read_image(name, "RGB"))
         return pictures
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has its own mode again, parts set apart too."""
+    """Evaluation mode inside the block; afterwards every module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,50 +1,64 @@
-"""Where a run's figures go: the terminal, Detectron2's files and, where asked, Weights & Biases."""
+"""Where a run's figures go: the terminal, Detectron2's files and, if asked, Weights & Biases."""
 
 import logging
 import os
 import sys
-from contextlib import ExitStack
-from typing import List, Optional
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Iterator, List, Optional
 
-import numpy as np
 from detectron2.engine import default_writers
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
-from pycocotools import coco, cocoeval
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ssimkd.errors import ConfigError, one_line
+from ssimkd.errors import as_config_error, log_files
 
-logger = logging.getLogger(__name__)
 LOGGERS = ("detectron2", "fvcore", "ssimkd")
 RATE = "images_per_second"
 WINDOW = 20  # iterations over which figures are smoothed, as Detectron2's writers do
 
 
-def build_writers(
-    folder: str, max_iter: int, batch_size: int, wandb_project: str = ""
-) -> List[EventWriter]:
+def build_writers(folder: str, max_iter: int, batch_size: int) -> List[EventWriter]:
     """Detectron2's writers, with images per second, and a bar where there is a terminal.
 
     Args:
         folder (str): of metrics.json and TensorBoard's events.
         max_iter (int): iterations of the run.
         batch_size (int): images per iteration, of all processes; 0: unknown.
-        wandb_project (str): of Weights & Biases; "" leaves it out.
-
-    Raises:
-        ConfigError: wandb is asked for and cannot be imported.
     """
     printer, *files = default_writers(folder, max_iter)
     printer.logger = WithRate(printer.logger, {})
-    wandb = [WandbWriter(wandb_project, folder)] if wandb_project else []
-    # TensorBoard's comes last: it takes the images away
-    return [ImagesPerSecond(batch_size), printer, ProgressBar(max_iter), *wandb, *files]
+    return [ImagesPerSecond(batch_size), printer, ProgressBar(max_iter), *files]
 
 
-def quiet_terminal(folder: str, rank: int) -> None:
-    """Leaves warnings, results and progress on the terminal; log.txt keeps everything.
+@contextmanager
+def wandb_run(project: str, folder: str) -> Iterator[None]:
+    """Around a training: what its main process writes for TensorBoard goes to Weights & Biases too.
+
+    Args:
+        project (str): the run's project there; "" leaves it out.
+        folder (str): of the run, which gets its name.
+
+    Raises:
+        ConfigError: wandb cannot be imported.
+    """
+    if not (project and comm.is_main_process()):
+        yield
+        return
+    with as_config_error(
+        "MODEL.DISTILL.WANDB_PROJECT (train.wandb_project): pip install wandb", ImportError
+    ):
+        import wandb
+    name = os.path.basename(os.path.abspath(folder))
+    with wandb.init(project=project, name=name, dir=folder, sync_tensorboard=True):
+        yield
+
+
+@contextmanager
+def quiet_terminal(folder: str, rank: int) -> Iterator[None]:
+    """Around a run: warnings, results and progress are on the terminal; log.txt has everything.
 
     Args:
         folder (str): of log.txt, as Detectron2's `default_setup` will name it, which comes later.
@@ -61,13 +75,8 @@ def quiet_terminal(folder: str, rank: int) -> None:
         for handler in logging.getLogger(name).handlers:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name in shown)
-    for module in (coco, cocoeval):
-        module.print = print_to_log
-
-
-def print_to_log(*words: object) -> None:
-    """Stands for pycocotools' `print`."""
-    logger.info(" ".join(map(str, words)))
+    with redirect_stdout(next(log_files("detectron2")).stream):  # pycocotools prints
+        yield
 
 
 class ImagesPerSecond(EventWriter):
@@ -139,43 +148,3 @@ class ProgressBar(EventWriter):
         if self.bar is not None:
             self.bar.close()
         self.opened.close()
-
-
-class WandbWriter(EventWriter):
-    """Sends figures and images to Weights & Biases.
-
-    Args:
-        project (str): the run's project there.
-        folder (str): of the run, which gets its name.
-
-    Raises:
-        ConfigError: wandb cannot be imported.
-    """
-
-    def __init__(self, project: str, folder: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "MODEL.DISTILL.WANDB_PROJECT (train.wandb_project): wandb cannot be imported, "
-                f"{one_line(error)}: pip install wandb"
-            ) from error
-        self.wandb = wandb
-        name = os.path.basename(os.path.abspath(folder))
-        self.run = wandb.init(project=project, name=name, dir=folder)
-        self.last = -1
-
-    def write(self) -> None:
-        """Sends what is new since the last call."""
-        storage = get_event_storage()
-        scalars = storage.latest_with_smoothing_hint(WINDOW).items()
-        new = {name: value for name, (value, at) in scalars if at > self.last}
-        for name, image, _ in storage._vis_data:  # as TensorBoard's writer reads them
-            new[name] = self.wandb.Image(np.asarray(image).transpose(1, 2, 0))
-        if new:
-            self.run.log(new, step=storage.iter)
-        self.last = storage.iter
-
-    def close(self) -> None:
-        """Ends the run there."""
-        self.run.finish()

@@ -1,42 +1,74 @@
 """Training and evaluation of a YAML config.
 
-Detectron2's DefaultTrainer and its hooks do the work; what is added is a teacher that is there
-before the data, a stream of data that can be resumed, and the export of the student.
+Detectron2's DefaultTrainer does the work. What is added is a teacher that is built before the data
+is read, a stream of data that can be resumed, and the export of the student.
 """
 
 import logging
+import weakref
 from typing import Any, Dict
 
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 
 from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
-from ssimkd.checkpoint.same_run import describe_run
-from ssimkd.data.bad_images import CountSkipped, NamingMapper
+from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import as_config_error, as_output_error, building
+from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
-from ssimkd.modeling.student import build_teacher, check_distils, steps_to_skip, unwrap
+from ssimkd.modeling.meta_arch import DistillMixin
+from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.random_state import preserve_random_state
 
-from .finite_steps import FiniteSteps
-from .hooks import CallAfterTraining, EvalHook, ExactResume
-from .preemption import StopOnSignal, ignore_cluster_signals
+from .finite_steps import build_step_trainer
+from .hooks import CallAfterTraining, build_hooks
+from .preemption import ignore_cluster_signals
 from .preflight import prepare
+from .run_record import describe_run
+from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import build_writers
+from .writers import build_writers, wandb_run
 
 logger = logging.getLogger(__name__)
+LOG_PERIOD = 20  # iterations, as DefaultTrainer's
 
 
 class DistillTrainer(DefaultTrainer):
-    """Detectron2's trainer of a YAML config, for students and plain detectors alike."""
+    """Detectron2's trainer of a YAML config, for students and plain detectors alike.
+
+    Args:
+        cfg (CfgNode): with `MODEL.DISTILL`.
+    """
+
+    def __init__(self, cfg) -> None:
+        # DefaultTrainer's constructor makes its own trainer of steps and checkpointer
+        TrainerBase.__init__(self)
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.settings = read_settings(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        model = create_ddp_model(model, broadcast_buffers=False)
+        skip = self.settings.skip_nonfinite_steps
+        self._trainer = build_step_trainer(
+            model, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED, skip=skip
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        run = describe_run(cfg, unwrap(model))
+        self.checkpointer = RunCheckpointer(
+            model, cfg.OUTPUT_DIR, run=run, trainer=weakref.proxy(self)
+        )
+        self.exporting = CallAfterTraining(self.export)
+        self.register_hooks(self.build_hooks())
 
     @classmethod
     def build_model(cls, cfg):
@@ -45,28 +77,33 @@ class DistillTrainer(DefaultTrainer):
         Raises:
             ConfigError: a teacher is named, and the meta-architecture does not distil.
         """
-        with building("MODEL"):
+        with as_setting_error("MODEL"):
             model = super().build_model(cfg)
         node = cfg.MODEL.DISTILL
-        if (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES:
-            check_distils(model)
-        build_teacher(model)
+        named = (node.TEACHER.CONFIG or node.TEACHERS) and node.LOSSES
+        if named and not isinstance(model, DistillMixin):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
+                "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
+            )
+        build_teachers(model)
         return model
 
     @classmethod
     def build_train_loader(cls, cfg):
         """Detectron2's data, sampler and mapper in a stream that can be resumed."""
-        with building("DATASETS, DATALOADER or INPUT"):
+        with as_setting_error("DATASETS, DATALOADER or INPUT"):
             parts = _train_loader_from_config(cfg)
         names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
         options = {name: parts[name] for name in names}
         options["skip_bad_images"] = cfg.DATALOADER.SKIP_BAD_IMAGES
+        options["worker_init_fn"] = ignore_cluster_signals
         return ResumableLoader(parts["dataset"], **options)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
         """Detectron2's; it names an image that it cannot read, and outlives a job's signals."""
-        with building(f"DATASETS.TEST: {dataset_name}"):
+        with as_setting_error(f"DATASETS.TEST: {dataset_name}"):
             mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = ignore_cluster_signals
@@ -75,13 +112,13 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
         """Detectron2's; a failure names SOLVER."""
-        with building("SOLVER"):
+        with as_setting_error("SOLVER"):
             return super().build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
         """Detectron2's; a failure names SOLVER."""
-        with building("SOLVER"):
+        with as_setting_error("SOLVER"):
             return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
@@ -91,63 +128,66 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """Evaluates, without a trace in the random state of the training around it."""
+        """Evaluates; the random state of the training around it stays as it is."""
         with preserve_random_state():
             results = super().test(cfg, model, evaluators)
         save_results(results, cfg.OUTPUT_DIR)
         return results
+
+    def build_hooks(self):
+        """The hooks of `hooks.py`, by this config."""
+        cfg, model, tests = self.cfg, unwrap(self.model), self.cfg.DATASETS.TEST
+
+        def test() -> Dict[str, Any]:
+            self._last_eval_results = self.test(cfg, self.model)
+            return self._last_eval_results
+
+        return build_hooks(
+            model=model,
+            loader=self.data_loader,
+            checkpointer=self.checkpointer,
+            scheduler=self.scheduler,
+            checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            export=self.exporting,
+            test=test,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            build_writers=self.build_writers,
+            log_period=LOG_PERIOD,
+            pictures=build_pictures(
+                model, tests, lambda: self.build_test_loader(cfg, tests[0]).dataset
+            ),
+            precise_bn=self.build_precise_bn(),
+        )
+
+    def build_precise_bn(self):
+        """Detectron2's hook for TEST.PRECISE_BN, with a stream of data of its own; or None."""
+        if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        number = cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
+
+    def build_writers(self):
+        """Detectron2's, and what a terminal shows."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH)
 
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
         resumed = resume and self.checkpointer.has_checkpoint()
         with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
             super().resume_or_load(resume=resume)
-        model = unwrap(self.model)
-        data = self.cfg.DATASETS
+        model, data = unwrap(self.model), self.cfg.DATASETS
         check_classes(model, {"DATASETS.TRAIN": data.TRAIN, "DATASETS.TEST": data.TEST})
-        prepare(model, self.data_loader, resumed=resumed)
-
-    def build_hooks(self):
-        """Detectron2's hooks, the state for an exact resume, and the export at the end."""
-        model, period = unwrap(self.model), self.cfg.SOLVER.CHECKPOINT_PERIOD
-        # before the hook that saves takes Detectron2's own
-        self.checkpointer = RunCheckpointer(
-            self.checkpointer.model,
-            self.cfg.OUTPUT_DIR,
-            run=describe_run(self.cfg, model),
-            **self.checkpointer.checkpointables,
-        )
-        ret = super().build_hooks()
-        exact = ExactResume(self.data_loader, model, period)
-        self.exporting = CallAfterTraining(self.export)
-        saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        place = next(i for i, hook in enumerate(ret) if isinstance(hook, saving))
-        tests = self.cfg.DATASETS.TEST
-        ret.insert(place, exact)
-        # the export before the last evaluation: a failure there must not cost the student
-        place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
-        ret[place] = EvalHook(self.cfg.TEST.EVAL_PERIOD, ret[place]._func)
-        ret[place:place] = [
-            self.exporting,
-            StopOnSignal(exact.collect, self.checkpointer),
-            CountSkipped(self.data_loader),
-            build_pictures(
-                model, tests, lambda: self.build_test_loader(self.cfg, tests[0]).dataset
-            ),
-        ]
-        return [FiniteSteps(steps_to_skip(model)), *ret]
-
-    def build_writers(self):
-        """Detectron2's, and what a terminal or Weights & Biases shows."""
-        cfg = self.cfg
-        batch_size, project = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DISTILL.WANDB_PROJECT
-        return build_writers(cfg.OUTPUT_DIR, self.max_iter, batch_size, project)
+        prepare(model, self.data_loader, self.settings, resumed=resumed)
 
     def export(self):
         """Completes the checkpoints and writes the student for stock Detectron2."""
         folder = self.cfg.OUTPUT_DIR
         with as_output_error(f"write the student to {folder}"):
-            self.checkpointer.complete()
+            self.checkpointer.write_final()
             export_student(self.cfg, unwrap(self.model).state_dict(), folder)
 
     def state_dict(self):
@@ -173,12 +213,12 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
-    with building("the config"):
+    with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
         trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if not resume:
-        trainer.checkpointer.move_earlier_checkpoints()
-    trainer.train()
+        trainer.resume_or_load(resume=resume)
+        if not resume:
+            trainer.checkpointer.move_earlier_checkpoints()
+        trainer.train()
     trainer.exporting.raise_failure()
     return getattr(trainer, "_last_eval_results", {})
 
@@ -188,13 +228,12 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DISTILL.LOSSES = ()
-    with building("MODEL"):
+    with as_setting_error("MODEL"):
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
-    with as_config_error(
-        "--resume" if resume and checkpointer.has_checkpoint() else "MODEL.WEIGHTS"
-    ):
+    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
+    resumed = resume and checkpointer.has_checkpoint()
+    with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():

@@ -1,12 +1,11 @@
-"""The metrics of each kind of data set that Detectron2 knows, and `results.json`."""
+"""The metrics of each kind of data set that Detectron2 evaluates, and `results.json`."""
 
 import importlib.util
 import json
 import logging
 import math
 import os
-from functools import partial
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional
 
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -20,16 +19,14 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
-    coco_evaluation,
 )
 from detectron2.utils import comm
 from omegaconf import ListConfig
-from pycocotools import cocoeval
 
 from ssimkd.errors import ConfigError
 from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.compat import has_compiled_ops
-from ssimkd.utils.lazy_config import target_of
+from ssimkd.utils.config_keys import target_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +35,11 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
     """The evaluator that the data set's metadata asks for, as in Detectron2's `train_net.py`.
 
     Args:
-        cfg (CfgNode): OUTPUT_DIR/inference takes the detections.
+        cfg (CfgNode): detections are written to OUTPUT_DIR/inference.
         dataset_name (str): a registered data set.
 
     Raises:
-        ConfigError: its kind is unknown.
+        ConfigError: the data set's `evaluator_type` is unknown.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     kinds = {
@@ -69,15 +66,15 @@ def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
     """The evaluator of a LazyConfig's `dataloader.evaluator`, a node or a list of nodes.
 
     Args:
-        node (DictConfig or ListConfig): COCOEvaluators may get defaults.
-        folder (str): takes the detections.
+        node (DictConfig or ListConfig): a COCOEvaluator's `use_fast_impl` and `output_dir` are set
+            where they are not.
+        folder (str): where detections are written.
     """
     evaluators = []
     for each in node if isinstance(node, ListConfig) else [node]:
         target = target_of(each)
         if target is COCOEvaluator:
             each.setdefault("use_fast_impl", has_compiled_ops())
-            each._target_ = coco_class(each.use_fast_impl)
             each.setdefault("output_dir", folder)
         if target is not COCOPanopticEvaluator or has_panopticapi():
             evaluators.append(instantiate(each))
@@ -85,42 +82,13 @@ def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
 
 
 def coco(cfg, name: str, folder: str) -> DatasetEvaluator:
-    """Boxes, masks and keypoints, by compiled code where Detectron2 or a package has it."""
-    fast = has_compiled_ops()
-    return coco_class(fast)(
+    """Boxes, masks and keypoints."""
+    return COCOEvaluator(
         name,
         output_dir=folder,
-        use_fast_impl=fast,
+        use_fast_impl=has_compiled_ops(),
         kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
     )
-
-
-def coco_class(fast: bool) -> Type[COCOEvaluator]:
-    """COCOEvaluator, or where it is not `fast` by itself one that is, if its package is there."""
-    found = importlib.util.find_spec("ultrafast_pycocotools")
-    return COCOEvaluator if fast or found is None else FastCOCOEvaluator
-
-
-class FastCOCOEvaluator(COCOEvaluator):
-    """COCOEvaluator with the metric of ultrafast-pycocotools, which equals pycocotools' bit by bit.
-
-    As many images as COCO's validation has take a second instead of 45 (docs/performance.md). An
-    annotation of id 0 is one like any other here; pycocotools forgets what matched it.
-    """
-
-    def evaluate(self, *args, **kwargs):
-        """See COCOEvaluator."""
-        import ultrafast_pycocotools as fast
-
-        slow, upstream = self._coco_api, coco_evaluation.COCOeval
-        self._coco_api = fast.COCO(slow.dataset, verbose=False)
-        # a quiet terminal has a `print` of its own there
-        say = getattr(cocoeval, "print", print)
-        coco_evaluation.COCOeval = partial(fast.COCOeval, print_function=say)
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self._coco_api, coco_evaluation.COCOeval = slow, upstream
 
 
 def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
@@ -129,12 +97,12 @@ def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
 
 
 def panoptic(cfg, name: str, folder: str) -> Optional[DatasetEvaluator]:
-    """Panoptic segmentation, where COCO's panopticapi is installed: no package index has it."""
+    """Panoptic segmentation, if COCO's panopticapi is installed, which no package index has."""
     return COCOPanopticEvaluator(name, folder) if has_panopticapi() else None
 
 
 def has_panopticapi() -> bool:
-    """Whether COCO's panopticapi is installed; says so where it is not."""
+    """Whether COCO's panopticapi is installed. Warns of what is not measured without it."""
     found = importlib.util.find_spec("panopticapi") is not None
     if not found:
         logger.warning("The panoptic quality is not measured: panopticapi is not installed")
@@ -142,14 +110,14 @@ def has_panopticapi() -> bool:
 
 
 def save_results(results: Dict[str, Any], folder: str) -> None:
-    """Writes an evaluation's metrics to `results.json`, on the main process."""
+    """Writes the metrics of an evaluation to `results.json`, on the main process."""
     if comm.is_main_process() and results:
         with atomic_write(os.path.join(folder, "results.json"), "w") as f:
             json.dump(without_nan(results), f, indent=2)
 
 
 def without_nan(value: Any) -> Any:
-    """Nested metrics with None for NaN, which JSON does not know (no object of a size, say)."""
+    """Nested metrics with None for NaN, which JSON does not have. AP without objects is NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""A trained detector, ready to use: with its weights, its images' preparation and its classes."""
+"""Using a trained detector: loading it, reading images as its config says, drawing detections."""
 
 from typing import Any, Callable, Dict
 
@@ -8,19 +8,18 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
-from torch.nn import functional
 
+from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.export import build_plain, plain_config
-from ssimkd.checkpoint.strict import load_teacher
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.config_keys import names_of, setting
 from ssimkd.utils.random_state import preserve_random_state
 
-READABLE = 480  # pixels: below it, labels cover what they name
+READABLE = 480  # pixels. In smaller images the labels cover the objects.
 
 
 def load_detector(cfg, weights: str = "") -> nn.Module:
@@ -28,20 +27,20 @@ def load_detector(cfg, weights: str = "") -> nn.Module:
 
     Args:
         cfg (CfgNode or DictConfig): of a student or of a plain detector.
-        weights (str): checkpoint, path or URL; "" is the config's own.
+        weights (str): path or URL of a checkpoint. "" is the config's own.
 
     Returns:
-        nn.Module: on the config's device, on the CPU where there is no GPU.
+        nn.Module: on the config's device, or on the CPU where there is no GPU.
 
     Raises:
-        ConfigError: no weights are named, they cannot be read or are not all of the detector's.
+        ConfigError: no checkpoint is named, it cannot be read, or it lacks a tensor.
     """
     weights = weights or setting(cfg, "weights")
     if not weights:
         raise ConfigError("--weights: name the detector's checkpoint; its config has none")
     with torch.random.fork_rng(devices=[]):
         model = build_plain(plain_config(cfg, weights))
-    absent = load_teacher(model, weights, "--weights")  # as strict as it is with teachers
+    absent = load_teacher(model, weights, "--weights")
     if absent:
         raise ConfigError(f"--weights: {weights} does not hold {absent[0]} as this config has it")
     return model.eval().requires_grad_(False).to(device_of(cfg))
@@ -53,12 +52,12 @@ def device_of(cfg) -> torch.device:
 
 
 def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
-    """What reads an image file for a detector and prepares it as an evaluation of its config does.
+    """A function that reads an image file and prepares it as an evaluation of the config does.
 
-    Its call raises ConfigError for a file that is no image.
+    It raises ConfigError for a file that is not an image.
 
     Raises:
-        ConfigError: a LazyConfig does not say how.
+        ConfigError: a LazyConfig has no `dataloader`.
     """
     if isinstance(cfg, CfgNode):
         mapper = DatasetMapper(cfg, is_train=False)
@@ -80,50 +79,35 @@ def metadata_of(cfg) -> Metadata:
     return MetadataCatalog.get(names[0] if names else "__unused")
 
 
-def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
-    """An image file with a detector's boxes, masks and keypoints.
+def draw_detections(
+    file_name: str, detections: Instances, metadata: Metadata, width: int = 0
+) -> np.ndarray:
+    """Draws boxes, masks and keypoints on an image with Detectron2's Visualizer.
 
-    A small image is enlarged, so that its labels can be read. Each class has its colour, the same
-    each time, and the random generators stay as they are.
+    A small image is enlarged, so that its labels can be read. A class has the same colour in every
+    image. The random generators are not changed.
 
     Args:
         file_name (str): the image.
         detections (Instances): in its pixels.
         metadata (Metadata): names the classes.
+        width (int): of the picture in pixels; 0 gives a short side of at least READABLE pixels.
 
     Returns:
-        ndarray: (H, W, 3) uint8, RGB, its short side at least READABLE pixels.
+        ndarray: (H, W, 3) uint8, RGB.
     """
     image, detections = read_image(file_name, "RGB"), detections.to("cpu")
-    scale = max(1.0, READABLE / min(image.shape[:2]))
-    if scale > 1:
-        height, width = (round(side * scale) for side in image.shape[:2])
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-        detections = enlarged(detections, height, width)
+    scale = width / image.shape[1] if width else max(1.0, READABLE / min(image.shape[:2]))
     names = metadata.get("thing_classes", None)
     labels = detections.pred_classes.tolist()
     count = len(names) if names else max(labels, default=0) + 1
     colors = [colormap(rgb=True)[i % len(colormap())].tolist() for i in range(count)]
     shown = Metadata(**{**metadata.as_dict(), "thing_colors": colors})
-    visualizer = Visualizer(image, shown, instance_mode=ColorMode.SEGMENTATION)
+    visualizer = Visualizer(image, shown, scale, ColorMode.SEGMENTATION)
     with preserve_random_state():
         np.random.seed(0)
         drawn = visualizer.draw_instance_predictions(detections)
     return drawn.get_image()
-
-
-def enlarged(detections: Instances, height: int, width: int) -> Instances:
-    """Detections in the pixels of their image at another size; the given ones stay."""
-    ratio = torch.tensor([width, height, 1.0])
-    ratio[:2] /= torch.tensor(detections.image_size).flip(0)
-    larger = Instances((height, width), **detections.get_fields())
-    larger.pred_boxes = Boxes(detections.pred_boxes.tensor * ratio[:2].repeat(2))
-    if detections.has("pred_masks"):
-        masks = detections.pred_masks[:, None].float()
-        larger.pred_masks = functional.interpolate(masks, (height, width))[:, 0] > 0.5
-    if detections.has("pred_keypoints"):
-        larger.pred_keypoints = detections.pred_keypoints * ratio
-    return larger
 
 
 def write_image(path: str, image: np.ndarray) -> None:

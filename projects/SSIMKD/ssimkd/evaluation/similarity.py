@@ -1,12 +1,12 @@
-"""Where in an image a student's maps differ from its teacher's, level by level.
+"""Maps of where in an image a student's features differ from its teacher's, for each level.
 
-    l, c, s      luminance, contrast and structure of SSIM (see ssim.py), each alone
-    SSIM         as the run's loss takes it, with its exponents
-    |S-T|        distance of the normalised features S (student) and T (teacher)
+    l, c, s      luminance, contrast and structure, the three factors of SSIM
+    SSIM         as in the run's loss, with its exponents
+    |S-T|        absolute difference of the normalised features S (student) and T (teacher)
     (S-T)^2      its square
 
-Each is averaged over the channels of a level. Maps are normalised as the run's SSIM loss does it,
-or as that loss does by default where the run has none.
+Each is averaged over the channels of a level. The features are normalised as in the run's SSIM
+loss, or as in that loss with its defaults if the run has none.
 """
 
 from typing import Any, Dict, Iterator, Mapping, NamedTuple, Tuple
@@ -19,10 +19,11 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from torch import Tensor
 
-from ssimkd.engine.preflight import paired_maps
-from ssimkd.losses import Context, SSIMLoss
+from ssimkd.losses import Context
+from ssimkd.losses.ssim import SSIMLoss
+from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of
-from ssimkd.ssim.definition import ssim_map
+from ssimkd.ssim import ssim_map
 from ssimkd.ssim.normalize import normalize_maps
 
 SIMILARITIES = {"l": (1.0, 0.0, 0.0), "c": (0.0, 1.0, 0.0), "s": (0.0, 0.0, 1.0)}  # exponents
@@ -49,10 +50,10 @@ class Pair(NamedTuple):
 
 
 def normalized_pairs(model: Any, x: Mapping[str, Any]) -> Iterator[Tuple[str, Pair]]:
-    """What the losses of a student compare in one image, in evaluation mode.
+    """The normalised maps of one image, by level, with the model in evaluation mode.
 
     Args:
-        model (nn.Module): a student with a distiller; another model has none.
+        model (nn.Module): a student. For a plain detector nothing is yielded.
         x (mapping): what the model takes: "image" is (3, height, width) in [0, 255].
 
     Yields:
@@ -80,7 +81,7 @@ def normalized_pairs(model: Any, x: Mapping[str, Any]) -> Iterator[Tuple[str, Pa
 def cell_maps(pair: Pair) -> Dict[str, Tensor]:
     """The maps of NAMES before the mean over channels, (C, H, W) each.
 
-    With border "valid" the cells at the edge, which no whole window covers, are NaN.
+    With border "valid" the cells at the edge are NaN, since no complete window covers them.
     """
     s, t, _, options = pair
     exponents = {**SIMILARITIES, "SSIM": options["exponents"]}
@@ -93,7 +94,7 @@ def cell_maps(pair: Pair) -> Dict[str, Tensor]:
 
 
 def fill(x: Tensor, like: Tensor) -> Tensor:
-    """x (..., h, w) in the middle of the (H, W) cells of `like`, the rest NaN."""
+    """Puts x (..., h, w) into the middle of NaNs of the size (H, W) of `like`."""
     down, across = ((a - b) // 2 for a, b in zip(like.shape[-2:], x.shape[-2:]))
     return F.pad(x, (across, across, down, down), value=float("nan"))
 
@@ -105,8 +106,7 @@ def similarity_maps(model: Any, x: Mapping[str, Any]) -> Dict[str, Dict[str, np.
         model, x: as in :func:`normalized_pairs`.
 
     Returns:
-        dict: level -> name of NAMES -> (H, W) float32, one value per pixel of the image: that of
-        the cell over it.
+        dict: level -> name of NAMES -> (H, W) float32, for each pixel the value of its cell.
     """
     height, width = x["image"].shape[-2:]
     ret = {}
@@ -120,10 +120,10 @@ def similarity_maps(model: Any, x: Mapping[str, Any]) -> Dict[str, Dict[str, np.
 
 
 def scales(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Dict[str, Tuple[float, float]]:
-    """By name, the values of the first and last colour: from alike to as different as it gets.
+    """The values that get the first and the last colour, by name of a map.
 
-    A similarity goes from 1 to 0 (what is below 0 looks like 0), a distance from 0 to its largest
-    value of all levels.
+    The first colour means equal. A similarity goes from 1 to 0, and values below 0 are shown as 0.
+    A distance goes from 0 to its largest value in all levels.
     """
     return {
         name: (0.0, max(float(np.nanmax(m[name])) for m in maps.values()) or 1.0)
@@ -134,10 +134,10 @@ def scales(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Dict[str, Tuple[floa
 
 
 def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
-    """A map in colour: dark is alike, bright differs.
+    """Colours a map: dark cells are alike, bright cells differ.
 
     Args:
-        values (np.ndarray): (H, W); NaN is grey.
+        values (np.ndarray): (H, W). NaN becomes grey.
         scale (float, float): values of the first and the last colour.
 
     Returns:
@@ -150,25 +150,26 @@ def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
 
 
 def gradient() -> str:
-    """The colours from alike to different as the colours of a CSS gradient."""
+    """The colours from alike to different, as text for a CSS gradient."""
     return ", ".join(to_hex(colormaps[COLOURS](share)) for share in np.linspace(0, 1, 9))
 
 
 def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> np.ndarray:
-    """One picture of all maps: a row per level, a column per name, the image once on the left.
+    """One picture of all maps: a row per level, a column per name, and the image at the left.
 
-    Below each column are its colours with the values of the first and the last.
+    A bar below each column shows its colours and the values of the first and the last.
 
     Args:
         maps (mapping): what :func:`similarity_maps` returned.
-        image (np.ndarray): (H, W, 3) uint8, RGB, the image of these maps.
+        image (np.ndarray): (., ., 3) uint8, RGB, the image of these maps in any size.
 
     Returns:
         np.ndarray: (h, w, 3) uint8, RGB; each map is TILE pixels wide.
     """
     scale = scales(maps)
     rows = []
-    left = tile(image, "image")
+    height, width = next(iter(maps.values()))["SSIM"].shape
+    left = tile(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), "image")
     for level, by_name in maps.items():
         shown = [tile(in_colour(m, scale[n]), f"{level} {n}") for n, m in by_name.items()]
         rows.append(np.hstack([left, *shown]))
@@ -182,7 +183,7 @@ def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> n
 
 
 def tile(image: np.ndarray, text: str, width: int = TILE) -> np.ndarray:
-    """An image (H, W, 3) at a width in pixels, less a white margin, under a line of text."""
+    """An image (H, W, 3) of the given width, with a white margin, below a line of text."""
     width = width - 4
     size = width, max(1, round(image.shape[0] * width / image.shape[1]))
     kind = cv2.INTER_AREA if image.shape[1] > width else cv2.INTER_NEAREST

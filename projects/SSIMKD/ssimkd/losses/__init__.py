@@ -6,6 +6,7 @@ therefore one new file. `from ssimkd.losses import SSIMLoss` works for every reg
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from ssimkd.registry import KD_LOSS_REGISTRY, register_loss
 
@@ -25,7 +26,7 @@ for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """A registered loss class by its own name, such as `SSIMLoss`."""
     for _, cls in KD_LOSS_REGISTRY:
         if cls.__name__ == name:

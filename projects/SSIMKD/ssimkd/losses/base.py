@@ -1,10 +1,12 @@
-"""What every distillation loss is: a module called with maps by level and the batch's context.
+"""The base classes of the losses, and the context that each loss gets.
 
-    student   Dict[str, Tensor]   level -> (N, C, H, W), float32, after the adapter
+A loss is called with the maps of student and teacher, and returns its parts:
+
+    student   Dict[str, Tensor]   level -> (N, C, H, W), float32 or float64, after the adapter
     teacher   Dict[str, Tensor]   the same levels and shapes, without gradient
-context   Context             image sizes, strides, targets of the same batch
-returns   Dict[str, Tensor]   part -> scalar, not weighted; their sum is the loss. A level's part
-                              has the level's name
+    context   Context             what else is known about the batch
+    returns   Dict[str, Tensor]   part -> scalar, without the loss's weight. The loss is the sum of
+                                  its parts. The part of a level has the level's name.
 """
 
 import math
@@ -16,6 +18,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ssimkd.errors import ConfigError
 from ssimkd.ssim.normalize import check_options, inside_of, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
@@ -27,11 +30,11 @@ class Context:
     """The batch that the maps belong to.
 
     Attributes:
-        image_sizes (list[(int, int)]): height and width of each image in pixels, unpadded.
+        image_sizes (list[(int, int)]): height and width of each image in pixels, without padding.
         strides (dict[str, int]): level -> pixels per cell.
-        targets (list[Instances] or None): ground truth of each image, boxes in pixels.
+        targets (list[Instances] or None): ground truth of each image, with boxes in pixels.
         mask_padding (bool): whether cells outside an image are left out.
-        iteration (int): the training iteration, from 0.
+        iteration (int): number of the training iteration, from 0.
     """
 
     image_sizes: List[Tuple[int, int]]
@@ -40,8 +43,29 @@ class Context:
     mask_padding: bool = True
     iteration: int = 0
 
+    def require_targets(self, loss: str) -> List[Instances]:
+        """The ground truth, for a loss that cannot be computed without it.
+
+        Raises:
+            ValueError: the batch has none.
+        """
+        if self.targets is None:
+            raise ConfigError(
+                f"MODEL.DISTILL.LOSSES: {loss} needs the ground truth, and the batch has no "
+                f"instances: remove {loss}, or train on annotated images"
+            )
+        return self.targets
+
     def cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:
-        """Height and width, in cells of a level, of what each image covers of the padded map."""
+        """Height and width of each image in cells of a level; a part of a cell counts as one.
+
+        Args:
+            level (str): a key of `strides`.
+            maps (Tensor): (N, C, H, W), maps of that level.
+
+        Returns:
+            list[(int, int)]: at most (H, W) each; (H, W) for every image without `mask_padding`.
+        """
         height, width = maps.shape[-2:]
         if not self.mask_padding:
             return [(height, width)] * len(self.image_sizes)
@@ -52,39 +76,50 @@ class Context:
         ]
 
     def inside(self, level: str, maps: Tensor) -> Optional[Tensor]:
-        """(N, 1, H, W), true for the cells of the images; None where that is every cell."""
-        height, width = maps.shape[-2:]
+        """Which cells of the maps belong to the images.
+
+        Args:
+            level, maps: see :meth:`cells`.
+
+        Returns:
+            Tensor or None: boolean, (N, 1, H, W); None where all cells do.
+        """
         cells = self.cells(level, maps)
-        if all(size == (height, width) for size in cells):
+        if all(size == maps.shape[-2:] for size in cells):
             return None
-        return inside_of(torch.tensor(cells, device=maps.device), maps)
+        return inside_of(torch.tensor(cells).to(maps.device, non_blocking=True), maps)
 
     def crops(self, level: str, *maps: Tensor) -> Iterator[Tuple[List[Tensor], float]]:
-        """Cuts maps to their images.
+        """Cuts maps to their images; images of the same size in cells stay together.
+
+        Args:
+            level (str): a key of `strides`.
+            maps (Tensor): (N, ..., H, W), several maps of that level.
 
         Yields:
-            (list of (n, C, h, w), float): the maps of n images that cover equally many cells, and
-            their share n / N of the batch.
+            (list of (n, ..., h, w), float): the maps of n images, and their share n / N.
         """
         groups = defaultdict(list)
         for image, size in enumerate(self.cells(level, maps[0])):
             groups[size].append(image)
-        for (h, w), images in groups.items():
-            whole = len(images) == len(self.image_sizes)  # spares a copy
-            yield (
-                [(m if whole else m[images])[..., :h, :w] for m in maps],
-                len(images) / len(self.image_sizes),
-            )
+        if len(groups) == 1:
+            ((h, w),) = groups
+            yield [m[..., :h, :w] for m in maps], 1.0
+            return
+        images = [m.unbind() for m in maps]
+        for (h, w), members in groups.items():
+            cut = [torch.stack([x[i][..., :h, :w] for i in members]) for x in images]
+            yield cut, len(members) / len(self.image_sizes)
 
 
 class KDLoss(nn.Module):
-    """Base of the losses; keyword arguments are the keys of the loss's config node.
+    """Base class of the losses. Its keyword arguments are the keys of its config node.
 
     Args:
-        weight (float): lambda, >= 0; the caller applies it. 0 only watches the loss.
+        weight (float): lambda, >= 0, which the caller applies; 0: the loss is only logged.
     """
 
-    name: str
+    name: str  # set by `register_loss`
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -92,10 +127,11 @@ class KDLoss(nn.Module):
         self.weight = float(weight)
 
     def attach(self, channels: Dict[str, int], num_classes: int) -> None:
-        """Makes the trainable parts, if a loss has any, once the levels are known.
+        """Makes the trainable parts, for a loss that has some. It is called once.
 
-        They are trained with the student and kept under `distiller.` in its checkpoint. Each must
-        take part in every step, whatever the batch holds: DistributedDataParallel waits for it.
+        They are trained together with the student, and its checkpoint keeps them under
+        `distiller.`. DistributedDataParallel requires that each of them takes part in every step,
+        whatever the batch contains.
 
         Args:
             channels (dict[str, int]): level -> channels of both maps, after the adapter.
@@ -103,7 +139,7 @@ class KDLoss(nn.Module):
         """
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """See the head of this file."""
+        """The parts of the loss; see the head of `base.py`."""
         raise NotImplementedError
 
 
@@ -138,7 +174,7 @@ class MapLoss(KDLoss):
         return torch.stack([self.compare(*maps) * share for maps, share in crops]).sum()
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """See the head of this file."""
+        """Level -> scalar."""
         return {
             level: self.compare_level(level, student[level], teacher[level], context)
             for level in student

@@ -1,4 +1,4 @@
-"""A loss from its node in a config."""
+"""Building a loss from its config node."""
 
 from ssimkd.errors import ConfigError
 from ssimkd.registry import KD_LOSS_REGISTRY
@@ -7,10 +7,14 @@ from .base import KDLoss
 
 
 def build_loss(name: str, node) -> KDLoss:
-    """The loss `name` with the settings of its node in `cfg.MODEL.DISTILL`.
+    """The loss `name` with the settings of `MODEL.DISTILL.<NAME>`.
+
+    Args:
+        name (str): a name in KD_LOSS_REGISTRY.
+        node (CfgNode): `cfg.MODEL.DISTILL`.
 
     Raises:
-        ConfigError: no such loss or node, or a setting that it refuses.
+        ConfigError: the loss or its node does not exist, or a setting is wrong.
     """
     if name not in KD_LOSS_REGISTRY:
         known = ", ".join(sorted(key for key, _ in KD_LOSS_REGISTRY))
@@ -18,7 +22,7 @@ def build_loss(name: str, node) -> KDLoss:
     key = name.upper()
     if key not in node:
         raise ConfigError(
-            f"MODEL.DISTILL.{key} is missing: the loss {name!r} needs its settings there"
+            f"MODEL.DISTILL.{key} is missing: register the loss {name} before add_ssimkd_config"
         )
     try:
         return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})

@@ -1,4 +1,4 @@
-"""CWD: each channel as a distribution over cells (Shu et al., ICCV 2021)."""
+"""CWD: each channel is compared as a distribution over cells (Shu et al., ICCV 2021)."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +14,9 @@ class CWDLoss(MapLoss):
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) per level, averaged over images and channels.
 
     Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021. The softmax
-    runs over the cells of one channel that lie in the image, on raw features: a channel's offset
-    does not matter, its scale does. For a large tau the loss is half the variance of T - S.
+    is taken over the cells of a channel that belong to the image. The features are raw: an offset
+    of a channel does not matter, its scale does. For a large tau the loss approaches half the
+    variance of T - S.
 
     Args:
         weight (float): lambda.

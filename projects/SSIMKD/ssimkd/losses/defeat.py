@@ -1,6 +1,6 @@
-"""DeFeat: objects and background weighted apart (Guo et al., CVPR 2021)."""
+"""DeFeat: objects and background have separate weights (Guo et al., CVPR 2021)."""
 
-from typing import Dict, List
+from typing import Dict, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from ssimkd.utils.validate import check_coefficients
 
 from .base import Context, KDLoss, Maps
 
-# Pixels: a box of side (root of its area) below twice this goes to the finest level, below four
-# times to the next, ... [authors; FPN's rule for p2, p3, ...]
+# A box belongs to the finest level if its side, the root of its area, is below twice this number of
+# pixels, to the next level if it is below four times it, and so on [authors; as FPN's p2, p3, ...]
 FINEST_SIDE = 56
 
 
@@ -19,20 +19,21 @@ FINEST_SIDE = 56
 class DeFeatLoss(KDLoss):
     """1 / L (a mean_objects (S - T)^2 / 2 + b mean_background (S - T)^2 / 2) for each of L levels.
 
-    The neck's part of Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021,
-    with the masks of its code. Each ground-truth box belongs to one level, by its size, and marks
-    the cells from its left upper corner's up to, but without, its right lower corner's, at least
-    the first one; every other cell of the level is background. The means run over the cells of a
-    batch and their channels, those outside an image excepted; of no cells, they are 0. Left out:
-    the 3 x 3 convolution, with weights near 0 at the start, that the authors train between the
-    student's maps and this loss (MODEL.DISTILL.ADAPTER is the nearest), and their loss on the head.
+    The loss on the neck of Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR
+    2021, with the masks of their code. Each ground-truth box belongs to one level, by its size. It
+    covers the cells from the one of its upper left corner to the one before that of its lower right
+    corner, and at least the first. All other cells of the level are background. The means are taken
+    over the cells of all images and over channels; a mean over no cells is 0.
+
+    Two parts of the authors' method are left out: the 3 x 3 convolution that they train between the
+    student's maps and this loss (MODEL.DISTILL.ADAPTER is similar), and their loss on the head.
 
     Args:
         weight (float): lambda.
         foreground_weight, background_weight (float): a and b, >= 0.
 
     Raises:
-        ValueError: an option is out of its range; in a call, the batch has no ground truth.
+        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -44,56 +45,76 @@ class DeFeatLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         check_coefficients(foreground_weight=foreground_weight, background_weight=background_weight)
-        self.foreground_weight = float(foreground_weight)
-        self.background_weight = float(background_weight)
+        self.foreground_weight = foreground_weight
+        self.background_weight = background_weight
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """Level -> scalar >= 0."""
-        if context.targets is None:
-            raise ValueError("the loss defeat needs ground-truth boxes: inputs with `instances`")
-        images = [instances.gt_boxes.tensor for instances in context.targets]
-        owners = [owning_levels(boxes, len(student)) for boxes in images]
+        """Level -> scalar >= 0.
+
+        Raises:
+            ValueError: the batch has no ground truth.
+        """
+        targets = context.require_targets(self.name)
+        device = next(iter(student.values())).device
+        images = [x.gt_boxes.tensor.to(device, non_blocking=True) for x in targets]
+        ranks = [level_ranks(boxes, len(student)) for boxes in images]
         finest_first = sorted(student, key=lambda level: context.strides[level])
         losses = {}
-        for level in student:
-            rank, stride = finest_first.index(level), context.strides[level]
-            own = [boxes[owner == rank] for boxes, owner in zip(images, owners)]
-            objects = box_cells(own, stride, student[level])
-            inside = context.inside(level, student[level])
-            squares = (student[level] - teacher[level]).square().mean(1, keepdim=True)
-            inside = torch.ones_like(objects) if inside is None else inside
-            foreground = _mean(squares, objects & inside)
-            background = _mean(squares, ~objects & inside)
+        for rank, level in enumerate(finest_first):
+            s, t = student[level], teacher[level]
+            masks = [
+                box_cells(boxes / context.strides[level], own == rank, s.shape[-2:])
+                for boxes, own in zip(images, ranks)
+            ]
+            objects = torch.stack(masks)[:, None]
+            inside = context.inside(level, s)
+            if inside is None:
+                inside = torch.ones_like(objects)
+            squares = (s - t).square().mean(1, keepdim=True)
+            foreground = mean_where(objects & inside, squares)
+            background = mean_where(~objects & inside, squares)
             both = self.foreground_weight * foreground + self.background_weight * background
             losses[level] = both / (2 * len(student))
-        return losses
+        return {level: losses[level] for level in student}
 
 
-def owning_levels(boxes: Tensor, levels: int) -> Tensor:
-    """Rank of the level that each box belongs to, 0 the finest of `levels`: (B, 4) -> (B,)."""
-    sides = boxes[:, 2:] - boxes[:, :2] + 1  # both end pixels count [authors]
-    # a side that rounding leaves just below its limit has reached it [authors]
+def level_ranks(boxes: Tensor, levels: int) -> Tensor:
+    """The level of each box, 0 for the finest of `levels`.
+
+    Args:
+        boxes (Tensor): (B, 4), x0, y0, x1, y1 in pixels.
+        levels (int): number of levels.
+
+    Returns:
+        Tensor: (B,), integers.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2] + 1  # the pixels of both ends count [authors]
+    # The tolerance is for sides that rounding leaves just below a limit [authors]
     limits = FINEST_SIDE * (2.0 ** torch.arange(1, levels, device=boxes.device) - 1e-6)
     return (sides.prod(dim=1).sqrt()[:, None] >= limits).sum(dim=1)
 
 
-def box_cells(images: List[Tensor], stride: int, maps: Tensor) -> Tensor:
-    """(N, 1, H, W), true for the cells of `maps` in a box of the image, (B, 4) pixels each."""
-    height, width = maps.shape[-2:]
-    rows = torch.arange(height, device=maps.device)
-    columns = torch.arange(width, device=maps.device)
-    masks = []
-    for boxes in images:
-        left, top, right, bottom = (boxes.to(maps.device) / stride).long().T[:, :, None]
-        thin = (left == right) | (top == bottom)  # marks its first cell [authors]
-        right = torch.where(thin, left + 1, right)
-        bottom = torch.where(thin, top + 1, bottom)
-        across = (columns >= left) & (columns < right)  # (B, W)
-        down = (rows >= top) & (rows < bottom)  # (B, H)
-        masks.append((down[:, :, None] & across[:, None, :]).any(dim=0))
-    return torch.stack(masks)[:, None]
+def box_cells(boxes: Tensor, use: Tensor, size: Sequence[int]) -> Tensor:
+    """The cells of one map that lie in a box.
+
+    Args:
+        boxes (Tensor): (B, 4), x0, y0, x1, y1 in cells; B may be 0.
+        use (Tensor): (B,), false for boxes that do not count.
+        size (sequence[int]): H, W.
+
+    Returns:
+        Tensor: (H, W), boolean.
+    """
+    rows, columns = (torch.arange(n, device=boxes.device) for n in size)
+    left, top, right, bottom = boxes.long().T[:, :, None]  # (B, 1) each
+    thin = (left == right) | (top == bottom)  # such a box has one cell [authors]
+    right = torch.where(thin, left + 1, right)
+    bottom = torch.where(thin, top + 1, bottom)
+    across = (columns >= left) & (columns < right) & use[:, None]  # (B, W)
+    down = (rows >= top) & (rows < bottom)  # (B, H)
+    return (down[:, :, None] & across[:, None, :]).any(dim=0)
 
 
-def _mean(squares: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (N, 1, H, W) squares where the mask is true; 0 where it is nowhere."""
-    return squares.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
+def mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Mean of the values where the mask is true; 0 where it is nowhere true."""
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)

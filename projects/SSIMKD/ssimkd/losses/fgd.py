@@ -1,4 +1,4 @@
-"""Focal and global distillation (Yang et al., CVPR 2022)."""
+"""FGD: focal and global distillation (Yang et al., CVPR 2022)."""
 
 from typing import Dict, Sequence
 
@@ -10,29 +10,53 @@ from ssimkd.utils.validate import check_coefficients, check_positive
 
 from .attention import channel_attention, spatial_attention
 from .base import Context, KDLoss, Maps
-from .blocks import ContextBlock
+
+
+class ContextBlock(nn.Module):
+    """F + g(sum over cells of softmax(k F) F): adds one vector per image to every cell.
+
+    The block of GCNet (Cao et al., ICCVW 2019). The last layer of g starts at 0, so that the block
+    starts as the identity.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 2, 1)
+        self.attention = nn.Conv2d(channels, 1, 1, bias=False)  # the softmax would cancel a bias
+        nn.init.kaiming_normal_(self.attention.weight)
+        last = nn.Linear(hidden, channels)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.add = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), last)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(n, C, h, w) -> (n, C, h, w)."""
+        attention = self.attention(maps).flatten(2).softmax(dim=2)  # (n, 1, h w)
+        pooled = (maps.flatten(2) * attention).sum(dim=2)  # (n, C)
+        return maps + self.add(pooled)[:, :, None, None]
 
 
 @register_loss("fgd")
 class FGDLoss(KDLoss):
-    """Squared error weighted by objects and attention, plus attention and context, per level.
+    """Squared error weighted by objects and attention, plus differences of attention and context.
 
         foreground sum M_fg A (S - T)^2 + background sum M_bg A (S - T)^2
         + attention (sum |A_s(S) - A_s(T)| + sum |A_c(S) - A_c(T)|)
         + relation sum (G_S(S) - G_T(T))^2,  A = A_s(T) A_c(T)
 
-    Mean over images of what each gives alone. A_s and A_c: `attention.py`. M_fg: see
-    :func:`foreground_mask`; M_bg: 1 / their number on the other cells of the image. G_S and G_T:
-    two :class:`ContextBlock`, both trained, as in the authors' code; the loss of equal maps is 0
-    until training parts them. That code (github.com/yzd-v/FGD) decides where it and the paper
-    differ, but for boxes in padded images: it stretches them to the padded map, here they stay
-    where they are. Most of its configs also start from the teacher's neck and head:
-    MODEL.DISTILL.INHERIT.
+    per level, averaged over images. Yang et al., "Focal and Global Knowledge Distillation for
+    Detectors", CVPR 2022. A_s and A_c: see `attention.py`. M_fg: see :func:`foreground_mask`. M_bg
+    is 1 / n on the n cells of the image that are in no box. G_S and G_T: one :class:`ContextBlock`
+    each, both trained, as in the authors' code (github.com/yzd-v/FGD).
+
+    Where code and paper differ, the code is followed, with one exception: the code stretches the
+    boxes of a padded image to the padded map, here they stay in place. Most of the authors' configs
+    also start from the teacher's neck and head, see MODEL.DISTILL.INHERIT.
 
     Args:
-        weight (float): of the whole.
+        weight (float): factor of the whole loss.
         temperature (float): of the attention, > 0.
-        foreground, background, attention, relation (float): the paper's alpha, beta, gamma,
+        foreground, background, attention, relation (float): the paper's alpha, beta, gamma and
             lambda, for sums over elements.
 
     Raises:
@@ -60,36 +84,34 @@ class FGDLoss(KDLoss):
         self.student_context, self.teacher_context = nn.ModuleDict(), nn.ModuleDict()
 
     def attach(self, channels: Dict[str, int], num_classes: int) -> None:
-        """Makes two context blocks per level."""
+        """Makes G_S and G_T, one of each per level."""
         for level, width in channels.items():
             self.student_context[level] = ContextBlock(width)
             self.teacher_context[level] = ContextBlock(width)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """See the head of `base.py`.
+        """Level -> scalar >= 0.
 
         Raises:
             ValueError: the batch has no ground truth.
         """
-        if context.targets is None:
-            raise ValueError(
-                "MODEL.DISTILL.LOSSES: fgd needs the ground truth, and the batch has no "
-                "instances; take fgd out, or train on annotated images"
-            )
+        targets = context.require_targets(self.name)
+        like = next(iter(student.values()))
+        images = [x.gt_boxes.tensor.to(like, non_blocking=True) for x in targets]
         losses = {}
         for level, s in student.items():
-            boxes = [x.gt_boxes.tensor.to(s) / context.strides[level] for x in context.targets]
-            masks = torch.stack([foreground_mask(x, s.shape[-2:]) for x in boxes])[:, None]
-            crops = context.crops(level, s, teacher[level], masks)
+            stride = context.strides[level]
+            masks = [foreground_mask(boxes / stride, s.shape[-2:]) for boxes in images]
+            crops = context.crops(level, s, teacher[level], torch.stack(masks)[:, None])
             losses[level] = torch.stack(
                 [self.compare(level, *maps) * share for maps, share in crops]
             ).sum()
         return losses
 
     def compare(self, level: str, student: Tensor, teacher: Tensor, objects: Tensor) -> Tensor:
-        """Mean over n images; maps (n, C, h, w), `objects` is M_fg, (n, 1, h, w)."""
+        """Mean over n images of (n, C, h, w) maps; `objects` is M_fg, (n, 1, h, w)."""
         others = (objects == 0).to(objects)
-        others = others / others.sum(dim=(2, 3), keepdim=True).clamp_min(1)  # none: no term
+        others = others / others.sum(dim=(2, 3), keepdim=True).clamp_min(1)  # M_bg
         where = spatial_attention(teacher, self.temperature)
         which = channel_attention(teacher, self.temperature)
         where_gap = (spatial_attention(student, self.temperature) - where).abs().sum()
@@ -105,11 +127,11 @@ class FGDLoss(KDLoss):
 
 
 def foreground_mask(boxes: Tensor, size: Sequence[int]) -> Tensor:
-    """1 / area in cells on the cells of a box, the largest where boxes overlap, 0 elsewhere.
+    """M_fg: 1 / area on the cells of a box, the largest where boxes overlap, 0 elsewhere.
 
     Args:
-        boxes (Tensor): (B, 4), x0, y0, x1, y1 in cells; B may be 0. A box takes the columns
-            floor(x0) to ceil(x1), both included, and the rows likewise: the authors' code.
+        boxes (Tensor): (B, 4), x0, y0, x1, y1 in cells; B may be 0. As in the authors' code, a box
+            covers the columns floor(x0) to ceil(x1), both included, and the rows likewise.
         size (sequence[int]): H, W.
 
     Returns:
@@ -121,5 +143,5 @@ def foreground_mask(boxes: Tensor, size: Sequence[int]) -> Tensor:
     first, last = boxes[:, :2].floor(), boxes[:, 2:].ceil()  # (B, 2), x and y
     across = (columns >= first[:, :1]) & (columns <= last[:, :1])  # (B, W)
     down = (rows >= first[:, 1:]) & (rows <= last[:, 1:])  # (B, H)
-    share = 1 / (last - first + 1).prod(dim=1)  # (B,)
+    share = 1 / (last - first + 1).prod(dim=1)  # (B,), of the whole box in cells
     return (share[:, None, None] * (down[:, :, None] & across[:, None, :])).amax(dim=0)

@@ -1,8 +1,9 @@
-"""Attention-guided and non-local distillation (Zhang & Ma, ICLR 2021)."""
+"""FKD: attention-guided and non-local distillation (Zhang & Ma, ICLR 2021)."""
 
 from typing import Dict, List, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssimkd.registry import register_loss
@@ -10,7 +11,51 @@ from ssimkd.utils.validate import check_coefficients, check_positive, check_swit
 
 from .attention import channel_attention, spatial_attention
 from .base import Context, KDLoss, Maps
-from .blocks import NonLocal
+
+
+class NonLocal(nn.Module):
+    """F + BN(W y), where y_i is the mean over pooled cells j of (query_i . key_j) value_j.
+
+    The dot-product block of Wang et al. (CVPR 2018) with max-pooled keys and values. Scale and
+    shift of BN start at 0, so that the block starts as the identity.
+
+    Args:
+        channels (int): C. Queries, keys and values have C / 4 channels where `pool_size` is above
+            2 and C / 2 otherwise [authors].
+        pool_size (int): cells per side of a pooling window; a smaller map is one window.
+    """
+
+    def __init__(self, channels: int, pool_size: int) -> None:
+        super().__init__()
+        hidden = max(channels // (4 if pool_size > 2 else 2), 1)
+        self.pool_size = pool_size
+        self.query, self.key, self.value = (nn.Conv2d(channels, hidden, 1) for _ in range(3))
+        self.out = nn.Linear(hidden, channels, bias=False)  # BN would cancel a bias
+        self.scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, stacks: List[Tensor]) -> Tensor:
+        """Stacks of maps (n, C, h, w) of several sizes -> (cells of all images, C)."""
+        related = self.out(by_cell([self.relate(x) for x in stacks]))
+        # BN over the cells of the images, without padding. layer_norm accepts a single cell
+        normal = F.layer_norm(related.t(), related.shape[:1]).t()
+        return by_cell(stacks) + normal * self.scale + self.shift
+
+    def relate(self, maps: Tensor) -> Tensor:
+        """y of (n, C, h, w) maps: (n, hidden, h, w)."""
+        h, w = maps.shape[-2:]
+        window = (min(self.pool_size, h), min(self.pool_size, w))
+        key = F.max_pool2d(self.key(maps), window).flatten(2)  # (n, hidden, windows)
+        value = F.max_pool2d(self.value(maps), window).flatten(2)
+        # The product of values and keys is taken first: it is (hidden, hidden), and that of keys
+        # and queries would be (windows, cells)
+        relation = value @ key.transpose(1, 2) / key.shape[2]
+        return (relation @ self.query(maps).flatten(2)).unflatten(2, (h, w))
+
+
+def by_cell(stacks: List[Tensor]) -> Tensor:
+    """Stacks of maps (n, C, h, w) of several sizes as one (cells, C)."""
+    return torch.cat([x.movedim(1, 3).flatten(0, 2) for x in stacks])
 
 
 @register_loss("fkd")
@@ -20,20 +65,24 @@ class FKDLoss(KDLoss):
         feature |sqrt(A) (T - f(S))| + channel |mean_hw T - g(mean_hw S)|
         + spatial |mean_c T - h(mean_c S)| + non_local |R_T(T) - r(R_S(S))|
 
-    |.|: the Euclidean norm over the whole batch, as the authors have it: it grows with the root of
-    the number of images, and images share one square root. A: the mean of both maps' spatial
-    attention, without gradient. f, r: conv1x1, g: linear, h: conv3x3; R_S, R_T: :class:`NonLocal`;
-    all are trained, so that equal maps cost something until they agree. The paper and the code
-    for one-stage detectors multiply A by the channel attention, the code for two-stage ones does
-    not: `channel_attention`. Where paper and code differ in a number (issue 5 of the authors'
-    repository), the code's is the default; it was read in copies of its OpenReview supplement.
+    Zhang & Ma, "Improve Object Detection with Feature-based Knowledge Distillation", ICLR 2021.
+    |.| is the Euclidean norm over the whole batch, as in the authors' code: it grows with the root
+    of the number of images. A is the mean of both maps' spatial attention, without gradient. f and
+    r are conv1x1, g is linear, h is conv3x3, R_S and R_T are :class:`NonLocal`. All of them are
+    trained, therefore equal maps cost something until these agree.
+
+    The paper, and the authors' code for one-stage detectors, multiply A by the channel attention;
+    their code for two-stage detectors does not, see `channel_attention`. Where paper and code
+    differ in a number (issue 5 of the authors' repository), the default is the code's. The code was
+    read in copies of its OpenReview supplement.
 
     Args:
-        weight (float): of the whole.
+        weight (float): factor of the whole loss.
         temperature (float): of the attention, > 0.
-        feature, channel, spatial, non_local (float): see above.
-        channel_attention (bool): see above.
-        pool_sizes (sequence[int]): of :class:`NonLocal`, by level; the last for all further levels.
+        feature, channel, spatial, non_local (float): the factors of the formula.
+        channel_attention (bool): whether A contains the channel attention.
+        pool_sizes (sequence[int]): of :class:`NonLocal`, one per level in the order of IN_FEATURES;
+            the last one is for all further levels.
 
     Raises:
         ValueError: an option is out of its range.
@@ -73,12 +122,12 @@ class FKDLoss(KDLoss):
                     spatial=nn.Conv2d(1, 1, 3, padding=1),
                     student=NonLocal(width, pool_size),
                     teacher=NonLocal(width, pool_size),
-                    relation=nn.Linear(width, width),  # conv1x1 of maps laid out by cells
+                    relation=nn.Linear(width, width),  # a conv1x1, on (cells, C)
                 )
             )
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """See the head of `base.py`."""
+        """Level -> scalar >= 0."""
         losses = {}
         for level in student:
             crops = context.crops(level, student[level], teacher[level])
@@ -86,21 +135,22 @@ class FKDLoss(KDLoss):
         return losses
 
     def compare(self, level: str, pairs: List[Tuple[Tensor, Tensor]]) -> Tensor:
-        """Scalar for pairs of (n, C, h, w) maps, each of images of one size."""
+        """Scalar for pairs of (n, C, h, w) maps; each pair holds the images of one size."""
         parts: Dict[str, nn.Module] = dict(self.parts[level].named_children())
         gaps: List[List[Tensor]] = [
-            [self._root_attention(s, t) * (t - parts["feature"](s)) for s, t in pairs],
+            [self.root_attention(s, t) * (t - parts["feature"](s)) for s, t in pairs],
             [t.mean((2, 3)) - parts["channel"](s.mean((2, 3))) for s, t in pairs],
             [t.mean(1, keepdim=True) - parts["spatial"](s.mean(1, keepdim=True)) for s, t in pairs],
         ]
         related = parts["student"]([s for s, _ in pairs])
         gaps.append([parts["teacher"]([t for _, t in pairs]) - parts["relation"](related)])
-        # vector_norm has slope 0 where all is 0; the root of a sum of squares has none
+        # At 0, vector_norm has the gradient 0; the root of a sum of squares has none
         norms = [torch.linalg.vector_norm(torch.cat([x.flatten() for x in gap])) for gap in gaps]
         return torch.stack([c * norm for c, norm in zip(self.coefficients, norms)]).sum()
 
     @torch.no_grad()
-    def _root_attention(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def root_attention(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """sqrt(A) of (n, C, h, w) maps: (n, 1, h, w), or (n, C, h, w) with channel attention."""
         kinds = [spatial_attention, channel_attention][: 2 if self.channel_attention else 1]
         attention = torch.ones_like(student[:, :1])
         for kind in kinds:

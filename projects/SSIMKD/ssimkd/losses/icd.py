@@ -1,6 +1,8 @@
-"""ICD: the instances of an image ask where in the teacher's maps the knowledge about them lies.
+"""ICD: instance-conditional distillation (Kang et al., NeurIPS 2021).
 
-C   channels of the maps             L   cells of one image, those of all levels together
+For each instance of an image, an attention learns which cells of the teacher's maps tell about it.
+
+C   channels of the maps             L   cells of one image, of all levels together
 M   heads of the attention           K   queries of one image: R real instances, then fake ones
 d   channels of a head, C / M        E   length of a query's code
 """
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
@@ -22,8 +25,8 @@ from .base import Context, KDLoss, Maps
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
 SCALES = 5  # classes of a box's side: below 64, 128, 256, 512 pixels, or longer
-FAKE_SIDE = (0.2, 0.2, 0.002, 0.6)  # of the image's: mean, deviation, least, most
-FAKE_CENTER = (0.03, 0.97)  # of the image's: least, most
+FAKE_SIDE = (0.2, 0.2, 0.002, 0.6)  # mean, deviation, least and most, as shares of the image
+FAKE_CENTER = (0.03, 0.97)  # least and most, as shares of the image
 
 
 @dataclass
@@ -32,8 +35,8 @@ class Queries:
 
     Attributes:
         classes (Tensor): (K,), integers.
-        boxes (Tensor): (K, 4), x1, y1, x2, y2 in pixels.
-        centers (Tensor): (K, 2), x, y in pixels, moved at random from the boxes' own.
+        boxes (Tensor): (K, 4), x0, y0, x1, y1 in pixels.
+        centers (Tensor): (K, 2), x, y in pixels; the boxes' centres, moved at random.
         image (Tensor): (2,), width and height in pixels.
         real (int): R.
     """
@@ -46,13 +49,13 @@ class Queries:
 
     @property
     def extents(self) -> Tensor:
-        """(K, 2), width and height in pixels; below one, the box's loss would have no bound."""
+        """(K, 2), width and height in pixels, at least 1: the box error divides by them."""
         return (self.boxes[:, 2:] - self.boxes[:, :2]).clamp_min(1)
 
     def code(self, num_classes: int) -> Tensor:
-        """(K, E), the paper's E(y): class, moved centre and floor(log2) of width and height.
+        """(K, E), the paper's E(y): class, moved centre, and floor(log2) of width and height.
 
-        No more: from the box itself the decoder could answer without a look at the maps.
+        The exact box is left out: with it the decoder could answer without reading the maps.
         """
         scales = (self.extents.log2().floor() - 5).clamp(0, SCALES - 1).long()
         parts = [
@@ -63,11 +66,11 @@ class Queries:
         return torch.cat(parts, 1)
 
     def box_error(self, predicted: Tensor) -> Tensor:
-        """Scalar: L1 over the real boxes' sides, in units of a box's width or height.
+        """Sum over the real boxes of the L1 error of their sides, as shares of the box.
 
         Args:
-            predicted (Tensor): (K, 4) in [0, 1], from the moved centre to the left, upper, right
-                and lower side, as a share of the image.
+            predicted (Tensor): (K, 4) in [0, 1], distances from the moved centre to the left,
+                upper, right and lower side, as shares of the image.
         """
         low, high = self.centers - self.boxes[:, :2], self.boxes[:, 2:] - self.centers
         error = (predicted * self.image.repeat(2) - torch.cat([low, high], 1)).abs()
@@ -75,7 +78,7 @@ class Queries:
 
 
 class Decoder(nn.Module):
-    """A transformer decoder's layer without self-attention, and the head of the auxiliary task.
+    """A transformer decoder layer without self-attention, and the head of the auxiliary task.
 
     Args:
         code_length (int): E.
@@ -100,15 +103,15 @@ class Decoder(nn.Module):
     def forward(
         self, code: Tensor, cells: Tensor, positions: Tensor
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        """Asks the cells of one image.
+        """Decodes the queries of one image.
 
         Args:
             code (Tensor): (K, E), the queries.
             cells, positions (Tensor): (L, C), A and P.
 
         Returns:
-            (Tensor, Tensor, Tensor): (K, 5) logits, whether an instance is real and its box's
-            sides; (M, K, L) attention m, whose sum over L is 1; (L, C) values V.
+            (Tensor, Tensor, Tensor): (K, 5), logits of "is real" and of the box's sides;
+            (M, K, L), the attention m, whose sum over L is 1; (L, C), the values V.
         """
         query = self.encoder(code)
         values = self.value(cells)
@@ -123,7 +126,7 @@ class Decoder(nn.Module):
 
 @register_loss("icd")
 class ICDLoss(KDLoss):
-    """Instance-conditional distillation (Kang et al., NeurIPS 2021), in the paper's symbols.
+    """Instance-conditional distillation, in the paper's symbols.
 
         q_i = F_q(E(y_i))                          a query per instance y_i, real or fake
         K_j = F_j^k(A + F_pe(P)),  V_j = F_j^v(A)  keys and values of head j, A: teacher's cells
@@ -132,41 +135,45 @@ class ICDLoss(KDLoss):
         L_aux = BCE(is y_i real?) + L1(box of a real y_i), from the decoded queries
         L = L_aux + lambda L_distill
 
-    V_j^S comes from the student's cells by a projection of its own: it shares none with the
-    decoder. LN: each cell's d values of a head to mean 0 and variance 1, so that L_distill lies in
-    [0, 4]; equal maps cost 0 once both projections agree. L_distill trains the student and its
-    projection, m and V are constants to it; L_aux trains the decoder alone.
+    Kang et al., "Instance-Conditional Knowledge Distillation for Object Detection", NeurIPS 2021.
+    V_j^S comes from the student's cells by a projection of its own. LN normalises the d values of a
+    cell and head to mean 0 and variance 1, so that L_distill lies in [0, 4]. Equal maps cost 0 once
+    the two projections agree. L_distill trains the student and its projection, and treats m and V
+    as constants. L_aux trains the decoder alone.
 
-    What the paper leaves open is as in its authors' PyTorch code, which its results come from:
-    a box's error is measured from the moved centre in units of its width and height; N_r is each
-    image's own, an image without instances counts 0 in the mean over images; the two terms of
-    L_aux are means over the queries and over the real instances of the batch. Not as there:
+    Where the paper says nothing, the loss follows its authors' PyTorch code. A box's error is
+    measured from the moved centre, in units of its width and height. N_r is the number of real
+    instances of one image; an image without instances counts as 0 in the mean over images. The two
+    terms of L_aux are means over the queries and over the real instances of the batch. Differences
+    from that code:
 
-    - For COCO they draw fake instances by statistics of each class. Here classes are equally
-      likely and sides 0.2 +- 0.2 of the image's, their rule for other data.
-    - They train the decoder and the student's projection by AdamW (rate 1e-4, cosine, gradient
-      norm clipped to 0.01). Here the detector's optimizer does; at the rates of SGD small boxes
-      would saturate the box predictions for good, hence `aux_clip`.
-    - They encode a box's size in pixels of the batch's last image, with 1.44 ln for log2. Here it
-      is in its own image's pixels, and a side is never less than one.
-    - Their strides are the padded image's size over the map's: where a map was rounded up, up to a
-      row and a column more lie in the image than here. Their decoder's `out` starts with bias 0.
-    - Their best results also start from the teacher's neck and head: MODEL.DISTILL.INHERIT.
+    - For COCO it draws fake instances by statistics of each class. Here all classes are equally
+      likely, and sides are 0.2 +- 0.2 of the image's: its rule for other data.
+    - It trains the decoder and the student's projection by AdamW (rate 1e-4, cosine, gradient norm
+      clipped to 0.01). Here the detector's optimizer trains them. At the learning rates of SGD,
+      small boxes would saturate the box predictions for good; `aux_clip` prevents this.
+    - It encodes a box's size in pixels of the batch's last image, and uses 1.44 ln for log2. Here
+      the size is in pixels of the box's own image, and a side counts as at least one pixel.
+    - Its strides are the padded image's size over the map's. Where a map was rounded up, it
+      therefore counts up to one row and one column more as inside the image.
+    - Its decoder's `out` starts with the bias 0.
+    - Its best results also start from the teacher's neck and head, see MODEL.DISTILL.INHERIT.
 
-    Returned parts: L_distill by level, and "aux". Images are decoded one by one, without their
-    padding. One of 800 x 1333 pixels has 89023 cells in p2 to p6; with C = 256 and 100 queries it
-    holds 1.0 GB until `clip`, which has the peak at 1.8 GB, and 0.3 GB until the backward pass.
+    The parts of the loss are L_distill by level, and "aux". Images are decoded one after another,
+    without their padding. Memory: an image of 800 x 1333 pixels has 89023 cells in p2 to p6. With
+    C = 256 and 100 queries it holds 1.0 GB, 1.8 GB at the peak in `clip`, and 0.3 GB until the
+    backward pass.
 
     Args:
-        weight (float): lambda, times all parts.
-        aux_weight (float): of L_aux within the parts; 1 / weight is the paper's L.
+        weight (float): lambda, for all parts.
+        aux_weight (float): factor of L_aux within the parts; 1 / weight gives the paper's L.
         aux_clip (float): upper bound of the norm of L_aux's gradient.
         heads (int): M; C must be a multiple of 2 M.
-        fake_ratio (float): fake instances per real one; an image without any has one.
+        fake_ratio (float): fake instances per real one; an image without real ones has one.
         max_queries (int): most queries of an image; real instances are never left out.
         jitter (float): a centre moves by up to this share of the box's width and height.
-        detach_iters (int): first iterations without gradient to the student's maps, while decoder
-            and projection learn.
+        detach_iters (int): first iterations, in which the student's maps get no gradient while
+            decoder and projection learn.
 
     Raises:
         ValueError: an option is out of its range.
@@ -189,7 +196,7 @@ class ICDLoss(KDLoss):
         )
         check_integers(1, heads=heads, max_queries=max_queries)
         check_integers(detach_iters=detach_iters)
-        if jitter > 0.5:  # beyond, a centre may lie outside of its box
+        if jitter > 0.5:  # a centre could leave its box
             raise ValueError(f"jitter must be at most 0.5, got {jitter!r}")
         self.aux_weight, self.aux_clip = aux_weight, aux_clip
         self.heads = heads
@@ -204,42 +211,41 @@ class ICDLoss(KDLoss):
                 classes is not known.
         """
         if not num_classes:
-            raise ValueError(
+            raise ConfigError(
                 "MODEL.DISTILL.LOSSES: icd needs the number of classes, and the student's head has "
                 "no attribute num_classes"
             )
         if len(set(channels.values())) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.DISTILL.IN_FEATURES: icd needs levels of equal channels, got {channels}"
             )
         width = next(iter(channels.values()))
         if width % (2 * self.heads):
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.DISTILL.ICD.HEADS: {width} channels are no multiple of 2 x {self.heads}"
             )
         self.num_classes = num_classes
-        code_length = self.num_classes + 2 * (CENTER_FEATURES + SCALES)
+        code_length = num_classes + 2 * (CENTER_FEATURES + SCALES)
         self.decoder = Decoder(code_length, width, self.heads)
         self.student_value = projection(width)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """See the head of base.py.
+        """Level -> scalar in [0, 4], and "aux" -> scalar >= 0.
 
         Raises:
             ValueError: there is no ground truth, or it has a class that the student lacks.
         """
-        if context.targets is None:
-            raise ValueError("MODEL.DISTILL.LOSSES: icd needs the ground truth of the images")
+        targets = context.require_targets(self.name)
         if context.iteration < self.detach_iters:
-            # a gradient of 0, not none: DistributedDataParallel waits for the adapters'
+            # DistributedDataParallel waits for the adapters' gradients: they are 0, not missing
             student = {level: maps.detach() + 0 * maps for level, maps in student.items()}
         distilled: Dict[str, List[Tensor]] = {level: [] for level in student}
         logits, labels, box_errors, instances = [], [], [], 0
-        for image, target in enumerate(context.targets):
+        for image, target in enumerate(targets):
             cells = {lv: cut(maps, image, lv, context) for lv, maps in teacher.items()}
-            grid = torch.cat([positions_like(x) for x in cells.values()])
+            grid = torch.cat([positions_like(x) for x in cells.values()])  # (L, C)
             queries = self.draw_queries(target, context.image_sizes[image], grid)
-            flat = [x.flatten(1).T for x in cells.values()]
+            flat = [x.flatten(1).T for x in cells.values()]  # (l, C) for each level
             answers, attention, values = self.decoder(
                 queries.code(self.num_classes), torch.cat(flat), grid
             )
@@ -261,10 +267,11 @@ class ICDLoss(KDLoss):
         return {**parts, "aux": self.aux_weight * self.clip(is_real + box)}
 
     def clip(self, aux: Tensor) -> Tensor:
-        """L_aux, with its gradient's norm over all of the decoder at most `aux_clip`.
+        """L_aux, with the norm of its gradient over all of the decoder limited to `aux_clip`.
 
-        The gradient is taken at once, which spares keeping the attention for later, and goes on
-        by a linear term of value 0: gradient scaling and DistributedDataParallel work as ever.
+        The gradient is computed here, which frees the attention's memory before the backward pass.
+        The backward pass then gets it from a term that is linear in the parameters and has the
+        value 0, so that gradient scaling and DistributedDataParallel work as for any loss.
         """
         if not aux.requires_grad:
             return aux
@@ -286,15 +293,15 @@ class ICDLoss(KDLoss):
         Args:
             target (Instances): ground truth of the image.
             size (int, int): height and width in pixels.
-            like (Tensor): of the type and device that the queries get; random numbers come from
-                the CPU's generator wherever that is.
+            like (Tensor): gives the queries their type and device. The random numbers come from the
+                CPU's generator on every device.
 
         Raises:
             ValueError: a class that the student lacks.
         """
         classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
         if ((classes < 0) | (classes >= self.num_classes)).any():
-            raise ValueError(
+            raise ConfigError(
                 f"icd: the student predicts {self.num_classes} classes, but the ground truth has "
                 f"the classes {sorted(set(classes.tolist()))}: set the head's NUM_CLASSES"
             )
@@ -311,19 +318,18 @@ class ICDLoss(KDLoss):
         low, high = boxes[:, :2], boxes[:, 2:]
         moves = self.jitter * (2 * torch.rand(wanted, 2) - 1)
         centers = (low + high) / 2 + moves * (high - low)
-        return Queries(
-            classes.to(like.device), boxes.to(like), centers.to(like), image.to(like), real
-        )
+        boxes, centers, image = (x.to(like, non_blocking=True) for x in (boxes, centers, image))
+        return Queries(classes.to(like.device, non_blocking=True), boxes, centers, image, real)
 
 
 def cut(maps: Tensor, image: int, level: str, context: Context) -> Tensor:
-    """(C, h, w), one image's cells of (N, C, H, W) maps."""
+    """One image's cells of (N, C, H, W) maps: (C, h, w)."""
     h, w = context.cells(level, maps)[image]
     return maps[image, :, :h, :w]
 
 
 def positions_like(cells: Tensor) -> Tensor:
-    """(h w, C), P of a (C, h, w) map: C / 2 sinusoids of a cell's row, C / 2 of its column."""
+    """P of a (C, h, w) map: (h w, C), C / 2 sinusoids of a cell's row and C / 2 of its column."""
     c, h, w = cells.shape
     rows = torch.arange(1, h + 1, device=cells.device, dtype=cells.dtype) / h
     columns = torch.arange(1, w + 1, device=cells.device, dtype=cells.dtype) / w
@@ -333,7 +339,7 @@ def positions_like(cells: Tensor) -> Tensor:
 
 
 def sinusoids(x: Tensor, features: int) -> Tensor:
-    """(...) in shares of the image -> (..., features): sine, cosine by turns (Vaswani et al.)."""
+    """Shares of the image (...) -> (..., features), sines and cosines in turn (Vaswani et al.)."""
     index = torch.arange(features, device=x.device)
     periods = 10000 ** (2 * (index // 2).to(x) / features)
     angles = 2 * math.pi * x[..., None] / periods
@@ -346,15 +352,15 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def projection(channels: int) -> nn.Linear:
-    """C to C, initialised as one of the three that `nn.MultiheadAttention` stacks."""
+    """C to C, with the initial weights of one of the three in `nn.MultiheadAttention`."""
     linear = nn.Linear(channels, channels)
-    nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))  # 3 C x C has that bound
+    nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))  # as for a stack of 3 C x C
     nn.init.zeros_(linear.bias)
     return linear
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Three linear layers, ReLU between them."""
+    """Three linear layers with ReLU between them."""
     return nn.Sequential(
         nn.Linear(inputs, hidden),
         nn.ReLU(),

@@ -1,4 +1,4 @@
-"""The pixel-wise losses that the paper compares with (FitNets, Romero et al., ICLR 2015)."""
+"""The pixel-wise losses that the paper compares SSIM with (FitNets, Romero et al., ICLR 2015)."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ class L1Loss(MapLoss):
 
     Args:
         weight (float): lambda.
-        normalize, normalize_scope (str): see `normalize.py`; "none": the classic, raw features.
+        normalize, normalize_scope (str): see `ssim/normalize.py`; "none": raw features.
 
     Raises:
         ValueError: an option is out of its range.
@@ -38,7 +38,7 @@ class L2Loss(MapLoss):
 
     Args:
         weight (float): lambda.
-        normalize, normalize_scope (str): see `normalize.py`; "none": the classic, raw features.
+        normalize, normalize_scope (str): see `ssim/normalize.py`; "none": raw features.
 
     Raises:
         ValueError: an option is out of its range.

@@ -1,4 +1,4 @@
-"""Masked generative distillation (Yang et al., ECCV 2022)."""
+"""MGD: the teacher's map is generated from a part of the student's (Yang et al., ECCV 2022)."""
 
 from typing import Dict
 
@@ -13,17 +13,17 @@ from .base import Context, KDLoss, Maps
 
 @register_loss("mgd")
 class MGDLoss(KDLoss):
-    """generation sum (G(M S) - T)^2 per level: the teacher's map from a part of the student's.
+    """generation sum (G(M S) - T)^2 per level, averaged over images.
 
-    Mean over images of what each gives alone. M hides each cell, in all of its channels, with
-    probability `mask_ratio`; G is conv3x3, ReLU, conv3x3, trained with the student and in no
-    detector afterwards. It starts at random, so that equal maps cost something: the minimum, 0,
-    is where G makes T from what it sees. As in the authors' code (github.com/yzd-v/MGD), but that
-    the mask is drawn where the maps are. Its configs for one-stage detectors also start from the
-    teacher's neck and head: MODEL.DISTILL.INHERIT.
+    Yang et al., "Masked Generative Distillation", ECCV 2022. The mask M hides each cell, in all of
+    its channels, with the probability `mask_ratio`. The generator G is conv3x3, ReLU, conv3x3. It
+    is trained with the student and is not part of the detector afterwards. G starts with random
+    weights, therefore equal maps cost something at first. The loss agrees with the authors' code
+    (github.com/yzd-v/MGD). Their configs for one-stage detectors also start from the teacher's
+    neck and head, see MODEL.DISTILL.INHERIT.
 
     Args:
-        weight (float): of the whole.
+        weight (float): factor of the whole loss.
         generation (float): the paper's alpha, for a sum over elements.
         mask_ratio (float): the paper's lambda, in [0, 1).
 
@@ -46,7 +46,7 @@ class MGDLoss(KDLoss):
         self.generators = nn.ModuleDict()
 
     def attach(self, channels: Dict[str, int], num_classes: int) -> None:
-        """Makes G, one per level."""
+        """Makes one generator per level."""
         for level, width in channels.items():
             self.generators[level] = nn.Sequential(
                 nn.Conv2d(width, width, 3, padding=1),
@@ -55,11 +55,11 @@ class MGDLoss(KDLoss):
             )
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """See the head of `base.py`; draws from torch's generator on the maps' device."""
+        """Level -> scalar >= 0. The mask is drawn by torch's generator on the maps' device."""
         losses = {}
         for level, s in student.items():
             n, _, h, w = s.shape
-            # drawn for the padded batch: the generator's state does not depend on image sizes
+            # The mask covers the padding too, so that as many numbers are drawn for any image sizes
             kept = torch.rand((n, 1, h, w), device=s.device) >= self.mask_ratio
             crops = context.crops(level, s * kept, teacher[level])
             losses[level] = torch.stack(
@@ -68,6 +68,6 @@ class MGDLoss(KDLoss):
         return losses
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over n images; (n, C, h, w) maps, the student's masked."""
+        """Mean over n images of (n, C, h, w) maps; the student's are masked already."""
         error = (self.generators[level](student) - teacher).square().sum()
         return self.generation * error / len(student)

@@ -13,8 +13,8 @@ from ssimkd.ssim.normalize import NORMALIZATIONS
 
 from .base import MapLoss
 
-# Similarity below which its logarithm continues as its tangent: low enough that such channels are
-# far from alike, high enough that the tangent's slope, 1 / FLOOR, does not push exp(log) to 0
+# Below this similarity, the logarithm continues as its tangent. A smaller value would make the
+# tangent's slope, 1 / FLOOR, so steep that exp(log) becomes 0
 FLOOR = 0.1
 
 
@@ -24,15 +24,16 @@ class MSSSIMLoss(MapLoss):
 
     Wang, Simoncelli, Bovik, "Multi-scale structural similarity for image quality assessment",
     Asilomar 2003: the product over scales of (mean contrast x structure)^exponent, with luminance
-    at the coarsest scale only. The maps of the next scale are means of 2 x 2 cells; at an odd edge,
-    of the cells that are there. Two things differ from an image's MS-SSIM:
+    at the coarsest scale only. The maps of the next scale are means of 2 x 2 cells, at an odd edge
+    of the cells that exist. Two things differ from the MS-SSIM of an image:
 
-    - Small maps. A further scale is used as long as its shorter side holds the window, so a map of
-      less than two windows has one scale and its MS-SSIM is SSIM. The exponents of the scales used
-      are scaled to sum to 1 (the published five sum to 1.0001).
-    - Negative similarity, which has no real power. The product is taken as exp(sum of exponent x
-      log similarity), and below 0.1 the logarithm continues as its tangent: where all means are at
-      least 0.1 the loss is Wang et al.'s, and a lower one keeps a finite slope towards similarity.
+    - Small maps. A further scale is used as long as its shorter side is at least the window, so
+      that a map of less than two windows has one scale and its MS-SSIM is SSIM. The exponents of
+      the scales used are scaled to the sum 1 (the published five have the sum 1.0001).
+    - Negative similarity, which has no real power. The product is computed as exp(sum of exponent x
+      log similarity), and below 0.1 the logarithm continues as its tangent. Where all means are at
+      least 0.1 the loss is that of Wang et al.; where one is lower, the gradient stays finite and
+      points towards similarity.
 
     Args:
         weight (float): lambda.

@@ -1,8 +1,7 @@
 """PKD: Pearson correlation of student and teacher maps (Cao et al., NeurIPS 2022)."""
 
-from typing import Dict, Optional
+from typing import Dict
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssimkd.registry import register_loss
@@ -13,16 +12,16 @@ from .base import Context, KDLoss, Maps
 
 @register_loss("pkd")
 class PKDLoss(KDLoss):
-    """1 - r per level, r the Pearson correlation of a channel over a batch, averaged over channels.
+    """1 - r per level, averaged over channels; r is the Pearson correlation of a channel.
 
     Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
-    Coefficient", NeurIPS 2022. A channel takes part with the cells of all images at once, those
-    outside an image excepted, so an image's share follows its size; scale and offset of a channel
-    do not matter. A channel that is flat in one map costs 1/2, without gradient; in both, 0.
+    Coefficient", NeurIPS 2022. r is taken over the cells of all images of the batch together, so
+    a large image has a large share. Scale and offset of a channel do not matter. A channel that is
+    constant in one of the maps costs 1/2, in both 0, without gradient.
 
-    The deviation is the biased one, for which mean (z_S - z_T)^2 / 2 is 1 - r as in the paper. The
-    authors' code divides n cells' squares by n - 1, which makes its loss (n - 1) / n of this one;
-    it also adds 1e-6 to each deviation, in feature units.
+    With z = (x - mean) / deviation, the loss is mean (z_S - z_T)^2 / 2, the paper's form. It equals
+    1 - r for the biased deviation. The authors' code divides by n - 1 in place of n cells, so that
+    its loss is (n - 1) / n of this one, and adds 1e-6 to each deviation, in feature units.
 
     Args:
         weight (float): lambda.
@@ -33,23 +32,23 @@ class PKDLoss(KDLoss):
 
     def __init__(
         self,
-        weight: float = 6.0,  # of Faster R-CNN on p2 to p5; 10 for RetinaNet on p3 to p6 [authors]
+        weight: float = 6.0,  # for Faster R-CNN on p2 to p5; 10 for RetinaNet [authors]
     ) -> None:
         super().__init__(weight)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar in [0, 2]."""
         losses = {}
-        for level in student:
-            inside = context.inside(level, student[level])
-            s, t = (_as_one_image(maps[level], inside) for maps in (student, teacher))
-            losses[level] = F.mse_loss(*normalize_maps(s, t, "standardize", "channel", None)) / 2
+        for level, maps in student.items():
+            inside = context.inside(level, maps)
+            # All images in one row: (N, C, H, W) -> (1, C, 1, N H W)
+            s, t = (x.transpose(0, 1).flatten(1)[None, :, None] for x in (maps, teacher[level]))
+            if inside is not None:
+                inside = inside.flatten()[None, None, None]  # (1, 1, 1, N H W)
+            s, t = normalize_maps(s, t, "standardize", "channel", inside)
+            squares = (s - t).square()
+            if inside is not None:
+                squares = squares.masked_fill(~inside, 0)
+            cells = sum(h * w for h, w in context.cells(level, maps))
+            losses[level] = squares.sum() / (2 * cells * maps.shape[1])
         return losses
-
-
-def _as_one_image(maps: Tensor, inside: Optional[Tensor]) -> Tensor:
-    """All cells of a batch that lie in an image, in one row: (N, C, H, W) -> (1, C, 1, cells)."""
-    cells = maps.transpose(0, 1).flatten(1)
-    if inside is not None:
-        cells = cells[:, inside.flatten()]
-    return cells[None, :, None]

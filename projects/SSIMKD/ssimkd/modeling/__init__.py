@@ -1,1 +1,1 @@
-"""The students and what compares them with their teachers."""
+"""The students, and what computes their distillation losses. Start with `meta_arch.py`."""

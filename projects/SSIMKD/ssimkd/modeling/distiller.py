@@ -1,20 +1,14 @@
-"""Adapters and losses over the levels that teacher and student share."""
+"""Compares a student's maps with its teacher's: levels, adapters, losses, weights.
 
-import logging
+The values in the order in which they are computed:
+
+    student, teacher   Dict[str, Tensor]              level -> (N, C, H, W)
+    terms              Dict[str, Dict[str, Tensor]]   loss -> level -> scalar, not weighted
+    losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
+"""
+
 import math
-from typing import (
-    Any,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-    cast,
-)
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.config import configurable
@@ -22,46 +16,38 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, wrong_input
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
-from ssimkd.teacher.frozen import Preprocessing, Teacher
+from ssimkd.teacher.frozen import Teacher
+from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
+from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .distiller_options import check_level_weights, check_names, check_values
-from .levels import as_float, check_cells, crop_to_common, match_levels
+from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 
-logger = logging.getLogger(__name__)
-# Arguments of a Distiller that stand, in capitals, in MODEL.DISTILL itself.
-OPTIONS = (
-    "in_features", "level_weights", "adapter", "mask_padding", "warmup_iters", "inherit",
-    "check_images", "log_gradients", "skip_nonfinite_steps",
-)  # fmt: skip
+# The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
+OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
+Maps = Dict[str, Tensor]
+Terms = Dict[str, Dict[str, Tensor]]
 
 
 class Distiller(nn.Module):
-    """Compares a student's maps with its teacher's.
+    """Computes the distillation losses of a student and one teacher.
 
-    Its parameters are the adapters' and the losses' own; the teacher is no submodule and is built
-    by :meth:`build_teacher`, at the latest by the first call.
+    Its parameters are those of the adapters and of the losses. The teacher is not a submodule. It
+    is built by :meth:`build_teacher`, at the latest when maps are first compared.
 
     Args:
         teacher (TeacherSpec or mapping): see :class:`TeacherSpec`.
         losses (sequence[KDLoss]): each is one entry of the training losses; none: no distillation.
-        in_features (sequence[str]): levels of the student, matched to the teacher's by stride.
-        level_weights (sequence[float]): factor of each level's part of every loss, in the order of
+        in_features (sequence[str]): levels of the student. Each is compared with the teacher's
+            level of the same stride.
+        level_weights (sequence[float]): factor of each level in every loss, in the order of
             `in_features`; empty: 1.
-        adapter (str): "none" or "conv1x1", a convolution to the teacher's channels per level.
-        mask_padding (bool): leave out the cells that only pad an image to its batch's size.
+        adapter (str): "none" or "conv1x1", a convolution to the teacher's channels for each level.
+        mask_padding (bool): leave out the cells that only pad an image to the size of its batch.
         warmup_iters (int): iterations over which the weights grow linearly from 0.
         loss_weight (float): factor of all losses, to balance several teachers.
-        inherit (sequence[str]): modules of the student that start from the teacher's weights, see
-            `inherit.py`.
-        check_images (int): training images on which teacher and student are checked before the
-            first iteration, see `preflight.py`; 0: no check.
-        log_gradients (int): iterations between logs of how hard the losses pull, see `balance.py`;
-            0: none.
-        skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
-            stops, see `finite.py`.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -79,40 +65,26 @@ class Distiller(nn.Module):
         mask_padding: bool = True,
         warmup_iters: int = 0,
         loss_weight: float = 1.0,
-        inherit: Sequence[str] = (),
-        check_images: int = 8,
-        log_gradients: int = 0,
-        skip_nonfinite_steps: int = 0,
     ) -> None:
         super().__init__()
-        check_values(
-            mask_padding,
-            loss_weight,
-            warmup_iters=warmup_iters,
-            check_images=check_images,
-            log_gradients=log_gradients,
-            skip_nonfinite_steps=skip_nonfinite_steps,
-        )
-        check_names(adapter, losses, in_features, inherit)
-        try:
+        check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
+        check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
+        if adapter not in ("none", "conv1x1"):
+            raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of none, conv1x1")
+        self.losses: Any = nn.ModuleDict({loss.name: loss for loss in losses})
+        if len(self.losses) < len(losses):
+            raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")
+        self.level_weights = check_levels(in_features, level_weights)
+        with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # an argument does not exist
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
-        except TypeError as error:
-            raise ConfigError(f"MODEL.DISTILL.TEACHER: {error}") from error
-        self.losses = nn.ModuleDict({loss.name: loss for loss in losses})
         self.in_features = list(in_features)
-        self.level_weights = check_level_weights(level_weights, in_features)
         self.adapter = adapter
         self.mask_padding = mask_padding
         self.warmup_iters = warmup_iters
         self.loss_weight = float(loss_weight)
-        self.inherit = list(inherit)
-        self.check_images = check_images
-        self.log_gradients = log_gradients
-        self.skip_nonfinite_steps = skip_nonfinite_steps
-        self.name = ""  # of the teacher, where there are several
         self.adapters = nn.ModuleDict()
         self.student_shapes: Dict[str, ShapeSpec] = {}
-        self.teacher_levels: Dict[str, str] = {}
+        self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher
         self.teacher: Optional[Teacher] = None
 
     @classmethod
@@ -123,7 +95,7 @@ class Distiller(nn.Module):
         node = cfg.MODEL.DISTILL
         for name, _ in KD_LOSS_REGISTRY:
             if name.upper() in node:
-                build_loss(name, node)  # a wrong setting is wrong whether it is used or not
+                build_loss(name, node)  # a wrong setting is an error even where it is not used
         spec = {key.lower(): value for key, value in node.TEACHER.items()}
         return {
             **{option: node[option.upper()] for option in OPTIONS},
@@ -137,18 +109,11 @@ class Distiller(nn.Module):
         """Whether there is anything to distil."""
         return len(self.losses) > 0
 
-    def named(self) -> Iterator[Tuple[str, "Distiller"]]:
-        """As :meth:`Distillers.named`: one pair, of the teacher's name and this distiller.
-
-        The name is "" where this teacher is the only one.
-        """
-        yield self.name, self
-
     def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
-        """Fits this distiller to a student's backbone; makes the adapters.
+        """Makes the adapters and the trainable parts of the losses.
 
         Args:
-            student_shapes (dict[str, ShapeSpec]): level -> channels and stride.
+            student_shapes (dict[str, ShapeSpec]): the levels of the student's backbone.
             num_classes (int): object classes that the student's head predicts; 0: not known.
 
         Raises:
@@ -156,152 +121,134 @@ class Distiller(nn.Module):
         """
         if not self.enabled:
             return
-        for level in self.in_features:
-            if level not in student_shapes:
-                has = ", ".join(student_shapes)
-                raise ConfigError(
-                    f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
-                )
-        self.student_shapes = {level: student_shapes[level] for level in self.in_features}
+        self.student_shapes = select_levels(student_shapes, self.in_features)
         channels = {level: shape.channels for level, shape in self.student_shapes.items()}
-        with torch.random.fork_rng(devices=[]):  # the detector's own draws stay the same
+        with torch.random.fork_rng(devices=[]):  # the detector's random numbers stay the same
             if self.adapter != "none":
                 try:
                     teacher_shapes = self.spec.output_shape()
                 except ConfigError:
-                    return  # nothing is trained without it; build_teacher says what is wrong
+                    return  # inference needs no teacher, and build_teacher says what is wrong
                 for level, name in match_levels(self.student_shapes, teacher_shapes).items():
-                    wide = teacher_shapes[name].channels
-                    self.adapters[level] = nn.Conv2d(channels[level], wide, 1)
-                    channels[level] = wide
-            for loss in self._losses():
-                with wrong_input():
-                    loss.attach(channels, num_classes)
+                    teacher_channels = teacher_shapes[name].channels
+                    self.adapters[level] = nn.Conv2d(channels[level], teacher_channels, 1)
+                    channels[level] = teacher_channels
+            for loss in self.losses.values():
+                loss.attach(channels, num_classes)
 
     def build_teacher(self, device: torch.device) -> None:
-        """Builds, loads and checks the teacher.
+        """Builds and loads the teacher.
 
         Raises:
-            ConfigError: it cannot be built, or has no level of a student level's stride, or its
-                channels differ and there is no adapter.
+            ConfigError: it cannot be built, or its levels do not fit the student's.
         """
         if not self.enabled:
             return
         teacher = Teacher(self.spec, device)
         if self.adapter != "none" and not self.adapters:
             raise ConfigError(
-                "MODEL.DISTILL.TEACHER.CONFIG could not be read when the student was built, so "
-                "that it has no adapters: build it again"
+                "MODEL.DISTILL.TEACHER.CONFIG could not be read when the student was built, so it "
+                "has no adapters: build the student again"
             )
         self.teacher_levels = match_levels(self.student_shapes, teacher.shapes)
-        for level, name in self.teacher_levels.items():
-            expected = teacher.shapes[name].channels
-            found = self.student_shapes[level].channels
-            if level in self.adapters:
-                found = self.adapters[level].out_channels
-            if found != expected:
-                raise ConfigError(
-                    f"MODEL.DISTILL.ADAPTER: {level} has {found} channels in the student and "
-                    f"{expected} in the teacher; set it to conv1x1"
-                )
+        if self.adapter == "none":
+            check_channels(self.student_shapes, teacher.shapes, self.teacher_levels)
         self.teacher = teacher
 
     def forward(
         self,
         batched_inputs: List[Dict],
-        student_maps: Dict[str, Tensor],
+        student_maps: Maps,
         images: Tensor,
-        rules: Preprocessing,
+        preprocessing: Preprocessing,
     ) -> Dict[str, Tensor]:
-        """The weighted losses of one batch; per-level values go to the event storage.
+        """The weighted losses of one batch. Their values by level go to the event storage.
 
         Args:
             batched_inputs (list[dict]): what the student was given.
-            student_maps (dict[str, Tensor]): level -> (N, C, H, W), with gradient.
-            images (Tensor): (N, 3, H, W), what the student's backbone was given.
-            rules (Preprocessing): by which it was made of the images.
+            student_maps (dict[str, Tensor]): level -> (N, C, H, W), what its backbone returned.
+            images (Tensor): (N, 3, H, W), what its backbone was given.
+            preprocessing (Preprocessing): how the student made `images` of `batched_inputs`.
 
         Returns:
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
 
         Raises:
-            ConfigError: see :meth:`build_teacher`; or maps that do not agree cell by cell.
-            FloatingPointError: NaN or infinity, with the level and whose it is; unless steps may
-                be left out.
+            ConfigError: see :meth:`build_teacher` and :meth:`match_maps`.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            student, teacher = self.pair(batched_inputs, student_maps, images, rules)
-            return self._compare(student, teacher, self._context(batched_inputs))
+        iteration = get_event_storage().iter
+        student, teacher = self.match_maps(batched_inputs, student_maps, images, preprocessing)
+        terms = self.compare(student, teacher, batched_inputs, iteration)
+        log_terms(terms)
+        ramp = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        losses = {}
+        for loss in self.losses.values():
+            levels = terms[loss.name].items()
+            weighted = [self.level_weights.get(level, 1.0) * value for level, value in levels]
+            factor = loss.weight * self.loss_weight * ramp
+            losses[f"{loss.name}_kd_loss"] = factor * torch.stack(weighted).sum()
+        return losses
 
-    def pair(
+    def match_maps(
         self,
         batched_inputs: List[Dict],
-        student_maps: Dict[str, Tensor],
+        student_maps: Maps,
         images: Tensor,
-        rules: Preprocessing,
-    ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-        """The maps of student (after the adapter) and teacher, cell by cell; see :meth:`forward`.
+        preprocessing: Preprocessing,
+    ) -> Tuple[Maps, Maps]:
+        """Runs the teacher and the adapters; the arguments are those of :meth:`forward`.
 
         Returns:
-            (dict, dict): level -> (N, C, H, W) in float32 or float64, equal shapes.
+            (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
+            equal shapes, in float32 or float64.
+
+        Raises:
+            ConfigError: a map does not have one cell per stride.
         """
         if self.teacher is None:
             self.build_teacher(images.device)
         assert self.teacher is not None
-        teacher_maps, teacher_padded = self.teacher(batched_inputs, images, rules)
-        height, width = images.shape[-2:]
-        student, teacher = {}, {}
-        for level, name in self.teacher_levels.items():
-            stride = self.student_shapes[level].stride
-            check_cells(f"the student's {level}", student_maps[level], stride, (height, width))
-            check_cells(f"the teacher's {name}", teacher_maps[name], stride, teacher_padded)
-            s, t = crop_to_common(as_float(student_maps[level]), as_float(teacher_maps[name]))
-            student[level] = self.adapters[level](s) if level in self.adapters else s
-            teacher[level] = t
+        with torch.autocast(images.device.type, enabled=False):
+            teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
+            height, width = images.shape[-2:]
+            student, teacher = {}, {}
+            for level, name in self.teacher_levels.items():
+                student[level], teacher[level] = match_cells(
+                    (level, student_maps[level], (height, width)),
+                    (name, teacher_maps[name], teacher_size),
+                    self.student_shapes[level].stride,
+                )
+                if level in self.adapters:
+                    student[level] = self.adapters[level](student[level])
         return student, teacher
 
-    def _context(self, batched_inputs: List[Dict]) -> Context:
+    def compare(
+        self, student: Maps, teacher: Maps, batched_inputs: List[Dict], iteration: int = 0
+    ) -> Terms:
+        """Each loss by level, not weighted.
+
+        Args:
+            student, teacher (dict[str, Tensor]): what :meth:`match_maps` returns.
+            batched_inputs (list[dict]): the batch that they belong to.
+            iteration (int): of the training, from 0.
+        """
         has_targets = "instances" in batched_inputs[0]
-        return Context(
+        context = Context(
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             strides={level: shape.stride for level, shape in self.student_shapes.items()},
             targets=[x["instances"] for x in batched_inputs] if has_targets else None,
             mask_padding=self.mask_padding,
-            iteration=get_event_storage().iter,
+            iteration=iteration,
         )
-
-    def _losses(self) -> Iterable[KDLoss]:
-        return cast(Iterable[KDLoss], self.losses.values())
-
-    def _compare(self, student, teacher, context: Context) -> Dict[str, Tensor]:
-        storage = get_event_storage()
-        ramp = min(1.0, (storage.iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
-        weighted = {}
-        for loss in self._losses():
-            with wrong_input():
-                terms = loss(student, teacher, context)
-            values = torch.stack([term.detach() for term in terms.values()]).tolist()
-            for level, value in zip(terms, values):
-                if math.isfinite(value):
-                    storage.put_scalar(f"{loss.name}_kd/{level}", value)
-                else:
-                    self._report_nonfinite(explain(loss.name, level, value, student, teacher))
-            factor = loss.weight * self.loss_weight * ramp
-            parts = [self.level_weights.get(part, 1.0) * term for part, term in terms.items()]
-            weighted[f"{loss.name}_kd_loss"] = factor * torch.stack(parts).sum()
-        return weighted
-
-    def _report_nonfinite(self, text: str) -> None:
-        text = f"{self.name}/{text}" if self.name else text  # as the event storage calls it
-        if not self.skip_nonfinite_steps:
-            raise FloatingPointError(text)
-        logger.warning(text)  # the gradient tells the other processes, see `finite.py`
+        device = next(iter(student.values())).device
+        with torch.autocast(device.type, enabled=False):
+            return {loss.name: loss(student, teacher, context) for loss in self.losses.values()}
 
 
-def explain(name: str, level: str, value: float, student, teacher) -> str:
-    """One line that says where a value that is not finite comes from."""
-    source = "the loss itself"
-    for whose, maps in (("the student's map", student), ("the teacher's map", teacher)):
-        if level in maps and not torch.isfinite(maps[level]).all():
-            source = f"{whose} {level}, which holds NaN or infinity"
-    return f"{name}_kd/{level} is {value}, from {source}"
+def log_terms(terms: Terms) -> None:
+    """Puts `<loss>_kd/<level>` into the event storage, where it is finite."""
+    values = {f"{loss}_kd/{level}": x for loss, by in terms.items() for level, x in by.items()}
+    numbers = torch.stack([value.detach() for value in values.values()]).tolist()
+    for name, number in zip(values, numbers):
+        if math.isfinite(number):
+            get_event_storage().put_scalar(name, number)

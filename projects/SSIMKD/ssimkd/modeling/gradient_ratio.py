@@ -1,7 +1,7 @@
-"""How hard the distillation pulls at the student's maps, against the detector's own losses.
+"""The gradient of the distillation losses compared with that of the detector's own losses.
 
-A weight is a choice of this ratio, which the values of the losses do not show: of two losses of
-equal value one can have a gradient that is orders of magnitude smaller.
+The values of losses do not show how strongly each acts on the student: of two losses of equal
+value, one can have a gradient that is 1000 times as long. Weights are chosen by this ratio.
 """
 
 from functools import partial
@@ -15,11 +15,12 @@ Maps = Dict[str, Tensor]
 
 
 class GradientRatio:
-    """Compares two gradients at the same maps in the one backward of a training step.
+    """Measures two gradients at the same maps in the one backward pass of a training step.
 
-    Both sides get views of the maps. When the backward is done, the event storage gets
-    "gradient_ratio", the Euclidean norm of the distillation's gradient, weights included, over the
-    detector's, at all maps together, and "gradient_ratio/<level>" where both reach a level.
+    Detector and distiller get views of the maps. After the backward pass the event storage gets
+    "gradient_ratio", the Euclidean norm of the distillation's gradient, with its weights, divided
+    by the norm of the detector's, over all maps together. It also gets "gradient_ratio/<level>" for
+    each level that both reach.
 
     Args:
         maps (dict[str, Tensor]): level -> (N, C, H, W), what a backbone returns.
@@ -30,21 +31,21 @@ class GradientRatio:
         self.squares: Dict[str, Maps] = {}  # side -> level -> squared norm
 
     def view(self, side: str) -> Maps:
-        """The maps for "detector" or "distiller"."""
+        """The maps for one side, "detector" or "distiller"."""
         views = {level: maps.view_as(maps) for level, maps in self.maps.items()}
         for level, maps in views.items():
             if maps.requires_grad:
-                maps.register_hook(partial(self._take, side, level))
+                maps.register_hook(partial(self._measure, side, level))
         return views
 
-    def _take(self, side: str, level: str, gradient: Tensor) -> None:
+    def _measure(self, side: str, level: str, gradient: Tensor) -> None:
         if not self.squares:
-            torch.autograd.Variable._execution_engine.queue_callback(self._write)
+            torch.autograd.Variable._execution_engine.queue_callback(self._log)
         self.squares.setdefault(side, {})[level] = gradient.float().square().sum()
 
-    def _write(self) -> None:
+    def _log(self) -> None:
         detector, distiller = (self.squares.get(side, {}) for side in ("detector", "distiller"))
-        if not (detector and distiller):  # a backward of one side alone
+        if not (detector and distiller):  # the backward pass of one side alone
             return
         total = sum(distiller.values()) / sum(detector.values())
         self.storage.put_scalar("gradient_ratio", float(total**0.5))

@@ -1,20 +1,57 @@
-"""A student's levels and the teacher's that answer them, cell by cell."""
+"""The levels of a student and those of its teacher that they are compared with, cell by cell.
+
+A level is a map that a backbone returns under a name, such as "p3". Its stride is the number of
+pixels per cell.
+"""
 
 import math
-from typing import Dict, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from ssimkd.errors import ConfigError
+from ssimkd.utils.validate import check_coefficients
+
+Shapes = Dict[str, ShapeSpec]
+Size = Tuple[int, int]
 
 
-def match_levels(student: Dict[str, ShapeSpec], teacher: Dict[str, ShapeSpec]) -> Dict[str, str]:
-    """Student level -> teacher level of equal stride.
+def check_levels(levels: Sequence[str], weights: Sequence[float]) -> Dict[str, float]:
+    """Level -> its weight; {} if there are no weights.
 
     Raises:
-        ConfigError: the teacher has none, or several and none of the student's name.
+        ConfigError: there are no levels, or the weights are not as many, finite and >= 0.
+    """
+    if not levels:
+        raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
+    if weights and len(weights) != len(levels):
+        raise ConfigError(
+            f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(weights)} numbers for the {len(levels)} levels "
+            f"of IN_FEATURES, {', '.join(levels)}"
+        )
+    for weight in weights:
+        check_coefficients(**{"MODEL.DISTILL.LEVEL_WEIGHTS": weight})
+    return dict(zip(levels, map(float, weights)))
+
+
+def select_levels(student: Shapes, levels: Sequence[str]) -> Shapes:
+    """The shapes of these levels; raises ConfigError for a level that the student lacks."""
+    for level in levels:
+        if level not in student:
+            has = ", ".join(student)
+            raise ConfigError(
+                f"MODEL.DISTILL.IN_FEATURES: the student has no {level}; it has {has}"
+            )
+    return {level: student[level] for level in levels}
+
+
+def match_levels(student: Shapes, teacher: Shapes) -> Dict[str, str]:
+    """Level of the student -> level of the teacher with the same stride.
+
+    Raises:
+        ConfigError: the teacher has none, or it has several and none has the student's name.
     """
     matched = {}
     for level, shape in student.items():
@@ -31,23 +68,43 @@ def match_levels(student: Dict[str, ShapeSpec], teacher: Dict[str, ShapeSpec]) -
     return matched
 
 
-def check_cells(whose: str, maps: Tensor, stride: int, padded_size: Tuple[int, int]) -> None:
-    """Raises ConfigError unless a map has one cell per `stride` pixels of the padded image."""
-    expected = tuple(math.ceil(pixels / stride) for pixels in padded_size)
-    if tuple(maps.shape[-2:]) != expected:
-        raise ConfigError(
-            f"MODEL.DISTILL.IN_FEATURES: {whose} is {tuple(maps.shape[-2:])} cells for images of "
-            f"{padded_size} pixels, but stride {stride} gives {expected}: teacher and student "
-            "would not be compared cell by cell"
-        )
+def check_channels(student: Shapes, teacher: Shapes, matched: Dict[str, str]) -> None:
+    """Raises ConfigError unless matched levels have equally many channels."""
+    for level, name in matched.items():
+        found, expected = student[level].channels, teacher[name].channels
+        if found != expected:
+            raise ConfigError(
+                f"MODEL.DISTILL.ADAPTER: {level} has {found} channels in the student and "
+                f"{expected} in the teacher; set it to conv1x1"
+            )
 
 
-def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
-    """Cuts off the cells that only one of two maps has: its own padding, right and below."""
-    h, w = (min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:]))
-    return student[..., :h, :w], teacher[..., :h, :w]
+def match_cells(
+    student: Tuple[str, Tensor, Size], teacher: Tuple[str, Tensor, Size], stride: int
+) -> Tuple[Tensor, Tensor]:
+    """Cuts two maps of one stride to the cells that both have.
 
+    Student and teacher may pad a batch to different sizes, to the right and below.
 
-def as_float(x: Tensor) -> Tensor:
-    """x in float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    Args:
+        student, teacher (str, Tensor, (int, int)): name of the level, map (N, C, H, W), and height
+            and width of the padded images in pixels.
+        stride (int): pixels per cell.
+
+    Returns:
+        (Tensor, Tensor): (N, C, h, w) in float32; float64 stays.
+
+    Raises:
+        ConfigError: a map does not have one cell per `stride` pixels.
+    """
+    for whose, (name, maps, size) in (("student", student), ("teacher", teacher)):
+        expected = tuple(math.ceil(pixels / stride) for pixels in size)
+        if tuple(maps.shape[-2:]) != expected:
+            raise ConfigError(
+                f"MODEL.DISTILL.IN_FEATURES: the {whose}'s {name} is {tuple(maps.shape[-2:])} "
+                f"cells for images of {size} pixels, but stride {stride} gives {expected}: teacher "
+                "and student would not be compared cell by cell"
+            )
+    s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for _, x, _ in (student, teacher))
+    height, width = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
+    return s[..., :height, :width], t[..., :height, :width]

@@ -1,5 +1,11 @@
-"""The detectors that learn from a teacher: Detectron2's own, plus the distillation losses."""
+"""The students: Detectron2's detectors, with the distillation losses beside their own.
 
+A new student is a class of two lines, like those at the end of this file: it inherits from
+DistillMixin and from a detector, and it is registered. A new backbone needs nothing here: every
+backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn and teach.
+"""
+
+import logging
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Dict, Iterator, Optional, Union
@@ -16,25 +22,29 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ssimkd.data.datasets import classes_in
-from ssimkd.engine.finite_steps import naming_place
-from ssimkd.teacher.frozen import Preprocessing, preprocessing_of
+from ssimkd.teacher.preprocessing import Preprocessing, image_format_of, preprocessing_of
 from ssimkd.utils.compat import FCOS
 
 from .distiller import Distiller
 from .gradient_ratio import GradientRatio
-from .several_teachers import Distillers, build_distiller
+from .several_teachers import Distillers, build_distiller, build_teachers, distillers_of
+
+logger = logging.getLogger(__name__)
 
 
 class DistillMixin:
-    """Makes a meta-architecture with a `.backbone` that returns maps by level a student.
+    """Turns a detector whose `backbone` returns maps by level into a student.
 
-    The parent's forward runs as it is; the maps are taken while it does. Parameters keep the
-    parent's names, those of the distillation alone begin with `distiller.`.
+    The detector's own forward runs unchanged, and the maps are taken while it runs. Parameters keep
+    the detector's names. Parameters that only the distillation needs are below `distiller.`.
 
     Args:
-        distiller (Distiller, Distillers or None): what compares the maps with the teacher's, or
-            with several teachers'; None: the plain detector.
-        kwargs: the parent's arguments.
+        distiller (Distiller, Distillers or None): compares the maps with those of a teacher, or of
+            several teachers. With None this is the plain detector.
+        log_gradients (int): iterations between logs of :class:`GradientRatio`; 0: no logs.
+        image_format (str): channel order of the images. It is only used for a detector that does
+            not keep an `input_format` itself, such as FCOS.
+        kwargs: the detector's own arguments.
     """
 
     backbone: Backbone
@@ -42,78 +52,96 @@ class DistillMixin:
 
     @configurable
     def __init__(
-        self, *, distiller: Optional[Union[Distiller, Distillers]] = None, **kwargs
+        self,
+        *,
+        distiller: Optional[Union[Distiller, Distillers]] = None,
+        log_gradients: int = 0,
+        image_format: str = "BGR",
+        **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         if distiller is not None:
             num_classes = classes_in(getattr(self, "roi_heads", self))
             distiller.attach(self.backbone.output_shape(), num_classes)
         self.distiller = distiller
+        self.log_gradients = log_gradients
+        self.image_format = image_format
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
-        """The parent's arguments and the distiller of `cfg.MODEL.DISTILL`."""
+        """The detector's own arguments, and those of this class from `cfg.MODEL.DISTILL`."""
         ret = super().from_config(cfg)  # type: ignore[misc]
         ret["distiller"] = build_distiller(cfg)
-        if "input_format" not in ret:  # a parent that does not keep it
-            ret["distiller"].student_format = cfg.INPUT.FORMAT
+        ret["log_gradients"] = cfg.MODEL.DISTILL.LOG_GRADIENTS
+        ret["image_format"] = cfg.INPUT.FORMAT
         return ret
 
+    @classmethod
+    def plain_architecture(cls) -> type:
+        """The detector class that this student class extends, such as GeneralizedRCNN."""
+        return next(base for base in cls.__mro__ if not issubclass(base, DistillMixin))
+
     @cached_property
-    def rules(self) -> Preprocessing:
-        """How images are prepared; read once, because a GPU would be waited for."""
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared; read only once, because reading it has to wait for a GPU."""
         return preprocessing_of(self, image_format_of(self))
 
     def forward(self, batched_inputs):
-        """The parent's forward; in training its losses and "<loss>_kd_loss", already weighted."""
-        if not (self.training and self.distiller is not None and self.distiller.enabled):
+        """The detector's own forward; in training, its losses and those of the distillation.
+
+        Args:
+            batched_inputs (list[dict]): as the detector takes it.
+
+        Returns:
+            In training dict[str, Tensor]: the detector's losses and, for each distillation loss,
+            "<loss>_kd_loss", already weighted. Otherwise what the detector returns.
+        """
+        distiller = self.distiller
+        if not self.training or distiller is None or not distiller.enabled:
             return super().forward(batched_inputs)
-        period = self.distiller.log_gradients
-        watch = bool(period) and get_event_storage().iter % period == 0
-        rules = self.rules._replace(input_format=image_format_of(self))
-        with (
-            capture_backbone(self.backbone, watch) as backbone,
-            naming_place(batched_inputs, backbone),
-        ):
+        self._build_missing_teachers()
+        log_gradients = self.log_gradients and get_event_storage().iter % self.log_gradients == 0
+        with capture_backbone(self.backbone, log_gradients) as captured:
             losses = super().forward(batched_inputs)
-            kd_losses = self.distiller(batched_inputs, backbone["maps"], backbone["images"], rules)
+        kd_losses = distiller(
+            batched_inputs, captured["maps"], captured["images"], self.preprocessing
+        )
         return {**losses, **kd_losses}
 
-
-def image_format_of(detector: Any) -> str:
-    """Channel order of a detector's images: BGR, Detectron2's own, where nothing says it.
-
-    Not every student keeps one as `input_format`; its distiller knows that of a YAML config.
-    """
-    found: Any = getattr(detector, "input_format", None)
-    return found or getattr(getattr(detector, "distiller", None), "student_format", "BGR")
+    def _build_missing_teachers(self) -> None:
+        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
+            logger.warning(
+                "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
+                "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
+                "train_net.py and `ssimkd train` act on them"
+            )
+            build_teachers(self)
 
 
 @contextmanager
-def capture_backbone(backbone: nn.Module, watch: bool = False) -> Iterator[Dict[str, Any]]:
-    """Takes what a backbone returns while the block runs; afterwards nothing stays registered.
+def capture_backbone(backbone: nn.Module, log_gradients: bool = False) -> Iterator[Dict[str, Any]]:
+    """Keeps what a backbone is given and returns while the block runs.
 
     Args:
-        backbone (nn.Module): of the student.
-        watch (bool): log the gradients at its maps, see `balance.py`.
+        backbone (nn.Module): of the student. Its hook is removed after the block.
+        log_gradients (bool): compare the two gradients at the maps, see :class:`GradientRatio`.
 
     Yields:
-        dict: filled by the backbone's run: "images", what it is given, (N, 3, H, W), and "maps",
-        level -> (N, C, H, W).
+        dict: once the backbone has run, "images", (N, 3, H, W), and "maps", level -> (N, C, H, W).
     """
-    taken: Dict[str, Any] = {}
+    captured: Dict[str, Any] = {}
 
-    def take(module, inputs, output):
-        taken.update(images=inputs[0], maps=output)
-        if watch:
-            balance = GradientRatio(output)
-            taken["maps"] = balance.view("distiller")
-            return balance.view("detector")
-        return output
+    def keep(module, inputs, maps):
+        captured.update(images=inputs[0], maps=maps)
+        if log_gradients:
+            ratio = GradientRatio(maps)
+            captured["maps"] = ratio.view("distiller")
+            return ratio.view("detector")
+        return maps
 
-    handle = backbone.register_forward_hook(take)
+    handle = backbone.register_forward_hook(keep)
     try:
-        yield taken
+        yield captured
     finally:
         handle.remove()
 
@@ -136,7 +164,7 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
 if FCOS is not None:
 
     class DistillFCOS(DistillMixin, FCOS):
-        """FCOS as a student, in LazyConfig: Detectron2's FCOS has no YAML config."""
+        """FCOS as a student, in LazyConfig only: Detectron2's FCOS has no YAML config."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,33 +1,31 @@
-"""Several teachers at once: a Distiller for each."""
+"""Several teachers of one student: a Distiller for each."""
 
-from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Mapping, Tuple, Union, cast
 
-import torch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ssimkd.errors import ConfigError, as_config_error
-from ssimkd.teacher.frozen import Preprocessing
+from ssimkd.teacher.preprocessing import Preprocessing
 
 from .distiller import Distiller
 
-# What an entry of MODEL.DISTILL.TEACHERS may hold beside TEACHER's keys.
-PAIR_KEYS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
+# What an entry of MODEL.DISTILL.TEACHERS may hold besides the keys of TEACHER and NAME.
+OWN_SETTINGS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 
 
 class Distillers(nn.ModuleDict):
-    """Teaches one student by several teachers; each has its own entries in the training losses.
+    """Computes the distillation losses of one student and several teachers.
 
-    A teacher called x gives "<loss>_kd_loss_x", logs `x/<loss>_kd/<level>`, and keeps its trainable
-    parts under `distiller.x.`. Options are each teacher's own; but steps are left out for all, as
-    many as one allows, and gradients are logged of all together, at the shortest period.
+    A teacher called x gives "<loss>_kd_loss_x" and logs
+    `x/<loss>_kd/<level>`, and its trainable parts are below `distiller.x.`.
 
     Args:
-        distillers (Distiller): by the name of the teacher.
+        distillers (Distiller): each under the name of its teacher.
 
     Raises:
-        ConfigError: no teacher, a name that a module cannot have, or no Distiller under it.
+        ConfigError: there is no teacher, or a name is not allowed for a module.
     """
 
     def __init__(self, /, **distillers: Distiller) -> None:
@@ -39,24 +37,11 @@ class Distillers(nn.ModuleDict):
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHERS: a NAME cannot be used, or is no Distiller's: {error}"
             ) from error
-        allowed = max(distiller.skip_nonfinite_steps for _, distiller in self.named())
-        for name, distiller in self.named():
-            distiller.name, distiller.skip_nonfinite_steps = name, allowed
-
-    def named(self) -> Iterator[Tuple[str, Distiller]]:
-        """The teachers' names with their distillers."""
-        return cast(Iterator[Tuple[str, Distiller]], iter(self.items()))
 
     @property
     def enabled(self) -> bool:
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
-
-    @property
-    def log_gradients(self) -> int:
-        """Iterations between logs of all teachers' gradients together; 0: none."""
-        periods = [distiller.log_gradients for _, distiller in self.named()]
-        return min(filter(None, periods), default=0)
 
     def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
         """See :meth:`Distiller.attach`."""
@@ -64,43 +49,54 @@ class Distillers(nn.ModuleDict):
             with naming_teacher(name):
                 distiller.attach(student_shapes, num_classes)
 
-    def build_teacher(self, device: torch.device) -> None:
-        """See :meth:`Distiller.build_teacher`."""
-        for name, distiller in self.named():
-            with naming_teacher(name):
-                distiller.build_teacher(device)
-
     def forward(
         self,
         batched_inputs: List[Dict],
         student_maps: Dict[str, Tensor],
         images: Tensor,
-        rules: Preprocessing,
+        preprocessing: Preprocessing,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
                 with naming_teacher(name), get_event_storage().name_scope(name):
-                    own = distiller(batched_inputs, student_maps, images, rules)
+                    own = distiller(batched_inputs, student_maps, images, preprocessing)
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 
+    def named(self) -> Iterable[Tuple[str, Distiller]]:
+        """The names of the teachers and their Distillers."""
+        return cast(Iterable[Tuple[str, Distiller]], self.items())
+
 
 def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
-    """Each teacher's name and Distiller, of a student; a single one has no name."""
+    """The name of each teacher of a student, and its Distiller; the name of a single one is ""."""
     distiller = getattr(model, "distiller", None)
-    if isinstance(distiller, (Distiller, Distillers)):
+    if isinstance(distiller, Distillers):
         yield from distiller.named()
+    elif isinstance(distiller, Distiller):
+        yield "", distiller
+
+
+def build_teachers(model: Any) -> None:
+    """Builds every teacher of a student, so that a failure comes before the first step.
+
+    Raises:
+        ConfigError: see :meth:`Distiller.build_teacher`.
+    """
+    for name, distiller in distillers_of(model):
+        with naming_teacher(name):
+            distiller.build_teacher(model.device)
 
 
 def naming_teacher(name: str) -> ContextManager[None]:
-    """Around what is one teacher's: its ConfigError says whose; a single teacher has no name."""
+    """In this block a ConfigError begins with the teacher's name, if it has one."""
     return as_config_error(name and f"MODEL.DISTILL.TEACHERS: {name}")
 
 
 def build_distiller(cfg) -> Union[Distiller, Distillers]:
-    """What `cfg.MODEL.DISTILL` describes: one teacher, or the several of TEACHERS.
+    """Builds what `cfg.MODEL.DISTILL` describes: one teacher, or the several of TEACHERS.
 
     Raises:
         ConfigError: an option is unknown or out of its range, or both kinds are set.
@@ -111,8 +107,8 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
     if node.TEACHER.CONFIG or node.INHERIT:
         set_too = "TEACHER.CONFIG" if node.TEACHER.CONFIG else "INHERIT"
         raise ConfigError(
-            f"MODEL.DISTILL.{set_too} and .TEACHERS are both set: with several teachers it stands "
-            f"in their entries; set {set_too} to {'[]' if set_too == 'INHERIT' else repr('')}"
+            f"MODEL.DISTILL.{set_too} and .TEACHERS are both set. With several teachers it belongs "
+            f"into their entries: set {set_too} to {'[]' if set_too == 'INHERIT' else repr('')}"
         )
     distillers: Dict[str, Distiller] = {}
     for number, entry in enumerate(node.TEACHERS, start=1):
@@ -125,9 +121,15 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
 
 
 def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str, Any]:
-    """An entry of TEACHERS: its name, and `cfg` with this teacher alone.
+    """The name of the teacher in an entry of TEACHERS, and a config with this teacher alone.
 
-    What it does not say is as in `cfg`; but not the WEIGHTS and OPTS, which belong to a CONFIG.
+    What the entry leaves out is taken from `cfg`, except WEIGHTS and OPTS, which belong to one
+    CONFIG.
+
+    Args:
+        cfg (CfgNode): of the whole run.
+        entry (mapping): an item of `cfg.MODEL.DISTILL.TEACHERS`.
+        number (int): of the entry, from 1.
 
     Raises:
         ConfigError: the entry is no mapping, or a key is unknown or of the wrong type.
@@ -139,23 +141,23 @@ def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str
     settings: List[Any] = ["MODEL.DISTILL.TEACHER.WEIGHTS", "", "MODEL.DISTILL.TEACHER.OPTS", []]
     teacher = cfg.MODEL.DISTILL.TEACHER
     for key, value in entry.items():
-        if value is None:  # yacs takes it in place of any value
+        if value is None:  # yacs would take it in place of any value
             raise ConfigError(
                 f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
             )
         if key in teacher:
             if isinstance(teacher[key], float) and isinstance(value, int):
-                value = float(value)  # 1 is as good as 1.0
+                value = float(value)  # yacs would refuse 1 for 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
-        elif key in PAIR_KEYS:
+        elif key in OWN_SETTINGS:
             settings += [f"MODEL.DISTILL.{key}", value]
         elif key != "NAME":
-            known = ", ".join(("NAME", *teacher, *PAIR_KEYS))
+            known = ", ".join(("NAME", *teacher, *OWN_SETTINGS))
             raise ConfigError(f"MODEL.DISTILL.TEACHERS: unknown key {key}; there are {known}")
     one = cfg.clone()
     one.defrost()
     try:
         one.merge_from_list(settings)
-    except ValueError as error:
+    except ValueError as error:  # the type of a value is wrong
         raise ConfigError(f"MODEL.DISTILL.TEACHERS: {error}") from error
     return str(entry.get("NAME", f"teacher{number}")), one

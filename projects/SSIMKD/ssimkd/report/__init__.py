@@ -1,1 +1,1 @@
-"""One page about a finished run: `tools/report.py`."""
+"""One page about a finished run: `ssimkd report`."""

@@ -1,19 +1,21 @@
-"""Charts as inline SVG that takes the page's font and text colour, light or dark."""
+"""Charts as inline SVG. They take the font and the text colour of the page, light or dark."""
 
 import io
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Readable on white and on black.
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#84cc16")
-ROLES = dict(zip(("student", "vanilla", "teacher"), COLOURS))  # the same in every report
-INK = "#010203"  # stands for the page's text colour
+INK = "#010203"  # is replaced by the page's text colour
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE: Dict[Any, Any] = {
+    **dict.fromkeys((*INKED, "grid.color"), INK),
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -21,46 +23,17 @@ STYLE: Dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
     "grid.alpha": 0.15,
-    "grid.color": INK,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "axes.edgecolor": INK,
-    "axes.titlecolor": INK,
 }
 
 
-class Chart:
-    """One small chart.
-
-    Args:
-        title (str): above it; also what keeps the ids of its SVG apart from other charts'.
-        x_label (str): below it.
-    """
-
-    def __init__(self, title: str, x_label: str = "") -> None:
-        self.style = {**STYLE, "svg.hashsalt": title}
-        with matplotlib.rc_context(self.style):
-            self.figure = Figure(figsize=(3.8, 2.5), layout="constrained")
-            self.figure.patch.set_alpha(0)
-            self.axes = self.figure.add_subplot(facecolor="none")
-            self.axes.set_title(title)
-            self.axes.set_xlabel(x_label)
-
-    def svg(self) -> str:
-        """The chart as an element for HTML."""
-        out = io.StringIO()
-        with matplotlib.rc_context(self.style):
-            self.figure.savefig(out, format="svg", metadata={"Date": None})
-        text = out.getvalue()
-        return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-def colours(labels: Sequence[str], taken: int = 0) -> Mapping[str, str]:
-    """A colour for each label: a role's own; others in order, after the first `taken` ones."""
-    free = islice(cycle(COLOURS), max(taken, len(ROLES)), None)
-    return {label: ROLES.get(label) or next(free) for label in labels}
+def colours(labels: Sequence[str]) -> Dict[str, str]:
+    """A colour for each label, in order."""
+    return dict(zip(labels, cycle(COLOURS)))
 
 
 def lines(
@@ -73,27 +46,22 @@ def lines(
 
     Args:
         title (str): what the values are.
-        series (mapping): label -> iterations and values; few values are marked.
+        series (mapping): label -> iterations and values.
         colour (mapping): label -> colour.
-        levels (mapping): label -> value that holds at all iterations, drawn dashed.
+        levels (mapping): label -> a value that is drawn as a dashed line.
     """
-    chart = Chart(title, "iteration")
-    for label, (x, y) in series.items():
-        marker = "o" if len(x) < 12 else None
-        chart.axes.plot(x, y, color=colour[label], linewidth=1.2, marker=marker, markersize=3)
-    for label, value in levels.items():
-        chart.axes.axhline(value, color=colour[label], linewidth=1.2, linestyle="--")
-    chart.axes.set_xlim(left=0)
-    chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    return chart.svg()
 
+    def draw(axes: Axes) -> None:
+        for label, (x, y) in series.items():
+            marker = "o" if len(x) < 12 else None
+            axes.plot(x, y, color=colour[label], linewidth=1.2, marker=marker, markersize=3)
+        for label, value in levels.items():
+            axes.axhline(value, color=colour[label], linewidth=1.2, linestyle="--")
+        axes.set_xlabel("iteration")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
-def histogram(title: str, values: np.ndarray, colour: str) -> str:
-    """How many of the values lie where in [-1, 1], in steps of 0.05."""
-    chart = Chart(title, "SSIM")
-    chart.axes.hist(values, bins=np.linspace(-1, 1, 41).tolist(), color=colour)
-    chart.axes.set_xlim(min(0.0, float(values.min())) - 0.05, 1)
-    return chart.svg()
+    return chart(title, draw)
 
 
 def bars(
@@ -102,14 +70,33 @@ def bars(
     values: Mapping[str, Sequence[float]],
     colour: Mapping[str, str],
 ) -> str:
-    """A group of bars for each of `groups`, a bar for each label."""
-    chart = Chart(title)
-    width = 0.8 / len(values)
-    for place, (label, heights) in enumerate(values.items()):
-        left = np.arange(len(groups)) - 0.4 + width * (place + 0.5)
-        chart.axes.bar(left, heights, width, color=colour[label])
-    long = max(map(len, groups)) > 5
-    chart.axes.set_xticks(
-        range(len(groups)), groups, rotation=30 if long else 0, ha="right" if long else "center"
-    )
-    return chart.svg()
+    """A group of bars for each of `groups`, with a bar for each label."""
+
+    def draw(axes: Axes) -> None:
+        width = 0.8 / len(values)
+        for place, (label, heights) in enumerate(values.items()):
+            left = np.arange(len(groups)) - 0.4 + width * (place + 0.5)
+            axes.bar(left, heights, width, color=colour[label])
+        long = max(map(len, groups)) > 6
+        turned: Dict[str, Any] = {"rotation": 30, "ha": "right"} if long else {}
+        axes.set_xticks(range(len(groups)), groups, **turned)
+
+    return chart(title, draw)
+
+
+def chart(title: str, draw: Any) -> str:
+    """An <svg> element; `draw` fills its axes.
+
+    Args:
+        title (str): is also the salt of the element's ids, which would clash with other charts'.
+        draw (callable): gets the axes.
+    """
+    out = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(3.8, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        draw(axes)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -72,7 +72,7 @@ def kernel(
         rows, _, k, columns = means.shape
         spare, slopes = (_view(buffers[i], rows, s, k, columns) for i, s in ((1, 4), (3, 3)))
         shifts = shift_x[:, :columns], (shift_x - shift_y)[:, :columns]
-        dissimilarity = _compare(means, *shifts, *constants, spare, slopes, gradient is not None)
+        dissimilarity = _compare(means, shifts, constants, spare, slopes, gradient is not None)
         sums[0, part] = dissimilarity.sum((0, 2)).mul_(2 / (rows * columns))
         if gradient is None:
             continue
@@ -86,8 +86,9 @@ def kernel(
     return sums
 
 
-def _compare(means, shift_x, shift_v, twice_c1, twice_c2, spare, slopes, with_slopes):
+def _compare(means, shifts, constants, spare, slopes, with_slopes):
     """(1 - SSIM) / 2 from the means of a stack, which it overwrites; fills the slopes."""
+    (shift_x, shift_v), (twice_c1, twice_c2) = shifts, constants
     x, v, var, var_v = means.unbind(1)
     u, vv, luminance, result = spare.unbind(1)
     d_mean, d_uu, d_vv = slopes.unbind(1)
@@ -124,8 +125,8 @@ class _Blur:
     def __init__(self, matrices: List[Tensor], blocks: Tuple[int, ...], like: Tensor) -> None:
         self.size = [len(m) for m in matrices]
         self.rows, self.columns = (
-            [(*cut, weights.to(like).contiguous()) for *cut, weights in _blocks(m, length)]
-            for m, length in zip(matrices, blocks)
+            [(out, seen, weights.to(like).contiguous()) for out, seen, weights in _blocks(m, n)]
+            for m, n in zip(matrices, blocks)
         )
 
     def __call__(self, stack: Tensor, down: Tensor, across: Tensor) -> Tensor:

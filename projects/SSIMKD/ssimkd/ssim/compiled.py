@@ -48,6 +48,7 @@ def kernel(
 ) -> Tensor:
     """See the head of `one_pass.py`. The threads of torch share the maps."""
     run, (count, *size), threads = library(), x.shape, torch.get_num_threads()
+    assert run is not None  # covers() has asked
     rows, columns = _axes(*size, options["window_size"], options["sigma"], options["border"])
     cells = rows.described.results * columns.described.results
     constants = [(options[k] * options["data_range"]) ** 2 for k in ("k1", "k2")]

@@ -60,12 +60,12 @@ def normalize_maps(
     if normalize == "standardize":
         dims = SCOPES[normalize_scope]
         return _standardize(student, dims, inside), _standardize(teacher, dims, inside)
-    teacher_range = low, width = _range(teacher, SCOPES[normalize_scope], inside)
-    if normalize == "minmax":
-        low, width = _range(student, SCOPES[normalize_scope], inside)
-    return tuple(
-        (x - low) * inverse_width(width)
-        for x, (low, width) in ((student, (low, width)), (teacher, teacher_range))
+    dims = SCOPES[normalize_scope]
+    low_t, width_t = _range(teacher, dims, inside)
+    low_s, width_s = _range(student, dims, inside) if normalize == "minmax" else (low_t, width_t)
+    return (
+        (student - low_s) * inverse_width(width_s),
+        (teacher - low_t) * inverse_width(width_t),
     )
 
 

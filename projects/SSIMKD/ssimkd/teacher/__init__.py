@@ -1,1 +1,1 @@
-"""A frozen detector that teaches."""
+"""The teacher: a frozen detector that gives its maps. Start with `frozen.py`."""

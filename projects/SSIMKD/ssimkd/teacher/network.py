@@ -1,8 +1,8 @@
-"""A teacher's backbone and neck, made cheap to run.
+"""A teacher's backbone and neck, changed so that they run faster.
 
-What changes its maps by rounding alone is always done: batch norms are folded into convolutions,
-and the memory layout is the one that the device prefers. Half precision and torch.compile are the
-user's choice; docs/performance.md has what each of them saves and costs.
+Two changes are always made, because they only change the rounding: batch norms are folded into
+convolutions, and the memory layout is the one that the device prefers. Half precision and
+torch.compile are options; docs/performance.md says what each of them saves and costs.
 """
 
 from typing import Any, Dict, Iterable
@@ -19,18 +19,18 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Norms that are an affine map per channel in evaluation; a subclass may be something else.
+# In evaluation these are an affine map per channel. A subclass of them may do something else.
 FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 class TeacherNetwork:
-    """Runs a backbone, which it changes in place.
+    """Runs a backbone.
 
     Args:
-        backbone (nn.Module): in evaluation mode; it returns maps by level.
+        backbone (nn.Module): in evaluation mode; it returns maps by level. It is changed in place.
         device (torch.device): where it will run.
         precision (str): of weights and arithmetic, one of PRECISIONS.
-        compiled (bool): through torch.compile.
+        compiled (bool): run it through torch.compile.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class TeacherNetwork:
     ) -> None:
         fold_norms(backbone)
         self.dtype = PRECISIONS[precision]
-        # Convolutions of a CPU are faster in it, and tensor cores read half precision so. GPUs in
-        # float32 are left as they are: nothing was measured there.
-        last = device.type == "cpu" or precision != "float32"
-        self.layout = torch.channels_last if last else torch.contiguous_format
+        # On a CPU convolutions are faster with channels last, and so are tensor cores in half
+        # precision. For a GPU in float32 nothing was measured, so its layout stays.
+        channels_last = device.type == "cpu" or precision != "float32"
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         backbone.to(memory_format=self.layout)
         if precision != "float32":
             backbone.to(self.dtype)
@@ -72,10 +72,11 @@ class TeacherNetwork:
 
 
 def fold_norms(network: nn.Module) -> None:
-    """Folds batch norms that follow a Conv2d of Detectron2 into its weights, in place.
+    """Folds the batch norm of each Conv2d of Detectron2 into its weights, in place.
 
-    The function stays the same but for rounding. Other norms (GN, LN), and norms of other layers
-    (deformable convolutions, or a subclass with a forward of its own), stay as they are.
+    The function stays the same except for rounding. Other norms (GN, LN) stay as they are, and so
+    do the norms of other layers, such as deformable convolutions or a subclass of Conv2d, whose
+    forward may be another one.
     """
     layers: Iterable[Any] = network.modules()
     for conv in layers:

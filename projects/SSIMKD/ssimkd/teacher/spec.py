@@ -1,4 +1,4 @@
-"""What names a teacher: a config, a checkpoint, overrides."""
+"""What names a teacher: a config, a checkpoint and overrides."""
 
 import os
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from omegaconf import ListConfig, OmegaConf
 
+from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.reader import fetch
-from ssimkd.checkpoint.strict import load_teacher
-from ssimkd.data.datasets import lazy_use_own_data, use_own_data
-from ssimkd.errors import ConfigError, as_config_error, wrong_input
+from ssimkd.data.datasets import use_own_data
+from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.compat import model_zoo
-from ssimkd.utils.config_files import find_config, load_config
+from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.validate import check_switches
 
 from .network import PRECISIONS
@@ -23,19 +23,18 @@ from .network import PRECISIONS
 
 @dataclass
 class TeacherSpec:
-    """What names a teacher; nothing is built or read before it is asked for.
+    """Names a teacher. Nothing is read or built before a method is called.
 
     Attributes:
-        config (str): name in Detectron2's zoo, with or without suffix, or path, `.yaml` or `.py`.
+        config (str): a `.yaml` or `.py` file, or a name that `find_config` finds, in Detectron2's
+            zoo or among this project's configs.
         weights (str): path or URL; "" is the zoo's checkpoint for `config`.
-        opts (sequence[str]): overrides of the config, in its own syntax.
-        precision (str): of backbone and neck, "float32", "bfloat16" or "float16".
-        compile (bool): run them through torch.compile.
-        cache (str): folder that keeps their maps; "": none. See `teacher_cache.py`.
-        cache_gib (float): size of that folder from which nothing is added.
+        opts (sequence[str]): overrides of the config, in the syntax of its kind.
+        precision (str): of backbone and neck: "float32", "bfloat16" or "float16".
+        compile (bool): run backbone and neck through torch.compile.
 
     Raises:
-        ConfigError: `precision` is unknown, `compile` no truth value, or `cache_gib` not positive.
+        ConfigError: `precision` is unknown, or `compile` is not a truth value.
     """
 
     config: str
@@ -43,8 +42,6 @@ class TeacherSpec:
     opts: Sequence = ()
     precision: str = "float32"
     compile: bool = False
-    cache: str = ""
-    cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
         if isinstance(self.opts, ListConfig):  # from a LazyConfig
@@ -54,18 +51,13 @@ class TeacherSpec:
                 f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
                 f"{', '.join(PRECISIONS)}"
             )
-        with wrong_input():
-            check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
-        if not self.cache_gib > 0:
-            raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.CACHE_GIB must be a number > 0, got {self.cache_gib}"
-            )
+        check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
 
     def load_config(self):
         """The teacher's config, a CfgNode (`.yaml`) or a DictConfig (`.py`).
 
         Raises:
-            ConfigError: no such file or zoo name, or an override that does not apply.
+            ConfigError: there is no such config, or an override does not apply.
         """
         if not self.config:
             raise ConfigError(
@@ -76,19 +68,18 @@ class TeacherSpec:
             path = find_config(self.config)
         with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
             cfg = load_config(path, self.opts)
-            # It may take its number of classes from its data.
-            (use_own_data if isinstance(cfg, CfgNode) else lazy_use_own_data)(cfg, ())
+            use_own_data(cfg, ())  # its number of classes may be that of its data
         return cfg
 
     def find_weights(self) -> str:
-        """Local path of the checkpoint, downloaded if need be.
+        """Local path of the checkpoint. A checkpoint at a URL is downloaded once.
 
         Raises:
-            ConfigError: none is named and the zoo has none, or it cannot be read.
+            ConfigError: no checkpoint is named and the zoo has none, or it cannot be fetched.
         """
         weights = self.weights or self._zoo_weights()
         with as_config_error("MODEL.DISTILL.TEACHER.WEIGHTS"):
-            path = fetch(weights)
+            path = fetch(find_shipped(weights))
         if not os.path.isfile(path):
             raise ConfigError(f"MODEL.DISTILL.TEACHER.WEIGHTS: there is no file {weights}")
         return path
@@ -102,7 +93,7 @@ class TeacherSpec:
             return instantiate(cfg.model.backbone).output_shape()
 
     def build(self, cfg, device: torch.device) -> Any:
-        """The detector of `cfg` with random weights."""
+        """The detector of `cfg`, which :meth:`load_config` returns, with random weights."""
         with self._building():
             if isinstance(cfg, CfgNode):
                 cfg = cfg.clone()
@@ -119,25 +110,23 @@ class TeacherSpec:
             list[str]: tensors of the heads that the checkpoint does not hold.
 
         Raises:
-            ConfigError: the config or checkpoint cannot be read, or the checkpoint does not hold
-                every tensor of the backbone in its shape and finite.
+            ConfigError: the config or the checkpoint cannot be read, or the checkpoint does not
+                hold every tensor of the backbone with its shape and with finite values.
         """
         cfg = self.load_config()
         weights = self.find_weights()
-        with torch.random.fork_rng(devices=[]):  # the student's run must not depend on it
+        with torch.random.fork_rng(devices=[]):  # the student's random numbers stay the same
             model = self.build(cfg, device)
         for part in ("backbone", "preprocess_image"):
             if not hasattr(model, part):
                 raise ConfigError(
                     f"MODEL.DISTILL.TEACHER.CONFIG: {self.config}: a {type(model).__name__} has no "
-                    f"{part} and cannot teach"
+                    f"{part}, so it cannot be a teacher"
                 )
         return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
 
     def _building(self) -> ContextManager[None]:
-        return as_config_error(
-            f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}", Exception
-        )
+        return as_setting_error(f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}")
 
     def _zoo_weights(self) -> str:
         try:

@@ -58,9 +58,6 @@ def create_local_process_group(size: int) -> None:
         comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(size)
 
 
-_create_ddp_model = defaults.create_ddp_model
-
-
 def create_ddp_model(model: nn.Module, **kwargs) -> nn.Module:
     """Detectron2's, with the device that the model is on.
 
@@ -69,7 +66,9 @@ def create_ddp_model(model: nn.Module, **kwargs) -> nn.Module:
     """
     device = next(model.parameters()).device
     kwargs.setdefault("device_ids", [device.index] if device.type == "cuda" else None)
-    return _create_ddp_model(model, **kwargs)
+    return defaults.create_ddp_model(model, **kwargs)
 
 
-defaults.create_ddp_model = create_ddp_model  # DefaultTrainer's constructor calls it by this name
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, List, Sequence, Union
 
@@ -62,6 +63,14 @@ def find_config(name: str) -> str:
     return found
 
 
+def find_shipped(path: str) -> str:
+    """A path such as "configs/shapes/teacher.pth"; in another folder, the project's file of it."""
+    inside = path[len("configs/") :] if path.startswith("configs/") else None
+    if inside is None or os.path.exists(path):
+        return path
+    return next((str(f / inside) for f in FOLDERS if (f / inside).is_file()), path)
+
+
 def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
     """Reads a config and applies overrides.
 
@@ -90,7 +99,19 @@ def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfi
 
 
 class _YamlFile(CfgNode):
-    """Reads a YAML file and its `_BASE_` files, with the anchors' code replaced by its value."""
+    """Reads a YAML file and its `_BASE_` files, with the anchors' code replaced by its value.
+
+    `_BASE_` is a file beside this one, as in Detectron2, or the name of a config of this project.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        names = [filename, "/".join(filename.split("/")[-2:]), os.path.basename(filename)]
+        for name in names if not PathManager.isfile(filename) else ():
+            with suppress(ConfigError):
+                filename = find_config(name)
+                break
+        return super().load_yaml_with_base(filename, allow_unsafe)
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:

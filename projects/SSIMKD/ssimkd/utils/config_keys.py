@@ -1,8 +1,9 @@
-"""A run's settings by one name, whichever kind of config holds them: .yaml or .py."""
+"""One setting in both kinds of config: its key in a `.yaml` and in a `.py`."""
 
 from typing import Any, Dict, List
 
 from detectron2.config import CfgNode
+from detectron2.utils.registry import locate
 from omegaconf import ListConfig, OmegaConf
 
 KEYS = {  # name -> key in a CfgNode, and in a DictConfig
@@ -18,12 +19,12 @@ KEYS = {  # name -> key in a CfgNode, and in a DictConfig
 
 
 def key_of(cfg: Any, name: str) -> str:
-    """The key of a setting in a config, for :func:`value_of` and for errors."""
+    """The key of a setting of KEYS in a config of either kind."""
     return KEYS[name][not isinstance(cfg, CfgNode)]
 
 
 def setting(cfg: Any, name: str) -> Any:
-    """The value of a setting; None where the config has none."""
+    """The value of a setting of KEYS, or None where the config does not have it."""
     return value_of(cfg, key_of(cfg, name))
 
 
@@ -34,14 +35,19 @@ def names_of(cfg: Any, split: str) -> List[str]:
 
 
 def datasets_of(cfg: Any, *splits: str) -> Dict[str, List[str]]:
-    """Key -> the names of :func:`names_of`."""
+    """The key of each split -> the names of its data sets."""
     return {key_of(cfg, split): names_of(cfg, split) for split in splits}
 
 
 def value_of(cfg: Any, key: str, default: Any = None) -> Any:
-    """The value of a dotted key; the default where there is none."""
+    """The value of a dotted key, or the default where the config does not have it."""
     if not isinstance(cfg, CfgNode):
         return OmegaConf.select(cfg, key, default=default)
     for part in key.split("."):
         cfg = cfg.get(part, default) if isinstance(cfg, CfgNode) else default
     return cfg
+
+
+def target_of(node: Any) -> Any:
+    """What a lazy node calls. A config that was saved names it by a string."""
+    return locate(node._target_) if isinstance(node._target_, str) else node._target_

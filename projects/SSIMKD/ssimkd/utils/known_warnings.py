@@ -1,14 +1,20 @@
-"""Silences warnings of other packages that say nothing to a user; imported before they are."""
+"""Warnings of other packages that say nothing to a user of a command."""
 
 import logging
 import warnings
 
-# Detectron2 and fvcore compile functions when they are imported; newer torch advises against it.
-warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
-# Detectron2's own use of torch and numpy
-for known in ("Creating a tensor from a list of numpy", "torch.meshgrid: in an upcoming release"):
-    warnings.filterwarnings("ignore", known, UserWarning)
-# Detectron2's list of the environment asks for a compiler, on machines without a GPU as well.
-logging.getLogger("torch.utils.cpp_extension").addFilter(
-    lambda record: "No CUDA runtime" not in record.getMessage()
+KNOWN = (  # start of the text, category
+    (r"`torch\.jit\.", FutureWarning),  # Detectron2 and fvcore compile small functions
+    ("Creating a tensor from a list of numpy", UserWarning),
+    ("torch.meshgrid: in an upcoming release", UserWarning),
 )
+
+
+def silence_known_warnings() -> None:
+    """For this process; called by commands, never on import."""
+    for text, category in KNOWN:
+        warnings.filterwarnings("ignore", text, category)
+    # Detectron2's list of the environment asks for a compiler, on machines without a GPU as well.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )

@@ -1,38 +1,40 @@
-"""What an option may be; a ValueError names the one that is not."""
+"""Checks of options. Each raises a ConfigError that names the option."""
 
 import math
 from numbers import Integral, Real
 from typing import Any
 
+from ssimkd.errors import ConfigError
+
 
 def check_switches(**options: Any) -> None:
-    """Raises ValueError unless every option is True or False: "no" would be true."""
+    """Raises ConfigError unless every option is True or False; the text "no" would be true."""
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def check_integers(least: int = 0, /, **options: Any) -> None:
-    """Raises ValueError unless every option is an integer of at least so much."""
+    """Raises ConfigError unless every option is an integer >= `least`."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def check_coefficients(**options: Any) -> None:
-    """Raises ValueError unless every option is a finite number >= 0."""
+    """Raises ConfigError unless every option is a finite number >= 0."""
     for name, value in options.items():
         if not (is_finite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+            raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 def check_positive(**options: Any) -> None:
-    """Raises ValueError unless every option is a finite number > 0."""
+    """Raises ConfigError unless every option is a finite number > 0."""
     for name, value in options.items():
         if not (is_finite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+            raise ConfigError(f"{name} must be a finite number > 0, got {value!r}")
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number, and neither infinite nor NaN."""
+    """Whether a value is a number, and neither infinite nor NaN."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

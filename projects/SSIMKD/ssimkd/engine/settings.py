@@ -1,0 +1,79 @@
+"""What the driver itself reads of a config; everything else is read by what it configures."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Sequence
+
+from detectron2.config import CfgNode
+from omegaconf import ListConfig
+
+from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.utils.config_keys import value_of
+from ssimkd.utils.validate import check_integers
+
+CHECK_IMAGES = 8
+
+
+@dataclass
+class DriverSettings:
+    """Settings of the training loop; a `.yaml` config has them in MODEL.DISTILL, a `.py` in train.
+
+    Attributes:
+        inherit (dict[str, list[str]]): teacher's name ("" of a single one) -> modules of the
+            student that start from its weights, see `teacher/inherit.py`.
+        check_images (int): training images on which teacher and student are checked before the
+            first iteration, see `preflight.py`; 0: no check.
+        skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
+            stops, see `finite_steps.py`.
+        wandb_project (str): project in Weights & Biases; "": none.
+    """
+
+    inherit: Dict[str, List[str]]
+    check_images: int
+    skip_nonfinite_steps: int
+    wandb_project: str
+
+
+def read_settings(cfg: Any) -> DriverSettings:
+    """The driver's settings of a config.
+
+    Args:
+        cfg (CfgNode or DictConfig): of a run.
+
+    Raises:
+        ConfigError: one is of the wrong type.
+    """
+    yaml = isinstance(cfg, CfgNode)
+
+    def read(name: str, default: Any) -> Any:
+        return value_of(cfg, f"MODEL.DISTILL.{name.upper()}" if yaml else f"train.{name}", default)
+
+    numbers = {
+        "check_images": read("check_images", CHECK_IMAGES),
+        "skip_nonfinite_steps": read("skip_nonfinite_steps", 0),
+    }
+    prefix = "MODEL.DISTILL." if yaml else "train."
+    with as_config_error(prefix[:-1], ValueError):
+        check_integers(**numbers)
+    inherit = read("inherit", [])
+    if yaml and cfg.MODEL.DISTILL.TEACHERS:
+        inherit = {
+            str(entry.get("NAME", f"teacher{number}")): entry.get("INHERIT", [])
+            for number, entry in enumerate(cfg.MODEL.DISTILL.TEACHERS, start=1)
+            if isinstance(entry, Mapping)
+        }
+    by_teacher = inherit if isinstance(inherit, Mapping) else {"": inherit}
+    return DriverSettings(
+        inherit={str(name): modules_of(modules) for name, modules in by_teacher.items()},
+        wandb_project=str(read("wandb_project", "")),
+        **numbers,
+    )
+
+
+def modules_of(modules: Any) -> List[str]:
+    """A list of different names of modules; ConfigError of anything else."""
+    names = list(modules) if isinstance(modules, (Sequence, ListConfig)) else [None]
+    if isinstance(modules, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"INHERIT must be a list of names of modules, got {modules!r}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"INHERIT names a module twice: {names}")
+    return names

@@ -1,0 +1,95 @@
+"""How a detector turns images into what its backbone is given."""
+
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+from detectron2.config import CfgNode
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from ssimkd.errors import ConfigError
+
+
+class Preprocessing(NamedTuple):
+    """The settings of one detector; teacher and student share a batch where theirs are equal.
+
+    Attributes:
+        input_format (str): channel order, "BGR" or "RGB", or another format of Detectron2's images.
+        function (Any): the detector's own `preprocess_image`, as its class defines it.
+        mean, std (tuple[float]): one number per channel.
+        padding (tuple): what the sides of a batch are rounded up to.
+    """
+
+    input_format: str
+    function: Any = None
+    mean: Tuple[float, ...] = ()
+    std: Tuple[float, ...] = ()
+    padding: Tuple = ()
+
+
+def preprocessing_of(detector: Any, input_format: str) -> Preprocessing:
+    """The preprocessing of a detector whose images come in `input_format`.
+
+    Of a detector without `pixel_mean` and `pixel_std` only the format is known. So its
+    preprocessing never equals a teacher's.
+    """
+    if not (hasattr(detector, "pixel_mean") and hasattr(detector, "pixel_std")):
+        return Preprocessing(input_format)
+    backbone = detector.backbone  # it need not be a Backbone of Detectron2
+    padding = [
+        getattr(backbone, name, None) for name in ("size_divisibility", "padding_constraints")
+    ]
+    return Preprocessing(
+        input_format,
+        getattr(type(detector), "preprocess_image", None),
+        tuple(detector.pixel_mean.flatten().tolist()),
+        tuple(detector.pixel_std.flatten().tolist()),
+        tuple(padding),
+    )
+
+
+def training_image_format(cfg, model: nn.Module) -> str:
+    """The format of the images that a detector was trained on.
+
+    Args:
+        cfg (CfgNode or DictConfig): the detector's config.
+        model (nn.Module): the detector.
+
+    Raises:
+        ConfigError: its config does not say.
+    """
+    if isinstance(cfg, CfgNode):
+        found: Optional[str] = cfg.INPUT.FORMAT
+    else:
+        found = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+        found = found or getattr(model, "input_format", None)
+    if not found:
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.OPTS: the teacher's image format is {found!r}; set "
+            "INPUT.FORMAT (.yaml) or dataloader.train.mapper.image_format (.py)"
+        )
+    return found
+
+
+def convert_channel_order(images: List[Tensor], given: str, wanted: str) -> List[Tensor]:
+    """Images (C, H, W) in the format `given`, converted to the format `wanted`.
+
+    Raises:
+        ConfigError: the formats differ, and they are not "BGR" and "RGB".
+    """
+    if given == wanted:
+        return images
+    if {given, wanted} != {"BGR", "RGB"}:
+        raise ConfigError(
+            f"INPUT.FORMAT (.yaml) or model.input_format (.py) is {given!r} and the teacher's, by "
+            f"MODEL.DISTILL.TEACHER.OPTS, {wanted!r}: only BGR and RGB can be converted"
+        )
+    return [image.flip(0) for image in images]
+
+
+def image_format_of(detector: Any) -> str:
+    """The channel order of the images that a detector takes: "BGR" where the detector has none.
+
+    Most of Detectron2's detectors keep it as `input_format`; the other students as `image_format`.
+    """
+    found: Any = getattr(detector, "input_format", None)
+    return found or getattr(detector, "image_format", "BGR")

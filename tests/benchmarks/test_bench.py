@@ -1,0 +1,178 @@
+"""What `make bench` computes from its measurements."""
+
+import json
+
+import bench
+import bench_growth
+import bench_loss
+import bench_step
+import bench_teacher
+import pytest
+import torch
+from bench_loss import deviation, loss_table, make_maps, own
+from memory import peak_of, resident
+from ssimkd import ConfigError
+from ssimkd.utils.measure import interleave
+
+SHAPES = "configs/shapes/ssimkd.yaml"
+SMALL = ["--loss", "--size", "64", "64", "--levels", "p4", "--channels", "2"]
+
+
+def test_implementations_take_turns_and_the_first_call_does_not_count():
+    calls, now = [], 0.0
+    costs = {"a": iter([100.0, 1.0, 5.0, 2.0]), "b": iter([100.0, 7.0, 8.0, 30.0])}
+
+    def call(name):
+        def step():
+            nonlocal now
+            calls.append(name)
+            now += next(costs[name])
+
+        return step
+
+    medians = interleave({n: call(n) for n in costs}, 3, lambda: now)
+    assert calls == ["a", "b"] * 4
+    assert medians == {"a": 2.0, "b": 8.0}
+
+
+def test_the_table_divides_by_the_baseline():
+    def result(seconds, sets):
+        times = {"p5": seconds, "p6": seconds / 2, "sum": 1.5 * seconds}
+        return {"seconds": times, "forward": seconds / 4, "deviation": 2e-7, "sets": sets}
+
+    results = {"ssimkd": result(0.1, 1.25), "pytorch-msssim": result(0.4, None)}
+    head, _, own, baseline = loss_table(results).splitlines()
+    assert head.startswith(
+        "|  | speed at p5 | speed at p6 | speed in sum | speed of the forward alone |"
+    )
+    assert own == "| ssimkd | 4.00 | 4.00 | 4.00 | 4.00 | 150 | 1.2 | 2e-07 |"
+    assert baseline == "| pytorch-msssim | 1.00 | 1.00 | 1.00 | 1.00 | 600 | - | 2e-07 |"
+
+
+def test_maps_are_those_of_an_fpn_in_0_to_1():
+    student, teacher = make_maps((800, 1333), 1, 1, ["p2", "p6"], "cpu")
+    # 1333 is padded to 1344 = 4 * 336 = 64 * 21; 800 = 64 * 12.5
+    assert student["p2"].shape == (1, 1, 200, 336) and teacher["p6"].shape == (1, 1, 13, 21)
+    for maps in (*student.values(), *teacher.values()):
+        assert (maps.min(), maps.max()) == (0, 1)
+
+
+@pytest.mark.parametrize("normalize", ["none", "minmax"])
+def test_own_loss_deviates_by_a_millionth_at_most(normalize):
+    student, teacher = make_maps((320, 416), 1, 4, ["p3"], "cpu")
+    assert 0 < deviation(own("auto", normalize), student["p3"], teacher["p3"]) < 1e-6
+
+
+def test_memory_is_that_of_what_a_loss_keeps():
+    before = resident("VmRSS")
+    held = torch.ones(64, 1024, 1024)  # 256 MiB
+    assert abs(resident("VmRSS") - before - 4 * held.numel()) < 2**25
+    # given back before the call ends, and still seen
+    peak = peak_of(lambda: torch.ones(128, 1024, 1024).sum(), "cpu")
+    assert abs(peak - 8 * held.numel()) < 2**25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--device", "cpu"], "choose a part: --loss, --step, --growth"),
+        (["--loss", "--repeats", "0"], "argument --repeats: 0 is not at least 1"),
+        (["--loss", "--config", "configs/ssimkd_R50.py"], "configs/ssimkd_R50.py is no .yaml"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, named, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(arguments)
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--loss", "--implementations", "fused-ssim"], "--implementations: none of them is here"),
+        (["--loss", "--out", "/dev/null/x"], ".*/dev/null/x"),
+        (["--step", "--config", "no.yaml"], "--config-file: no.yaml"),
+    ],
+)
+def test_what_cannot_be_measured_ends_in_one_line(arguments, named, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: {named}"):
+        bench.main([*SMALL[1:], "--out", str(tmp_path), *arguments])
+
+
+def test_an_implementation_that_cannot_take_a_level_is_named(monkeypatch):
+    def fail(student, teacher):
+        raise RuntimeError("Padding size should be less\nand more")
+
+    monkeypatch.setitem(bench_loss.LOSSES, "kornia", lambda: fail)
+    args = bench.parse([*SMALL, "--implementations", "kornia"])
+    expected = "--size, --levels: kornia on p4, 4 x 4 cells: RuntimeError: Padding size"
+    with pytest.raises(ConfigError, match=expected):
+        bench_loss.bench_loss(args)
+
+
+def test_a_step_leaves_the_weights_so_that_every_repeat_does_the_same():
+    one = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim", "mgd"], "cpu")
+    assert one.distillers["ssim"].teacher is one.distillers["mgd"].teacher
+    before = [p.detach().clone() for p in one.model.parameters()]
+    one.step()
+    plain = one.model.backbone.fpn_output2.weight.grad.clone()
+    one.step("ssim")
+    assert not torch.equal(one.model.backbone.fpn_output2.weight.grad, plain)
+    after = list(one.model.parameters())[: len(before)]
+    assert all(map(torch.equal, before, after))
+
+
+def test_the_loss_alone_is_given_the_maps_of_the_step():
+    one = bench_step.Bench(SHAPES, (64, 96), 1, ["ssim"], "cpu")
+    student, teacher = one.pair("ssim")
+    assert student["p3"].shape == teacher["p3"].shape == (1, 64, 8, 12)
+    one.compare("ssim", student, teacher)
+    assert all(m.grad.abs().max() > 0 for m in student.values())
+    torch.testing.assert_close(one.teach()["p3"], teacher["p3"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_steps_share_and_ratio(monkeypatch):
+    def seconds(calls, repeats, clock):
+        times = {bench_step.STUDENT: 3.0, bench_step.TEACHER: 1.0}
+        return {name: times.get(name, 4.2 if "," in name else 0.21) for name in calls}
+
+    monkeypatch.setattr(bench_step, "interleave", seconds)
+    arguments = ["--step", "--config", SHAPES, "--size", "64", "64", "--losses", "ssim"]
+    results = bench_step.bench_step(bench.parse(arguments))
+    found = results["distilled, ssim"]
+    assert found["ratio"] == pytest.approx(1.05) and found["share_of_loss"] == pytest.approx(0.05)
+    row = bench_step.step_table(results).splitlines()[-1]
+    assert row.startswith("| distilled, ssim | 4.2 | 5.0 | 1.050 | ")
+
+
+def test_growth_is_written_as_a_table_and_measures_a_point_once(monkeypatch, tmp_path):
+    measured = []
+
+    def seconds(args, point):
+        measured.append(point)
+        cost = point["size"][0] * point["size"][1] * point["images"] * point["processes"] / 4096
+        return {"loss": cost / 1000, "student alone": cost, "distilled step": 2 * cost}
+
+    monkeypatch.setattr(bench_growth, "measure_point", seconds)
+    bench.main(["--growth", "--growth-size", "64", "64", "--out", str(tmp_path)])
+    assert len(measured) == 6
+    results = json.loads((tmp_path / "growth.json").read_text())["results"]
+    assert [x["seconds"]["loss"] for x in results["image area"]] == [0.001, 0.002, 0.004]
+    text = (tmp_path / "growth.md").read_text()
+    assert "| 64 x 128 pixels | 2 (2.00) | 2000 (2.00) | 4000 (2.00) |" in text
+    assert "| 2 processes | 2 (2.00) |" in text
+
+
+def test_two_processes_take_a_step_together():
+    arguments = ["--growth", "--config", SHAPES, "--growth-size", "64", "64"]
+    args = bench.parse([*arguments, "--growth-repeats", "1"])
+    seconds = bench_growth.measure_point(args, dict(size=(64, 64), images=1, processes=2))
+    assert set(seconds) == {"loss", "student alone", "distilled step"}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_a_teacher_in_float32_has_the_detectors_own_maps(capsys):
+    bench_teacher.main(["--repeats", "1", "--images", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    maps = {row[0].strip("| "): [float(cell.strip("| ")) for cell in row[2:]] for row in rows[2:5]}
+    assert max(maps["float32"]) < 1e-5 < min(maps["bfloat16"]) < max(maps["bfloat16"]) < 1e-2

@@ -1,0 +1,91 @@
+"""student.pth and student.yaml are the plain detector's, whichever the config."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from ssimkd import ConfigError
+from ssimkd.checkpoint.export import export_student, parent_of, warn_unless_exportable
+from ssimkd.utils.config_files import load_config
+
+
+def assert_equal(model, expected):
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_stock_detectron2_reads_the_student_of_a_yaml_config(student, tmp_path):
+    model = student("MODEL.DISTILL.ADAPTER", "conv1x1")
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("distiller.")}
+    assert len(weights) < len(model.state_dict())
+    distilled = load_config("configs/shapes/ssimkd.yaml")
+    export_student(distilled, model.state_dict(), str(tmp_path))
+    cfg = get_cfg()  # without this project's keys
+    cfg.merge_from_file(str(tmp_path / "student.yaml"))
+    found = build_model(cfg)
+    assert type(found).__name__ == "GeneralizedRCNN"
+    DetectionCheckpointer(found).load(cfg.MODEL.WEIGHTS)
+    assert_equal(found, weights)
+
+
+@pytest.fixture
+def lazy():
+    cfg = load_config("vanilla_R50.py")
+    cfg.model.backbone.norm = partial(torch.nn.GroupNorm, 32)
+    return cfg
+
+
+def test_stock_detectron2_reads_the_student_of_a_lazy_config(lazy, tmp_path, caplog):
+    weights = instantiate(lazy.model).state_dict()
+    export_student(lazy, weights, str(tmp_path))
+    cfg = LazyConfig.load(str(tmp_path / "student.yaml"))
+    assert cfg.model._target_ == "detectron2.modeling.GeneralizedRCNN"
+    found = instantiate(cfg.model)
+    DetectionCheckpointer(found).load(cfg.train.init_checkpoint)
+    assert_equal(found, weights)
+
+
+class Locked:
+    """A norm that YAML cannot express."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, channels):
+        return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("norm", [lambda channels: torch.nn.Identity(), Locked()])
+def test_a_model_that_yaml_cannot_express_has_no_student_yaml(norm, lazy, tmp_path, caplog):
+    warn_unless_exportable(lazy)
+    assert not caplog.records
+    lazy.model.backbone.norm = norm
+    (tmp_path / "student.yaml").write_text("of an earlier run")
+    warn_unless_exportable(lazy)
+    export_student(lazy, instantiate(lazy.model).state_dict(), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["student.pth"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and all("YAML cannot express" in message for message in messages)
+    assert "student.pth will be written, student.yaml will not: " in messages[0]
+
+
+def test_weights_of_another_model_are_an_error_and_leave_what_is_there(student, tmp_path):
+    (tmp_path / "student.pth").write_text("of an earlier run")
+    state = student().state_dict()
+    state.pop("backbone.fpn_lateral2.weight")
+    with pytest.raises(ConfigError, match="1 tensors are missing.* backbone.fpn_lateral2.weight"):
+        export_student(load_config("configs/shapes/ssimkd.yaml"), state, str(tmp_path))
+    assert (tmp_path / "student.pth").read_text() == "of an earlier run"
+
+
+def build_somehow():
+    """In place of a class."""
+
+
+def test_a_function_that_builds_a_plain_detector_is_its_own_parent():
+    assert parent_of(build_somehow) is build_somehow

@@ -1,0 +1,101 @@
+"""The look at a pair before a long run: its table and its exit status."""
+
+import pytest
+from conftest import zoo_cfg
+from ssimkd.commands import check
+
+YAML, LAZY = "configs/shapes/ssimkd.yaml", "tests/engine/lazy_shapes.py"
+
+
+@pytest.fixture
+def run_check(few_names, capsys):
+    """Runs the command on few images; returns its error, or its status and its table's rows."""
+    train, val = few_names
+
+    def run(config, *opts, flags=("--iterations", "5")):
+        if config == YAML:
+            opts = ("DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{val}',)", *opts)
+        else:
+            names = zip(("train", "test"), few_names)
+            opts = (*(f"dataloader.{s}.dataset.names={n}" for s, n in names), *opts)
+        with pytest.raises(SystemExit) as stopped:
+            check.main(["--config-file", config, *flags, *opts])
+        if isinstance(stopped.value.code, str):
+            return stopped.value.code
+        lines = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+        parts = (line.split("  ", 1) for line in lines if line)
+        return stopped.value.code, [(name.strip(), text.strip()) for name, text in parts]
+
+    return run
+
+
+def shares(rows):
+    return {name: float(text.split()[1]) for name, text in rows if "total loss" in text}
+
+
+def test_a_good_pair(run_check):
+    opts = ("SOLVER.IMS_PER_BATCH", "4", "MODEL.DISTILL.WARMUP_ITERS", "1000")
+    status, rows = run_check(YAML, *opts, "MODEL.DISTILL.ADAPTER", "conv1x1")
+    table = dict(rows)
+    assert status == 0
+    assert table["student sees"] == table["teacher sees"]
+    assert table["student sees"].startswith("BGR, mean 103.5, 116.3, 123.7, std 1, 1, 1, sides")
+    assert table["level p3"] == "64 channels -> p3, 64 by conv1x1; stride 8"
+    found = [text for name, text in rows if name == "check"]
+    assert found[0].startswith("Teacher and student agree cell by cell: p2 (64, ")
+    assert found[1].startswith("The teacher finds ") and found[1].endswith("8 training images")
+    assert shares(rows)["ssim_kd_loss"] > 50  # not of the first iterations of a ramp
+    assert abs(sum(shares(rows).values()) - 100) <= 3  # rounded
+    assert " for 1000 iterations" in table["time"] and table["memory"].split()[1] == "GiB"
+
+
+def test_a_lazy_pair(run_check):
+    opts, flags = ("+model.distiller.warmup_iters=1000",), ("--iterations", "6")
+    status, rows = run_check(LAZY, *opts, flags=flags)
+    assert status == 0
+    assert ("level p5", "64 channels -> p5, 64; stride 32") in rows
+    assert shares(rows)["ssim_kd_loss"] > 50
+    assert " for 4 iterations" in dict(rows)["time"]
+
+
+def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):
+    opts = ("SOLVER.IMS_PER_BATCH", "2", "MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file)
+    status, rows = run_check(YAML, *opts)
+    assert status == 1
+    (warning,) = [text for name, text in rows if name == "WARNING"]
+    assert warning.startswith("The teacher finds ")
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.DISTILL.TEACHER.WEIGHTS", "no.pth"], "MODEL.DISTILL.TEACHER.WEIGHTS"),
+        (["MODEL.DISTILL.LOSSES", "()"], "MODEL.DISTILL: nothing is distilled"),
+        (["SOLVER.IMS_PER_BATCH", "7"], "--num-gpus: 7 images cannot be shared by 2 GPUs"),
+    ],
+)
+def test_a_pair_that_cannot_run_is_an_error_in_one_line(run_check, opts, message):
+    said = run_check(YAML, *opts, flags=("--iterations", "5", "--num-gpus", "2"))
+    assert said.startswith(f"error: {message}") and "\n" not in said
+
+
+def test_no_gpus_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--config-file", YAML, "--num-gpus", "0"])
+    assert "argument --num-gpus: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_what_the_whole_run_costs():
+    metrics = {"time": 0.5, "data_time": 0.01, "total_loss": 4.0, "loss_cls": 1.0, "lr": 0.0}
+    rows = dict(check.cost_rows({**metrics, "ssim_kd_loss": 3.0}, max_iter=90000))
+    assert rows["ssim_kd_loss"] == "3, 75.0 % of the total loss"
+    assert "ssimkd weight" in rows["shares"]
+    assert rows["time"].endswith("0.01 s of it waiting for data: 12:30:00 for 90000 iterations")
+
+
+def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
+    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10)
+    short = check.short(cfg, "folder", iterations=20, num_gpus=8)
+    assert short.SOLVER.IMS_PER_BATCH == 2 and short.SOLVER.BASE_LR == 0.0
+    assert short.DATASETS.TEST == () and short.VIS_PERIOD == 0 and short.OUTPUT_DIR == "folder"
+    assert cfg.SOLVER.IMS_PER_BATCH == 16  # the given one stays

@@ -1,0 +1,174 @@
+"""A user's own data: registered from the config, its classes counted and checked."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, zoo_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from omegaconf import OmegaConf
+from ssimkd import ConfigError
+from ssimkd.data.datasets import check_classes, count_classes, register_coco, use_own_data
+from ssimkd.engine.arguments import load_config
+
+KEY = "DATASETS.COCO"
+CLASSES = ["crack", "hole"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An entry of DATASETS.COCO with two classes, whose ids are neither sorted nor contiguous."""
+    categories = [{"id": 7, "name": "hole"}, {"id": 3, "name": "crack"}]
+    images = [{"id": 1, "file_name": "a.jpg", "height": 96, "width": 96}]
+    boxes = [
+        {
+            "id": i,
+            "image_id": 1,
+            "category_id": c,
+            "bbox": [1, 2, 30, 40],
+            "area": 1200,
+            "iscrowd": 0,
+        }
+        for i, c in ((1, 3), (2, 7))
+    ]
+    (tmp_path / "a.jpg").write_bytes(b"")
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    yield {"NAME": "own_train", "JSON": str(path), "IMAGES": str(tmp_path)}
+    if "own_train" in DatasetCatalog:
+        DatasetCatalog.remove("own_train")
+        MetadataCatalog.remove("own_train")
+
+
+def test_the_json_names_the_classes(own):
+    register_coco([own], ["own_train"])
+    register_coco([own], ["own_train"])  # as it stands
+    assert MetadataCatalog.get("own_train").thing_classes == CLASSES
+    (record,) = DatasetCatalog.get("own_train")
+    assert [a["category_id"] for a in record["annotations"]] == [0, 1]
+    assert record["file_name"] == f"{own['IMAGES']}/a.jpg"
+
+
+@pytest.mark.parametrize("from_data", [False, True])
+def test_a_yaml_config_registers_and_counts(own, from_data):
+    opts = [KEY, str([own]), "DATASETS.TRAIN", "('own_train',)"]
+    cfg = load_config(
+        "configs/shapes/vanilla.yaml", [*opts, "DATASETS.NUM_CLASSES_FROM_DATA", str(from_data)]
+    )
+    assert (2 if from_data else 4) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert (2 if from_data else 80) == cfg.MODEL.RETINANET.NUM_CLASSES
+    model = build_model(cfg)
+    if from_data:
+        check_classes(model, {"DATASETS.TRAIN": cfg.DATASETS.TRAIN})
+    else:
+        message = "TRAIN: own_train has 2 thing classes and the head has 4: set MODEL.ROI"
+        with pytest.raises(ConfigError, match=message):
+            check_classes(model, {"DATASETS.TRAIN": cfg.DATASETS.TRAIN})
+    assert "own_train" in cfg.dump()  # the run's config can be written
+
+
+@pytest.mark.parametrize("name", ["ssimkd_R50", "retinanet"])
+def test_a_lazy_config_registers_and_counts(own, name, tmp_path):
+    path = f"{ROOT}/configs/ssimkd_R50.py"
+    if name == "retinanet":
+        path = tmp_path / "retinanet.py"
+        path.write_text(
+            "from ssimkd.utils.compat import model_zoo\n"
+            "cfg = model_zoo.get_config('COCO-Detection/retinanet_R_50_FPN_1x.py')\n"
+            "model, dataloader, train = cfg.model, cfg.dataloader, cfg.train\n"
+        )
+    entry = ",".join(f"{key.lower()}:'{value}'" for key, value in own.items())
+    overrides = [
+        f"+datasets.coco=[{{{entry}}}]",
+        "+datasets.num_classes_from_data=True",
+        "dataloader.train.dataset.names=own_train",
+    ]
+    model = load_config(str(path), overrides).model
+    assert (model if name == "retinanet" else model.roi_heads).num_classes == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"JSON": "no.json"}, f"{KEY}: own_train: no.json cannot be read: FileNotFoundError"),
+        ({"IMAGES": "nowhere"}, f"{KEY}: own_train: there is no folder nowhere"),
+        ({"CLASSES": ["a"]}, f"{KEY}: an entry is a mapping of IMAGES, JSON, NAME"),
+        ({"JSON": "setup.yaml"}, "setup.yaml cannot be read: JSONDecodeError"),
+        ({"JSON": "list.json"}, "list.json has no list 'images'"),
+        ({"NAME": "ssimkd_shapes_train"}, "another data set is called ssimkd_shapes_train"),
+    ],
+)
+def test_wrong_entries_are_named(own, change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.yaml").write_text("a: b")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=message) as error:
+        register_coco([{**own, **change}], [change.get("NAME", "own_train")])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_data_that_a_run_does_not_use_is_not_read(own):
+    missing = {"NAME": "own_missing", "JSON": "no.json", "IMAGES": "nowhere"}
+    opts = [KEY, str([own, missing]), "DATASETS.TRAIN", "('own_missing',)"]
+    opts += ["DATASETS.TEST", "('own_train',)", "DATASETS.NUM_CLASSES_FROM_DATA", "True"]
+    with pytest.raises(ConfigError, match="own_missing: there is no folder nowhere"):
+        load_config("configs/shapes/vanilla.yaml", opts)
+    cfg = load_config("configs/shapes/vanilla.yaml", opts, splits=("TEST",))  # --eval-only
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+
+
+def test_the_same_ids_must_have_the_same_names(own):
+    register_coco([own], ["own_train"])
+    MetadataCatalog.get("own_other").thing_classes = CLASSES[::-1]
+    data = {"DATASETS.TRAIN": ["own_train"], "DATASETS.TEST": ["own_other"]}
+    model = SimpleNamespace(num_classes=2)
+    message = "TEST: own_other has the class 'hole' where own_train has 'crack'"
+    with pytest.raises(ConfigError, match=message):
+        check_classes(model, data)
+    MetadataCatalog.remove("own_other")
+
+
+def test_stuff_classes_are_checked_as_well():
+    name = "ssimkd_shapes_panoptic_train"
+    cfg = zoo_cfg("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    message = f"{name} has 2 stuff classes and the head has 54: set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+    with pytest.raises(ConfigError, match=message):
+        check_classes(build_model(cfg), {"DATASETS.TRAIN": [name]})
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
+    check_classes(build_model(cfg), {"DATASETS.TRAIN": [name]})
+
+
+def test_a_lazy_config_without_roi_heads_has_its_classes_counted():
+    cfg = OmegaConf.create(
+        {
+            "datasets": {"num_classes_from_data": True, "coco": []},
+            "dataloader": {"train": {"dataset": {"names": "ssimkd_shapes_train"}}},
+            "model": {"num_classes": 80},
+        }
+    )
+    use_own_data(cfg, ("TRAIN",))
+    assert cfg.model.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"cocoo": []}, "datasets: there are the keys coco, num_classes_from_data"),
+        ({"coco": ["a"]}, "an entry is a mapping of IMAGES, JSON, NAME, got 'a'"),
+    ],
+)
+def test_wrong_keys_of_a_lazy_config_are_named(node, message):
+    with pytest.raises(ConfigError, match=message):
+        use_own_data(OmegaConf.create({"datasets": node}), ("TRAIN",))
+
+
+def test_classes_that_cannot_be_counted():
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no data set here names"):
+        count_classes([], "DATASETS.TRAIN")
+
+
+def test_a_misspelt_name_is_named_before_classes_are_counted():
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no data set 'crack' is registered"):
+        count_classes(["crack"], "DATASETS.TRAIN")

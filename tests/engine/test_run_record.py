@@ -1,0 +1,23 @@
+"""run.json: what a run leaves about itself."""
+
+import pytest
+from ssimkd import ConfigError
+from ssimkd.engine.run_record import read_record, record_run
+
+
+@pytest.mark.parametrize("content", ["", '[{"comm', "3"])
+def test_an_unreadable_record_is_set_aside(tmp_path, caplog, content):
+    (tmp_path / "run.json").write_text(content)
+    with record_run(str(tmp_path)):
+        assert len(read_record(str(tmp_path))) == 1
+    assert (tmp_path / "run.json.unreadable").read_text() == content
+    assert "run.json cannot be read and is left out" in caplog.text
+
+
+def test_a_record_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "run.json.tmp").mkdir()
+    with (
+        pytest.raises(ConfigError, match="OUTPUT_DIR .* cannot write run.json"),
+        record_run(str(tmp_path)),
+    ):
+        pass

@@ -1,0 +1,126 @@
+"""Maps of similarity agree with the loss and with what was done to the features."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import image_batch
+from detectron2.utils.events import EventStorage
+from ssimkd.evaluation.similarity import (
+    DISTANCES,
+    NAMES,
+    SIMILARITIES,
+    TILE,
+    cell_maps,
+    in_colour,
+    normalized_pairs,
+    render,
+    scales,
+    similarity_maps,
+)
+
+SIZE = (100, 125)  # not whole cells of any level but p2's rows
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
+
+
+def losses_of(model, batch):
+    """The level values that an evaluated model's distiller logs."""
+    images = model.preprocess_image(batch)
+    with torch.no_grad(), EventStorage() as storage:
+        maps = model.backbone(images.tensor)
+        model.distiller(batch, maps, images.tensor, model.preprocessing)
+        return {name: value for name, (value, _) in storage.latest().items()}
+
+
+@pytest.mark.parametrize("opts", [(), ("MODEL.DISTILL.SSIM.NORMALIZE", "standardize")])
+def test_their_mean_over_the_cells_is_the_loss(student, opts):
+    model, batch = student(*opts).eval(), image_batch(SIZE)
+    expected = losses_of(model, batch)
+    pairs = dict(normalized_pairs(model, batch[0]))
+    assert list(pairs) == list(STRIDES)
+    for level, pair in pairs.items():
+        assert pair.student.shape[-2:] == tuple(-(-n // STRIDES[level]) for n in SIZE)
+        similarity = cell_maps(pair)["SSIM"].mean()
+        assert float((1 - similarity) / 2) == pytest.approx(expected[f"ssim_kd/{level}"], abs=1e-5)
+
+
+@pytest.mark.parametrize("border", ["reflect", "valid"])
+def test_luminance_contrast_and_structure_multiply_to_ssim(student, border):
+    model = student("MODEL.DISTILL.SSIM.BORDER", border)
+    pair = dict(normalized_pairs(model, image_batch(SIZE)[0]))["p2"]
+    maps = cell_maps(pair)
+    product = torch.stack([maps[name] for name in SIMILARITIES]).prod(dim=0)
+    edge = 5 if border == "valid" else 0  # half a window of 11
+    inner = slice(edge, 25 - edge), slice(edge, 32 - edge)
+    assert torch.allclose(
+        product[:, inner[0], inner[1]], maps["SSIM"][:, inner[0], inner[1]], atol=1e-4
+    )
+    assert int(maps["SSIM"].isnan().sum()) == 64 * (25 * 32 - (25 - 2 * edge) * (32 - 2 * edge))
+    assert torch.equal(maps["(S-T)^2"], (pair.student - pair.teacher)[0] ** 2)
+    assert torch.equal(maps["|S-T|"] ** 2, maps["(S-T)^2"])
+
+
+def test_a_changed_cell_shows_at_its_pixels(student):
+    model, x = student(), image_batch(SIZE)[0]
+    pair = dict(normalized_pairs(model, x))["p3"]
+    before = similarity_maps(model, x)
+    taught = model.distiller.teacher.model.backbone
+
+    def change(module, inputs, output):
+        output["p3"][0, 0, 4, 6] += 0.5 * (output["p3"][0, 0].max() - output["p3"][0, 0, 4, 6])
+
+    handle = taught.register_forward_hook(change)
+    after = similarity_maps(model, x)
+    handle.remove()
+    moved = np.argwhere(before["p3"]["|S-T|"] != after["p3"]["|S-T|"])
+    assert pair.stride == 8
+    assert (moved.min(0) == [32, 48]).all() and (moved.max(0) == [39, 55]).all()
+    similar = np.argwhere(np.abs(before["p3"]["SSIM"] - after["p3"]["SSIM"]) > 1e-6)
+    assert (similar.min(0) >= [0, 8]).all() and (similar.max(0) <= [79, 95]).all()  # +- 5 cells
+    assert all(np.array_equal(before["p2"][name], after["p2"][name]) for name in NAMES)
+
+
+def test_nothing_of_the_model_changes(student):
+    model, x = student(), image_batch(SIZE)[0]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    maps = similarity_maps(model, x)
+    assert model.training and all(
+        torch.equal(value, weights[name]) for name, value in model.state_dict().items()
+    )
+    assert {m.shape for by_name in maps.values() for m in by_name.values()} == {SIZE}
+    assert [list(by_name) for by_name in maps.values()] == [list(NAMES)] * len(maps)
+
+
+def test_several_teachers_are_told_apart(teacher_file, student):
+    teacher = {"CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": teacher_file}
+    entries = [{"NAME": "one", **teacher}, {"LOSSES": ("l2",), "IN_FEATURES": ["p4"], **teacher}]
+    model = student("MODEL.DISTILL.TEACHERS", entries, "MODEL.DISTILL.TEACHER.CONFIG", "")
+    assert list(similarity_maps(model, image_batch(SIZE)[0])) == [
+        "one/p2", "one/p3", "one/p4", "one/p5", "teacher2/p4",
+    ]  # fmt: skip
+
+
+def test_a_detector_without_teacher_has_no_maps(student):
+    assert similarity_maps(student("MODEL.DISTILL.LOSSES", ()), image_batch(SIZE)[0]) == {}
+
+
+def test_colours_go_from_alike_to_different():
+    values = np.array([[0.0, 0.5, 1.0], [np.nan, 2.0, -1.0]])
+    shown = in_colour(values, (1.0, 0.0)).astype(int).sum(axis=-1)
+    assert shown[0, 0] > shown[0, 1] > shown[0, 2] and shown[1, 0] == 3 * 128
+    assert shown[1, 1] == shown[0, 2] and shown[1, 2] == shown[0, 0]
+    assert (in_colour(values, (0.0, 1.0))[0] == in_colour(1 - values, (1.0, 0.0))[0]).all()
+
+
+def test_a_picture_holds_every_map_at_its_place(student):
+    image = np.random.default_rng(0).integers(0, 256, (96, 188, 3), np.uint8)
+    x = {"image": torch.from_numpy(image).permute(2, 0, 1).flip(0)}
+    maps = similarity_maps(student(), x)
+    picture, scale = render(maps, image), scales(maps)
+    assert picture.dtype == np.uint8 and picture.shape[1] == TILE * (len(NAMES) + 1)
+    height = (picture.shape[0] - 32) // len(maps)  # below them the bars, 18 + 10 + 4 pixels
+    assert (picture[height : len(maps) * height, :TILE] == 255).all()  # the image is there once
+    for row, level in enumerate(maps):
+        for column, name in enumerate(NAMES, start=1):
+            place = picture[row * height : (row + 1) * height][:, column * TILE :][:, :TILE]
+            assert (place[18:-4, 2:-2] == in_colour(maps[level][name], scale[name])).all()
+    assert all(scale[name][1] == max(m[name].max() for m in maps.values()) for name in DISTANCES)

@@ -1,0 +1,97 @@
+"""Batches of maps and losses for them, shared by the tests of this folder."""
+
+import math
+
+import torch
+from detectron2.structures import Boxes, Instances
+from ssimkd.losses import KD_LOSS_REGISTRY, Context
+
+STRIDES = {"p3": 8, "p5": 32}
+SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96
+COUNTS = [2, 1, 0, 3]  # instances of each image
+CHANNELS, CLASSES = 16, 5
+
+
+def targets(sizes, counts, seed=5):
+    """Ground truth: so many random boxes in each image."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for count, size in zip(counts, sizes):
+        instances = Instances(size)
+        ends = torch.rand(count, 2, 2, generator=generator).sort(1).values  # low, high
+        boxes = ends * torch.tensor([size[1], size[0]])
+        instances.gt_boxes = Boxes(boxes.flatten(1))
+        instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
+        result.append(instances)
+    return result
+
+
+def boxes_as_targets(sizes, boxes):
+    """Ground truth with a given list of boxes, in pixels, for each image."""
+    result = []
+    for size, image in zip(sizes, boxes):
+        result.append(Instances(size))
+        result[-1].gt_boxes = Boxes(torch.tensor(image, dtype=torch.float32).reshape(-1, 4))
+    return result
+
+
+def random_maps(seed, sizes=SIZES, strides=STRIDES, channels=CHANNELS):
+    """Level -> (N, C, H, W) in double precision; every image has another scale."""
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1.0, len(sizes) + 1).view(-1, 1, 1, 1)
+    maps = {}
+    for level, s in strides.items():
+        shape = (len(sizes), channels, math.ceil(height / s), math.ceil(width / s))
+        maps[level] = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return maps
+
+
+def batch(sizes=SIZES, counts=COUNTS, strides=STRIDES, channels=CHANNELS):
+    """Student's maps, with gradient, teacher's maps and context of images in one batch."""
+    student, teacher = (random_maps(seed, sizes, strides, channels) for seed in (0, 1))
+    student = {level: x.requires_grad_() for level, x in student.items()}
+    context = Context(list(sizes), strides, targets(sizes, counts), iteration=10**6)
+    return student, teacher, context
+
+
+def alone(student, teacher, context, image):
+    """One image of a batch, cut out."""
+    cut = []
+    for maps in (student, teacher):
+        cut.append({})
+        for level, x in maps.items():
+            h, w = context.cells(level, x)[image]
+            cut[-1][level] = x[image : image + 1, :, :h, :w]
+    objects = context.targets and [context.targets[image]]
+    sizes = [context.image_sizes[image]]
+    return *cut, Context(sizes, context.strides, objects, iteration=context.iteration)
+
+
+def make_loss(
+    name, channels=CHANNELS, levels=STRIDES, trained=True, num_classes=CLASSES, **options
+):
+    """A loss in double precision; `trained` moves its parameters away from where they start."""
+    loss = KD_LOSS_REGISTRY.get(name)(**options)
+    torch.manual_seed(0)
+    loss.attach(dict.fromkeys(levels, channels), CLASSES)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            if trained:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return loss.double()
+
+
+def run(loss, student, teacher, context, seed=7):
+    """The parts of a loss; what it draws at random depends on the seed alone."""
+    torch.manual_seed(seed)
+    return loss(student, teacher, context)
+
+
+def mean_over_images(loss, student, teacher, context):
+    """Each part of the loss, averaged over the images of a batch on their own."""
+    parts = []
+    torch.manual_seed(7)  # the images draw one after another
+    for image in range(len(context.image_sizes)):
+        parts.append(loss(*alone(student, teacher, context, image)))
+    return {name: torch.stack([x[name] for x in parts]).mean() for name in parts[0]}

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from ssimkd.losses import Context
+
+
+def test_cells_are_rounded_up_and_end_with_the_map():
+    context = Context([(64, 96), (33, 17), (1, 200)], {"p3": 8, "p6": 64})
+    # 33 / 8 = 4.1 -> 5, 17 / 8 = 2.1 -> 3, 1 / 8 -> 1; 200 / 8 = 25, but the map has 12 columns
+    assert context.cells("p3", torch.zeros(3, 2, 8, 12)) == [(8, 12), (5, 3), (1, 12)]
+    # stride 64: an image smaller than one cell has one; 96 / 64 -> 2
+    assert context.cells("p6", torch.zeros(3, 2, 1, 2)) == [(1, 2), (1, 1), (1, 2)]
+    context.mask_padding = False
+    assert context.cells("p3", torch.zeros(3, 2, 8, 12)) == [(8, 12)] * 3
+
+
+def test_inside_marks_the_cells_of_each_image():
+    context = Context([(17, 40), (24, 9)], {"p3": 8})
+    expected = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
+    expected[0, 0, :3, :5] = True  # 17 / 8 -> 3, 40 / 8 = 5
+    expected[1, 0, :3, :2] = True  # 24 / 8 = 3, 9 / 8 -> 2
+    assert torch.equal(context.inside("p3", torch.zeros(2, 7, 4, 5)), expected)
+    context.mask_padding = False
+    assert context.inside("p3", torch.zeros(2, 7, 4, 5)) is None
+
+
+@pytest.mark.parametrize(
+    ("image_sizes", "stride", "map_size"),
+    [
+        ([(31, 33), (25, 40)], 8, (4, 5)),  # both round up to 4 x 5 cells
+        ([(20, 30), (64, 5)], 64, (1, 1)),
+        ([(100, 100)], 8, (4, 5)),
+    ],
+)
+def test_inside_is_none_where_images_fill_the_map(image_sizes, stride, map_size):
+    maps = torch.zeros(len(image_sizes), 2, *map_size)
+    assert Context(image_sizes, {"p": stride}).inside("p", maps) is None
+
+
+def test_crops_group_images_of_equal_cells():
+    context = Context([(32, 40), (17, 9), (32, 40), (24, 16)], {"p3": 8})
+    student = torch.arange(4.0 * 2 * 4 * 5).view(4, 2, 4, 5)
+    groups = list(context.crops("p3", student, -student[:, :1]))
+    assert [share for _, share in groups] == [0.5, 0.5]
+    # 17 x 9 and 24 x 16 pixels are 3 x 2 cells both
+    for (maps, _), images, (h, w) in zip(groups, ([0, 2], [1, 3]), ((4, 5), (3, 2))):
+        assert torch.equal(maps[0], student[images, :, :h, :w])
+        assert torch.equal(maps[1], -student[images, :1, :h, :w])
+
+
+def test_crops_of_equal_images_are_views_of_the_maps():
+    maps = torch.zeros(3, 2, 4, 5)
+    ((cropped, share),) = Context([(30, 20)] * 3, {"p3": 8}).crops("p3", maps)
+    assert share == 1.0
+    assert cropped[0].shape == (3, 2, 4, 3) and cropped[0].data_ptr() == maps.data_ptr()

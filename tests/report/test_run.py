@@ -1,0 +1,98 @@
+"""What is read from the folder of a run."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import shapes_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from ssimkd import ConfigError
+from ssimkd.engine.run_record import read_record, record_run
+from ssimkd.report.run import Run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Overrides -> a Run of a folder that holds only the config of a plain detector."""
+
+    def write(*opts):
+        (tmp_path / "config.yaml").write_text(shapes_cfg("vanilla", *opts).dump())
+        return Run(str(tmp_path))
+
+    return write
+
+
+def save(path):
+    """Writes a checkpoint of the plain detector with random weights; returns them."""
+    state = build_model(shapes_cfg("vanilla")).state_dict()
+    torch.save({"model": state}, path)
+    return state
+
+
+def test_weights_that_a_run_started_from_are_not_those_it_trained(write, tmp_path):
+    state = save(tmp_path / "start.pth")
+    record = {"command": "train_net.py --eval-only", "ended": None}
+    (tmp_path / "run.json").write_text(json.dumps([record]))
+    run = write("MODEL.WEIGHTS", str(tmp_path / "start.pth"))
+    found = run.build()
+    assert not found.training
+    assert all(torch.equal(x, state[name]) for name, x in found.state_dict().items())
+    (tmp_path / "metrics.json").touch()  # it trained, but was killed before its first checkpoint
+    (tmp_path / "run.json").write_text(json.dumps([{**record, "command": "train_net.py"}]))
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        Run(str(tmp_path)).build()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        Run(str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("left", ["backbone.bottom_up.", "backbone."])
+def test_a_checkpoint_without_all_of_the_detector_is_refused(write, tmp_path, left):
+    state = save(tmp_path / "student.pth")
+    part = {name: tensor for name, tensor in state.items() if name.startswith(left)}
+    torch.save({"model": part}, tmp_path / "student.pth")
+    with pytest.raises(ConfigError, match="student.pth does not (fit the backbone|hold )"):
+        write().build()
+
+
+class Bare(torch.nn.Module):
+    """A detector without a `.backbone`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 2)
+
+
+def test_a_detector_without_a_backbone_is_read(write, tmp_path, monkeypatch):
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "Bare", Bare)
+    state = Bare(None).state_dict()
+    torch.save({"model": state}, tmp_path / "student.pth")
+    found = write("MODEL.META_ARCHITECTURE", "Bare").build().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_model_that_cannot_be_built_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {_target_: builtins.Student}\n")
+    with pytest.raises(ConfigError, match="its model cannot be built"):
+        Run(str(tmp_path)).build()
+
+
+def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):
+    lines = ['{"iteration": 1, "lr": 1}', '{"iteration": 2, "lr": 2}', '{"iteration": 2, "lr": 5}']
+    (tmp_path / "metrics.json").write_text("\n".join([*lines, '{"iteration": 3, "l']))
+    run = write()
+    assert run.scalars["lr"] == ([1, 2], [1, 5])
+    assert run.notes == [f"Line 4 of {tmp_path / 'metrics.json'} is not JSON and was skipped."]
+
+
+def test_a_record_has_every_command_and_no_end_for_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", "a b.yaml"])
+    with record_run(str(tmp_path)):
+        assert read_record(str(tmp_path))[0]["ended"] is None
+    with pytest.raises(KeyError), record_run(str(tmp_path)):
+        raise KeyError
+    first, second = read_record(str(tmp_path))
+    assert first["command"] == "python train_net.py --config-file 'a b.yaml'"
+    assert first["started"] <= first["ended"] <= second["started"] and second["ended"] is None
+    assert first["versions"]["torch"] == torch.__version__.split("+")[0]
