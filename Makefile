@@ -14,7 +14,7 @@ compare: $(READY)  ## train the student with every method and print the table; A
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 test: lint  ## lint, types, the order of the folders, and all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)  ## the tests of faults and long runs that take minutes each
 	$(BIN)/python -m pytest -m soak
@@ -26,7 +26,7 @@ bench: $(READY)  ## time and memory of the loss and of a training step, and how 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/codespell
 

@@ -9,7 +9,7 @@ from typing import Callable, Dict, List, Optional, Tuple, cast
 import torch
 from memory import peak_of
 from ssimkd import ConfigError
-from ssimkd.errors import building
+from ssimkd.errors import as_config_error
 from ssimkd.ssim import compiled, ssim_loss
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.utils.measure import clock_of, interleave, markdown
@@ -189,8 +189,8 @@ def bench_loss(args: argparse.Namespace) -> Dict:
         y = teacher[level]
         part = slice(0, min(16, args.channels))
         for name, loss in losses.items():
-            with building(
-                f"--size, --levels: {name} on {level}, {x.shape[2]} x {x.shape[3]} cells"
+            with as_config_error(
+                f"--size, --levels: {name} on {level}, {x.shape[2]} x {x.shape[3]} cells", Exception
             ):
                 value = deviation(loss, x[:1, part].detach().requires_grad_(), y[:1, part])
             results[name]["deviation"] = max(results[name]["deviation"], value)

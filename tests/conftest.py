@@ -160,3 +160,34 @@ def student(teacher_file):
         return build_model(shapes_cfg("ssimkd", *weights, *opts)).train()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def few_images(few_shapes):
+    """The embedded data set with a few images alone, in this process and in those it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", few_shapes)
+        patch.setenv("OMP_NUM_THREADS", "1")  # sums in one order
+        yield
+
+
+@pytest.fixture(scope="session")
+def yaml(tmp_path_factory, few_images):
+    """A run of a YAML config that nobody disturbs."""
+    from runs import Reference, yaml_words
+
+    return Reference(yaml_words, tmp_path_factory.mktemp("yaml"))
+
+
+@pytest.fixture(scope="session")
+def lazy(tmp_path_factory, few_images):
+    """The same of a LazyConfig."""
+    from runs import Reference, lazy_words
+
+    return Reference(lazy_words, tmp_path_factory.mktemp("lazy"))
+
+
+@pytest.fixture(params=["yaml", "lazy"])
+def reference(request):
+    """Either."""
+    return request.getfixturevalue(request.param)

@@ -15,9 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 def options(minutes=1.0):
     """What `launch.start` reads of a command line."""
-    return Namespace(
-        num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", timeout=minutes
-    )
+    return Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", timeout=minutes)
 
 
 def free_port():

@@ -1,6 +1,7 @@
 """Runs of train_net.py in processes of their own, which share the imports and can be killed."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
@@ -57,12 +58,12 @@ def enter(words, log, fault):
     runpy.run_path("train_net.py", run_name="__main__")
 
 
-def yaml_words(out, *opts, resume=False, **sizes):
+def yaml_words(out, *opts, resume=False, flags=(), **sizes):
     """SGD, adapters and a loss that is trained."""
     n = {**SIZES, **sizes}
     key = "MODEL.DISTILL"
     return [
-        "--config-file", "configs/shapes/ssimkd.yaml", *["--resume"] * resume,
+        "--config-file", "configs/shapes/ssimkd.yaml", *flags, *["--resume"] * resume,
         "OUTPUT_DIR", out, "SOLVER.MAX_ITER", n["max_iter"], "SOLVER.IMS_PER_BATCH", 2,
         "SOLVER.CHECKPOINT_PERIOD", n["checkpoint_period"], "TEST.EVAL_PERIOD", n["eval_period"],
         "INPUT.MIN_SIZE_TEST", 32, "DATALOADER.NUM_WORKERS", n["workers"],
@@ -71,11 +72,11 @@ def yaml_words(out, *opts, resume=False, **sizes):
     ]  # fmt: skip
 
 
-def lazy_words(out, *opts, resume=False, **sizes):
+def lazy_words(out, *opts, resume=False, flags=(), **sizes):
     """AdamW, adapters and a loss that is trained."""
     n = {**SIZES, **sizes}
     return [
-        "--config-file", "tests/engine/lazy_faults.py", *["--resume"] * resume,
+        "--config-file", "tests/engine/lazy_faults.py", *flags, *["--resume"] * resume,
         f"train.output_dir={out}", f"train.max_iter={n['max_iter']}", "+train.seed=1",
         "dataloader.train.total_batch_size=2", f"dataloader.train.num_workers={n['workers']}",
         f"train.checkpointer.period={n['checkpoint_period']}",
@@ -134,3 +135,33 @@ def same(path, expected):
     return found.keys() == expected.keys() and all(
         torch.equal(found[name], value) for name, value in expected.items()
     )
+
+
+class Reference:
+    """A run that nobody disturbs, and the words that start it anew."""
+
+    def __init__(self, words, folder):
+        self.words, self.out = words, folder / "whole"
+        self.out.mkdir()
+        assert self.finish(self.out) == 0, self.log_of(self.out)[-3000:]
+        self.final = saved(self.out / "model_final.pth")
+
+    def finish(self, out, *opts, fault=None, **options):
+        return finish(self.words(out, *opts, **options), out / "out.txt", fault)
+
+    def start(self, out, **options):
+        return start(self.words(out, **options), out / "out.txt")
+
+    def log_of(self, out):
+        return (out / "out.txt").read_text()
+
+    def weights(self):
+        return torch.load(self.out / "model_final.pth", weights_only=True)["model"]
+
+    def results(self):
+        return json.loads((self.out / "results.json").read_text())
+
+    def resumes(self, out, **options):
+        """Whether the run in a folder goes on to the same end, bit by bit."""
+        assert self.finish(out, resume=True, **options) == 0, self.log_of(out)[-3000:]
+        return same(out / "model_final.pth", self.final)

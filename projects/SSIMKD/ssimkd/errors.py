@@ -112,12 +112,18 @@ def blames_settings(error: BaseException) -> bool:
     """Whether an error comes from a library, and no code of the user's is on the way to it.
 
     This package raises a ValueError where an option is wrong; anything else is a bug of its own.
+
+    Args:
+        error (BaseException): as the context manager above catches it.
     """
     own = __name__.split(".")[0]
-    modules = [
-        str(frame.f_globals.get("__name__", own)).split(".")[0]  # a .py config has no name
-        for frame, _ in walk_tb(error.__traceback__)
-    ]
+    modules = (
+        [own]
+        + [
+            str(frame.f_globals.get("__name__", own)).split(".")[0]  # a .py config has no name
+            for frame, _ in list(walk_tb(error.__traceback__))[2:]  # behind "yield" and the block
+        ]
+    )
     if not LIBRARIES.issuperset(modules):
         return False
     return modules[-1] != own or isinstance(error, ValueError)
@@ -149,12 +155,12 @@ def log_files(name: str) -> Iterator[logging.StreamHandler]:
 
 
 @contextmanager
-def exit_in_one_line(debug: bool = False) -> Iterator[None]:
+def exit_in_one_line() -> Iterator[None]:
     """Around a command: an error of the user's ends it with one line and exit status 1."""
     try:
         yield
     except Exception as error:
-        if debug or not is_user_error(error):
+        if not is_user_error(error):
             raise
         sys.exit(f"error: {describe_error(error)}")
 
@@ -188,37 +194,3 @@ def traceback_in_log() -> Iterator[None]:
         raise
     finally:
         logger.removeFilter(keep_off_terminal)
-
-
-# What follows goes once nobody calls it.
-USER_ERRORS = (ConfigError, FloatingPointError, OmegaConfBaseException)
-
-
-def wrong_input() -> ContextManager[None]:
-    """Around what knows no configs, such as a loss: its ValueError is a ConfigError."""
-    return _wrong_input()
-
-
-@contextmanager
-def _wrong_input() -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def building(what: str) -> ContextManager[None]:
-    """As :func:`as_config_error` of any exception."""
-    return _building(what)
-
-
-@contextmanager
-def _building(what: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{what}: {one_line(error)}") from error

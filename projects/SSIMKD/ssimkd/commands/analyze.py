@@ -27,7 +27,7 @@ from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
-from ssimkd.modeling.several_teachers import build_distiller
+from ssimkd.modeling.several_teachers import Distillers, build_distiller
 from ssimkd.report.model_cost import flop_counter
 from ssimkd.utils.measure import clock_of, interleave, markdown
 
@@ -53,8 +53,9 @@ def teachers_of(cfg) -> Iterator[Tuple[str, Any]]:
     """Name and TeacherSpec of each teacher that a config names."""
     lazy = not isinstance(cfg, CfgNode)
     distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
-    for name, one in distiller.named() if distiller else ():
-        if one.spec.config:
+    pairs: Any = distiller.named() if isinstance(distiller, Distillers) else [("", distiller)]
+    for name, one in pairs:
+        if one is not None and one.spec.config:
             yield f"teacher {name}".rstrip(), one.spec
 
 

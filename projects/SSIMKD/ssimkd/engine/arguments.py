@@ -39,7 +39,6 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="MINUTES",
         help="of waiting for another process (30); one that does not answer ends the run",
     )
-    add_flags(parser)
 
     def fail(message: str) -> None:
         parser.exit(2, f"error: {message}\n")
@@ -54,11 +53,6 @@ def minutes(text: str) -> float:
     if not 0 < value <= 1e6:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1e6 minutes, got {text}")
     return value
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command: `args.debug`."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def load_arguments(args: argparse.Namespace):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import USER_ERRORS, describe_error
+from ssimkd.errors import describe_error, is_user_error
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
 from .preemption import StopOnSignal
@@ -25,7 +25,7 @@ def build_hooks(
     loader: Any,
     checkpointer: RunCheckpointer,
     scheduler: Any,
-    checkpoints: Dict[str, Any],
+    checkpoints: hooks.PeriodicCheckpointer,
     export: "CallAfterTraining",
     test: Callable[[], Any],
     eval_period: int,
@@ -39,9 +39,9 @@ def build_hooks(
     Args:
         model (nn.Module): without DistributedDataParallel around it.
         loader (ResumableLoader or iterable): the training data.
-        checkpointer (RunCheckpointer): writes the checkpoints.
+        checkpointer (RunCheckpointer): writes a checkpoint when the run is stopped.
         scheduler (LRScheduler or ParamScheduler): of the learning rate.
-        checkpoints (dict): "period" and what else Detectron2's PeriodicCheckpointer takes.
+        checkpoints (PeriodicCheckpointer): writes them periodically.
         export (CallAfterTraining): writes the student.
         test (callable): evaluates and returns the metrics.
         eval_period, log_period (int): in iterations; the former may be 0, then it evaluates only
@@ -50,13 +50,13 @@ def build_hooks(
         pictures, precise_bn (HookBase or None): where the run has them.
     """
     main = comm.is_main_process()
-    resume = ExactResume(loader, model, checkpoints["period"])
+    resume = ExactResume(loader, model, checkpoints.period)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
         precise_bn,  # changes the model, so it comes before the checkpoints
         resume,  # its state is a part of the checkpoints
-        hooks.PeriodicCheckpointer(checkpointer, **checkpoints) if main else None,
+        checkpoints if main else None,
         export,  # before the last evaluation, whose failure must not cost the student
         StopOnSignal(resume.collect, checkpointer),
         CountSkipped(loader),
@@ -149,8 +149,8 @@ class CallAfterTraining(HookBase):
                 self.function()
             except Exception as error:
                 self.failure = error
-                name, mendable = self.function.__name__, isinstance(error, USER_ERRORS)
-                logger.error("%s failed: %s", name, describe_error(error), exc_info=not mendable)
+                name, bug = self.function.__name__, not is_user_error(error)
+                logger.error("%s failed: %s", name, describe_error(error), exc_info=bug)
 
     def raise_failure(self) -> None:
         """Raises what the function raised, for the status of a run whose other hooks are done."""

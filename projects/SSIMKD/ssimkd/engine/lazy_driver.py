@@ -11,6 +11,7 @@ from typing import Any, Dict
 
 from detectron2.config import instantiate
 from detectron2.data.build import build_detection_train_loader
+from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
@@ -92,13 +93,15 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
 
     exporting = CallAfterTraining(export)
     batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
-    with as_setting_error("train.checkpointer"):
-        hooks = build_hooks(
+    with as_config_error("train.checkpointer", TypeError):  # an argument that does not exist
+        checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+    trainer.register_hooks(
+        build_hooks(
             model=student,
             loader=loader,
             checkpointer=checkpointer,
             scheduler=scheduler,
-            checkpoints=cfg.train.checkpointer,
+            checkpoints=checkpoints,
             export=exporting,
             test=test,
             eval_period=cfg.train.eval_period,
@@ -108,7 +111,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
                 student, names_of(cfg, "TEST"), lambda: instantiate(cfg.dataloader.test).dataset
             ),
         )
-    trainer.register_hooks(hooks)
+    )
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

@@ -51,8 +51,7 @@ def read_settings(cfg: Any) -> DriverSettings:
         "check_images": read("check_images", CHECK_IMAGES),
         "skip_nonfinite_steps": read("skip_nonfinite_steps", 0),
     }
-    prefix = "MODEL.DISTILL." if yaml else "train."
-    with as_config_error(prefix[:-1], ValueError):
+    with as_config_error("MODEL.DISTILL" if yaml else "train"):
         check_integers(**numbers)
     inherit = read("inherit", [])
     if yaml and cfg.MODEL.DISTILL.TEACHERS:

@@ -147,7 +147,7 @@ class DistillTrainer(DefaultTrainer):
             loader=self.data_loader,
             checkpointer=self.checkpointer,
             scheduler=self.scheduler,
-            checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            checkpoints=hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             export=self.exporting,
             test=test,
             eval_period=cfg.TEST.EVAL_PERIOD,

@@ -47,7 +47,7 @@ class Context:
         """The ground truth, for a loss that cannot be computed without it.
 
         Raises:
-            ValueError: the batch has none.
+            ConfigError: the batch has none.
         """
         if self.targets is None:
             raise ConfigError(

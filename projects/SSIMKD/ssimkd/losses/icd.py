@@ -207,7 +207,7 @@ class ICDLoss(KDLoss):
         """Makes the decoder and the student's projection.
 
         Raises:
-            ValueError: levels differ in channels, the heads cannot share them, or the number of
+            ConfigError: levels differ in channels, the heads cannot share them, or the number of
                 classes is not known.
         """
         if not num_classes:
@@ -297,7 +297,7 @@ class ICDLoss(KDLoss):
                 CPU's generator on every device.
 
         Raises:
-            ValueError: a class that the student lacks.
+            ConfigError: a class that the student lacks.
         """
         classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
         if ((classes < 0) | (classes >= self.num_classes)).any():

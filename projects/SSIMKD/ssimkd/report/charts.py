@@ -77,9 +77,7 @@ def bars(
         for place, (label, heights) in enumerate(values.items()):
             left = np.arange(len(groups)) - 0.4 + width * (place + 0.5)
             axes.bar(left, heights, width, color=colour[label])
-        long = max(map(len, groups)) > 6
-        turned: Dict[str, Any] = {"rotation": 30, "ha": "right"} if long else {}
-        axes.set_xticks(range(len(groups)), groups, **turned)
+        axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
 
     return chart(title, draw)
 

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, List, Optional
 
 import torch
 from detectron2.structures import Instances
@@ -23,7 +23,8 @@ class Detector:
         label (str): what tables and legends call it.
         run (Run or None): its folder; None for a teacher that was not evaluated.
         model (nn.Module or None): in evaluation mode; None if it cannot be loaded.
-        read (callable): an image file -> what the model takes, as its own config prepares it.
+        read (callable or None): an image file -> what the model takes, as its config prepares it;
+            None only without a model.
         file (str): the file of its weights.
         teaches (bool): whether it is a teacher of the run that is reported.
     """
@@ -31,7 +32,7 @@ class Detector:
     label: str
     run: Optional[Run]
     model: Optional[nn.Module] = None
-    read: Callable[[str], Dict[str, Any]] = dict
+    read: Any = None
     file: str = ""
     teaches: bool = False
 

@@ -32,7 +32,6 @@ CURVES = {  # heading -> the scalars below it
     "Distillation by level, before its weight": r".*_kd/.*",
     "AP and learning rate": r"lr|(.*/)?(bbox|segm|keypoints)/AP",
 }
-SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 ADAPTER = re.compile(r"distiller\.([^.]+\.)?adapters\.")  # of one teacher, or of several
 
 
@@ -198,16 +197,15 @@ class Report:
     def tasks(self) -> Dict[str, Dict[str, Any]]:
         """Every result of the last evaluations: task -> labels, and a row for each metric."""
         twin = self.twin() if self.own.distils else None
-        teacher = next((d.label for d in self.detectors if d.teaches and d.run), None)
+        teacher = next((d for d in self.detectors if d.teaches and d.run), None)
         found = {}
         for task, own in self.run.results.items():
             results = {k: run.results.get(task, {}) for k, run in self.comparable.items()}
             rows = {}
             for metric, value in own.items():
                 values = {label: r.get(metric) for label, r in results.items()}
-                other = values.get(twin.label) if twin else None
-                best = values.get(teacher) if teacher else None
-                rows[metric] = values, gain(value, other), share(value, other, best)
+                others = (values.get(d.label) if d else None for d in (twin, teacher))
+                rows[metric] = values, *gap(value, *others)
             found[task] = {"labels": list(results), "rows": rows}
         return found
 
@@ -222,19 +220,10 @@ class Report:
             if run.detections is not None
         }
 
-    def bars(self, errors: Mapping[str, DetectionErrors]) -> List[str]:
-        """Charts of AP by size, and of what the errors cost."""
-        found = {k: run.results.get("bbox", {}) for k, run in self.comparable.items()}
-        sizes = [s for s in SIZES if any(r.get(s) is not None for r in found.values())]
-        ret = []
-        if sizes:
-            heights = {label: [r.get(s) or 0.0 for s in sizes] for label, r in found.items()}
-            names = [SIZES[s] for s in sizes]
-            ret.append(charts.bars("AP by size of the object", names, heights, self.colour))
-        if errors:
-            heights = {label: list(e.costs.values()) for label, e in errors.items()}
-            ret.append(charts.bars("Cost of errors in AP50", KINDS, heights, self.colour))
-        return ret
+    def error_costs(self, errors: Mapping[str, DetectionErrors]) -> str:
+        """The chart of what each kind of error costs; "" if there are no errors."""
+        costs_of = {label: list(e.costs.values()) for label, e in errors.items()}
+        return charts.bars("Cost of errors in AP50", KINDS, costs_of, self.colour) if errors else ""
 
     def html(self) -> str:
         """The page."""
@@ -253,7 +242,6 @@ class Report:
             "curves": self.curves(),
             "images": self.images(),
             "tasks": self.tasks(),
-            "bars": self.bars(errors),
             "settings": differences(list(alike.values())) if len(alike) > 1 else [],
         }
         notes = [*self.notes, *(note for run in self.runs.values() for note in run.notes)]
@@ -268,6 +256,7 @@ class Report:
             levels=self.levels,
             twin=twin.label if twin and self.own.distils else "",
             errors=errors,
+            error_costs=self.error_costs(errors),
             kinds=KINDS,
             least_score=images.LEAST_SCORE,
             sample=len(self.sample),
@@ -282,18 +271,19 @@ def adapters_in(weights: Mapping[str, Any]) -> Set[Tuple[str, torch.Size]]:
     return {(name, x.shape) for name, x in weights.items() if ADAPTER.match(name)}
 
 
-def gain(student: Optional[float], twin: Optional[float]) -> Optional[float]:
-    """By how much a student is better than its twin without a teacher; None if not known."""
-    return None if student is None or twin is None else student - twin
-
-
-def share(
+def gap(
     student: Optional[float], twin: Optional[float], teacher: Optional[float]
-) -> Optional[float]:
-    """The gain in percent of the teacher's lead over the twin; None if it does not lead."""
-    if student is None or twin is None or teacher is None or teacher <= twin:
-        return None
-    return 100 * (student - twin) / (teacher - twin)
+) -> Tuple[Optional[float], Optional[float]]:
+    """The gain on a twin without a teacher, and its share in percent of the teacher's lead.
+
+    None is what cannot be said: a value is missing, or the teacher does not lead.
+    """
+    if student is None or twin is None:
+        return None, None
+    gain = student - twin
+    if teacher is None or teacher <= twin:
+        return gain, None
+    return gain, 100 * gain / (teacher - twin)
 
 
 def number(value: Optional[float], digits: int = 1) -> str:

@@ -1,0 +1,78 @@
+"""The hooks of a run: their order, and what they do when it fails."""
+
+import pytest
+import torch
+from conftest import shapes_cfg
+from detectron2.engine import TrainerBase, hooks
+from ssimkd import ConfigError
+from ssimkd.engine.hooks import CallAfterTraining, CountSkipped, EvalHook, ExactResume
+from ssimkd.engine.preemption import StopOnSignal
+from ssimkd.engine.yaml_driver import DistillTrainer
+
+
+class Trainer:
+    """What the hooks look at."""
+
+    max_iter = 4
+
+    def __init__(self, iteration, start_iter=0):
+        self.iter, self.start_iter = iteration, start_iter
+
+
+def test_the_order_of_the_hooks(few_images, tmp_path):
+    """The student is exported before the last evaluation, and all figures are written last."""
+    trainer = DistillTrainer(shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path)))
+    assert [type(hook) for hook in trainer._hooks] == [
+        hooks.IterationTimer,
+        hooks.LRScheduler,
+        ExactResume,
+        hooks.PeriodicCheckpointer,
+        CallAfterTraining,
+        StopOnSignal,
+        CountSkipped,
+        EvalHook,
+        hooks.PeriodicWriter,
+    ]
+
+
+def test_precise_batch_statistics_come_before_the_checkpoint(few_images, tmp_path):
+    cfg = shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path), "TEST.PRECISE_BN.ENABLED", True)
+    cfg.MODEL.RESNETS.NORM = "BN"
+    kinds = [type(hook) for hook in DistillTrainer(cfg)._hooks]
+    assert kinds.index(hooks.PreciseBN) < kinds.index(hooks.PeriodicCheckpointer)
+
+
+@pytest.mark.parametrize("kind", [CallAfterTraining, lambda call: EvalHook(0, call)])
+def test_a_run_that_failed_in_its_last_iteration_is_neither_exported_nor_evaluated(kind):
+    called = []
+    for iteration, expected in ((3, []), (4, [1])):  # 4: counted up after the last step
+        hook = kind(lambda: called.append(1))
+        hook.trainer = Trainer(iteration)
+        hook.after_train()
+        assert called == expected
+
+
+def test_an_export_that_fails_does_not_cost_the_last_evaluation(caplog):
+    def export():
+        raise ConfigError("OUTPUT_DIR: no space left on device")
+
+    evaluated, exporting = [], CallAfterTraining(export)
+    trainer = TrainerBase()
+    trainer.run_step = lambda: None
+    trainer.register_hooks([exporting, EvalHook(0, lambda: evaluated.append(1))])
+    trainer.train(0, 1)
+    assert evaluated == [1]
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert error == "export failed: OUTPUT_DIR: no space left on device"
+    with pytest.raises(ConfigError, match="^OUTPUT_DIR: no space"):
+        exporting.raise_failure()
+
+
+def test_a_resume_that_is_not_exact_says_so(caplog):
+    hook = ExactResume([], torch.nn.Module(), 10)
+    hook.trainer = Trainer(3, start_iter=3)
+    hook.before_train()
+    hook.load_state_dict({"random": [{}, {}]})
+    hook.before_train()
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 3 and all("not exact" in message for message in messages)
