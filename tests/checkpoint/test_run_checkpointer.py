@@ -222,9 +222,7 @@ def test_a_checkpoint_without_a_tensor_of_the_model_is_an_error(detector, tmp_pa
         RunCheckpointer(detector, require_all=whole).load(str(tmp_path / "x.pth"))
 
 
-def test_a_head_of_other_classes_is_a_warning_unless_all_is_required(
-    detector, tmp_path, caplog
-):
+def test_a_head_of_other_classes_is_a_warning_unless_all_is_required(detector, tmp_path, caplog):
     head = {"head.weight": torch.zeros(9, 3), "head.bias": torch.zeros(9)}
     load(detector, tmp_path / "x.pth", False, **head)
     assert "head.weight" in caplog.text
