@@ -203,7 +203,7 @@ def check_teachers(student, modules):
             shapes = teacher.backbone.output_shape()
             for level, matched in match_levels(distiller.student_shapes, shapes).items():
                 assert distiller.student_shapes[level].channels == shapes[matched].channels == 256
-            inherit(student, teacher, modules, absent=[])
+            inherit(student, teacher, modules, missing=[])
 
 
 def settings(thing, name=""):

@@ -97,7 +97,7 @@ def maskrcnn():
 
 
 @NEEDS_EXPORT
-def test_masks_and_numbers_of_proposals_that_vary(maskrcnn, images, tmp_path, monkeypatch):
+def test_the_number_of_proposals_can_vary(maskrcnn, images, tmp_path, monkeypatch):
     path = write_graph(maskrcnn, images[:3], "torchscript", str(tmp_path))
     assert torch.jit.load(path)(images[0])[3].shape[1:] == (1, 28, 28)
     kept = (tmp_path / "student.ts").read_bytes()
@@ -110,7 +110,7 @@ def test_masks_and_numbers_of_proposals_that_vary(maskrcnn, images, tmp_path, mo
 
 
 @NEEDS_EXPORT
-def test_a_graph_that_is_slightly_wrong_is_not_written(images, tmp_path, monkeypatch):
+def test_a_slightly_wrong_graph_is_not_written(images, tmp_path, monkeypatch):
     model = build_model(shapes_cfg("teacher")).eval()
     model.load_state_dict({**model.state_dict(), **torch.load(WEIGHTS)["model"]})
     write = graph.write_torchscript
@@ -126,7 +126,7 @@ def test_a_graph_that_is_slightly_wrong_is_not_written(images, tmp_path, monkeyp
 
 
 @NEEDS_EXPORT
-def test_what_is_no_graph(images, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_one_line(images, tmp_path, monkeypatch):
     panoptic = build_model(zoo_cfg("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml")).eval()
     with pytest.raises(ConfigError, match="a PanopticFPN gives more than instances"):
         write_graph(panoptic, images[:2], "torchscript", str(tmp_path))

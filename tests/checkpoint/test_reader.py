@@ -133,7 +133,7 @@ def zipped(path):
         ("ssimkd.checkpoint.reader", "read_file"),
     ],
 )
-def test_nothing_else_can_be_named(tmp_path, module, name):
+def test_other_names_are_refused(tmp_path, module, name):
     # opcodes of protocol 4: two strings, STACK_GLOBAL, empty tuple, call, stop
     words = b"".join(b"\x8c" + bytes([len(w)]) + w.encode() for w in (module, name))
     (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + words + b"\x93)R.")
@@ -190,7 +190,7 @@ HIDDEN = Call(  # a structure with objects whose flags say that it has none
         Call(multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (9,), F8, False, b"8" * 8)),
     ],
 )
-def test_no_object_is_made_of_bytes(tmp_path, name, forged):
+def test_bytes_cannot_become_objects(tmp_path, name, forged):
     """Eight bytes taken for an object's address would be any function of the process."""
     with pytest.raises(ConfigError, match="cannot be read"):
         read_checkpoint(write(tmp_path / name, {"model": forged}))
@@ -207,14 +207,14 @@ def test_the_error_names_a_command_that_converts_the_file(tmp_path):
     assert_same(read_checkpoint(path[:-4] + "_weights.pth"), {"model": {"a": torch.ones(3)}})
 
 
-def test_a_teacher_is_read_so(tmp_path):
+def test_a_teachers_file_is_read_without_running_it(tmp_path):
     path = write(tmp_path / "x.pkl", {"model": Attack(tmp_path / "ran"), "__author__": "me"})
     with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*x.pkl is not read: it names"):
         load_teacher(build_model(shapes_cfg("teacher")), path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_resumed_checkpoint_is_read_so(tmp_path):
+def test_a_resumed_checkpoint_is_read_without_running_it(tmp_path):
     write(tmp_path / "model.pth", {"model": {}, "trainer": Attack(tmp_path / "ran")})
     (tmp_path / "last_checkpoint").write_text("model.pth")
     with pytest.raises(ConfigError, match="model.pth is not read: it names"):

@@ -50,7 +50,7 @@ def crash(folder, number):
     save(folder, 2.0, 2)
 
 
-def test_a_crash_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
+def test_a_crash_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path):
     found = []
     for number in range(1, 20):
         folder = tmp_path / str(number)
@@ -78,7 +78,7 @@ def test_stock_detectron2_reads_what_is_written(tmp_path):
     assert stock.resume_or_load("")["iteration"] == 5 and (model.weight == 5).all()
 
 
-def test_without_last_checkpoint_the_newest_one_counts(tmp_path):
+def test_without_last_checkpoint_the_newest_one_is_resumed(tmp_path):
     assert not RunCheckpointer(model_of(0.0), str(tmp_path / "nowhere")).has_checkpoint()
     for iteration in (1, 2, 3):
         save(tmp_path, float(iteration), iteration)
@@ -107,14 +107,14 @@ def test_a_crash_just_before_the_final_checkpoint_does_not_lose_it(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000006.pth"
 
 
-def test_with_no_whole_one_it_does_not_start_anew_in_silence(tmp_path):
+def test_without_a_complete_checkpoint_a_resume_is_an_error(tmp_path):
     save(tmp_path, 1.0, 1)
     os.truncate(tmp_path / "model_0000001.pth", 100)
     with pytest.raises(ConfigError, match="none of the checkpoints.*complete.*model_0000001.pth"):
         resume(tmp_path)
 
 
-def test_a_damaged_byte_is_found_or_does_no_harm(tmp_path):
+def test_a_damaged_byte_is_found_or_has_no_effect(tmp_path):
     """The whole directory of the file and, here and there, all else."""
     save(tmp_path, 4.0, 4)
     path = tmp_path / "model_0000004.pth"
@@ -138,7 +138,7 @@ def test_random_values_are_not_evaluated(tmp_path):
         RunCheckpointer(model_of(0.0), str(tmp_path), require_all=True).resume_or_load("")
 
 
-def test_a_run_that_starts_anew_is_not_resumed_as_the_earlier_one(tmp_path):
+def test_a_new_run_moves_the_earlier_checkpoints(tmp_path):
     for iteration in (1, 2):
         save(tmp_path, float(iteration), iteration)
     (tmp_path / "model_final.pth").write_text("final")
@@ -181,7 +181,7 @@ class State:
         (nn.Linear(3, 2), 1, "cannot be loaded: ValueError: loaded state dict"),
     ],
 )
-def test_what_makes_a_resume_impossible_is_an_error(tmp_path, model, parameters, message):
+def test_a_resume_with_another_model_or_optimizer_is_an_error(tmp_path, model, parameters, message):
     before = nn.Linear(3, 2)
     state = State(*before.parameters())
     RunCheckpointer(before, str(tmp_path), trainer=state).save("model_0000001", iteration=1)
@@ -190,7 +190,7 @@ def test_what_makes_a_resume_impossible_is_an_error(tmp_path, model, parameters,
         RunCheckpointer(model, str(tmp_path), trainer=state).resume_or_load("")
 
 
-def test_weights_alone_are_not_resumed(tmp_path):
+def test_weights_without_a_training_state_are_not_resumed(tmp_path):
     save(tmp_path, 1.0, 1)
     model = model_of(0.0)
     checkpointer = RunCheckpointer(model, str(tmp_path), trainer=State(*model.parameters()))

@@ -100,12 +100,12 @@ def take(loader, count):
     return list(islice(iter(loader), count))
 
 
-def test_the_next_image_of_the_same_shape_stands_in(caplog):
+def test_the_next_image_of_the_same_orientation_replaces_a_bad_one(caplog):
     loader = stream(aspect_ratio_grouping=False)
     names = [item["file_name"] for batch in take(loader, 10) for item in batch]
-    stand_ins = {3: 5, 4: 5, 11: 12}
+    replacement = {3: 5, 4: 5, 11: 12}
     order = islice(TrainingSampler(len(RECORDS), seed=3), 40)
-    assert names == [f"{stand_ins.get(i, i)}.jpg" for i in order]
+    assert names == [f"{replacement.get(i, i)}.jpg" for i in order]
     assert loader.skipped == {f"{i}.jpg: OSError: broken" for i in BAD}
     assert len(warnings_of(caplog)) == len(BAD)  # each is said once
     grouped = [{item["width"] > item["height"] for item in batch} for batch in take(stream(), 20)]
@@ -113,7 +113,7 @@ def test_the_next_image_of_the_same_shape_stands_in(caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_skips_alike(workers, taken=7):
+def test_a_resumed_stream_skips_the_same_images(workers, taken=7):
     expected = take(stream(), 12)
     first = stream()
     take(first, taken)
@@ -122,7 +122,7 @@ def test_a_resumed_stream_skips_alike(workers, taken=7):
     assert take(second, 12 - taken) == expected[taken:]
 
 
-def test_other_images_are_as_without_it():
+def test_skipping_changes_no_other_image():
     """Positions, batches and draws: only the bad images' places change."""
     good = take(stream(), 12)
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def test_other_images_are_as_without_it():
         assert (a["file_name"] != b["file_name"]) is changed and a["drawn"] == b["drawn"]
 
 
-def test_without_the_flag_the_first_one_ends_the_run():
+def test_without_the_flag_the_first_bad_image_ends_the_run():
     with pytest.raises(BadImageError, match=r"^\d+.jpg: OSError: broken$"):
         take(stream(skip_bad_images=False), 10)
 
@@ -152,12 +152,12 @@ def of_names(names, mapper=fragile, **options):
         (["3.jpg"] * 30 + ["1.jpg"] * 40, "11 images in a row cannot be read"),
     ],
 )
-def test_too_many_in_a_row(names, said):
+def test_too_many_bad_images_in_a_row_are_an_error(names, said):
     with pytest.raises(ConfigError, match=said):
         take(of_names(names, sampler=range(10)), 1)
 
 
-def test_more_than_half_of_the_data(monkeypatch):
+def test_more_than_half_of_the_data_is_an_error(monkeypatch):
     monkeypatch.setitem(globals(), "BAD", {0, 2, 4, 5})
     names = [f"{i}.jpg" for i in range(8)]
     assert len(take(of_names(names, sampler=range(8)), 8)) == 8
@@ -219,11 +219,11 @@ TINY = [
 
 
 @pytest.mark.parametrize("flags", [[], ["--skip-bad-images"]])
-def test_a_training_names_or_skips_it(own, flags, tmp_path, monkeypatch, caplog):
+def test_a_training_names_or_skips_a_bad_image(own, flags, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(SimpleTrainer, "run_step", lambda self: next(self._data_loader_iter))
     words = [
         "--config-file", "configs/shapes/vanilla.yaml", *flags, *TINY, "DATASETS.TRAIN",
-        f"('{own}',)", "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0",
+        f"('{own}',)", "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1",
     ]  # fmt: skip
     logging.getLogger("ssimkd").addHandler(caplog.handler)
     if flags:
@@ -235,7 +235,7 @@ def test_a_training_names_or_skips_it(own, flags, tmp_path, monkeypatch, caplog)
     logging.getLogger("ssimkd").removeHandler(caplog.handler)
 
 
-def test_an_evaluation_names_it(own, tmp_path):
+def test_an_evaluation_names_a_bad_image(own, tmp_path):
     """A metric over fewer images would be another one: nothing is skipped here."""
     cfg = shapes_cfg("vanilla", "DATALOADER.SKIP_BAD_IMAGES", True)
     with pytest.raises(BadImageError, match="2.png: UnidentifiedImageError"):

@@ -1,4 +1,4 @@
-"""The training stream: Detectron2's order, and the same stream from any place in it."""
+"""The training stream has Detectron2's order and continues exactly from any position."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from ssimkd import ConfigError
 from ssimkd.data.resumable_loader import ResumableLoader, group_batches
-from ssimkd.utils.random_state import get_random_state, preserve_random_state, set_random_state
+from ssimkd.utils.random_state import get_random_state
 
 RECORDS = [{"width": 10 + (7 * i) % 5, "height": 12, "index": i} for i in range(23)]
 
@@ -31,7 +31,7 @@ def take(stream, count):
     return list(itertools.islice(iter(stream), count))
 
 
-def test_batches_are_detectron2s():
+def test_batches_are_those_of_detectron2():
     order = iter(TrainingSampler(len(RECORDS), seed=3))
     grouped = AspectRatioGroupedDataset((RECORDS[i] for i in order), 4)
     found = [[record["index"] for record in batch] for batch in take(loader(), 20)]
@@ -46,7 +46,7 @@ def test_without_grouping_the_order_is_the_samplers():
 
 @pytest.mark.parametrize("taken", [1, 5, 13])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(taken, workers):
+def test_a_resumed_stream_equals_one_without_interruption(taken, workers):
     expected = take(loader(), 16)
     first = loader()
     assert take(first, taken) == expected[:taken]
@@ -55,7 +55,7 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(taken, workers):
     assert take(second, 16 - taken) == expected[taken:]
 
 
-def test_it_leaves_the_random_generators_alone():
+def test_loading_does_not_change_the_random_generators():
     expected = get_random_state()
     stream = iter(loader())
     next(stream), next(stream)
@@ -70,7 +70,7 @@ def test_augmentation_differs_from_position_to_position_and_seed_to_seed():
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_an_iteration_sees_the_same_images_however_many_processes_share_it(monkeypatch, processes):
+def test_an_iteration_sees_the_same_images_with_any_number_of_processes(monkeypatch, processes):
     expected = take(loader(aspect_ratio_grouping=False), 10)
     monkeypatch.setattr(comm, "get_world_size", lambda: processes)
     shares = []
@@ -86,7 +86,7 @@ def test_an_iteration_sees_the_same_images_however_many_processes_share_it(monke
         assert sorted(found, key=str) == sorted(batch, key=str)  # with what was drawn for each
 
 
-def test_detectron2s_no_seed_is_a_seed():
+def test_a_sampler_without_a_seed_can_be_used():
     assert len(take(loader(seed=-1), 2)) == 2
 
 
@@ -100,7 +100,7 @@ def test_images_of_unknown_size_are_not_grouped():
     assert take(ungrouped, 1)[0][0]["index"] == 0
 
 
-def test_every_draw_of_a_sampler_is_kept():
+def test_the_state_has_all_that_a_sampler_drew():
     sampler = TrainingSampler(len(RECORDS), seed=3)
     sampler._indexes_subset = torch.tensor([1, 2])  # of RandomSubsetTrainingSampler
     first = ResumableLoader(RECORDS, mapper=mapper, sampler=sampler, total_batch_size=4)
@@ -114,26 +114,6 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         loader(total_batch_size=0)
 
 
-def test_images_of_one_kind_wait_for_company():
+def test_a_batch_holds_images_of_one_orientation():
     batches = group_batches(range(6), 2, [True, False, True, True, False, True])
     assert list(batches) == [[(0, 0), (2, 2)], [(1, 1), (4, 4)], [(3, 3), (5, 5)]]
-
-
-def test_random_state_survives_a_checkpoint(tmp_path):
-    torch.save(get_random_state(), tmp_path / "state.pth")
-    expected = (random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist())
-    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
-    assert (
-        random.random(),
-        np.random.rand(),
-        np.random.randn(),
-        torch.rand(3).tolist(),
-    ) == expected
-
-
-def test_preserve_random_state_even_after_an_error():
-    expected = str(get_random_state())
-    with pytest.raises(KeyError), preserve_random_state():
-        torch.rand(1), np.random.rand(), random.random()
-        raise KeyError
-    assert str(get_random_state()) == expected

@@ -77,7 +77,7 @@ def test_the_images_are_those_that_the_kept_teacher_was_trained_on():
     assert np.abs(blocks - expected).max() < 0.01  # one pixel by 10 levels is seen
 
 
-def test_a_pixel_belongs_to_the_object_that_is_seen_there(monkeypatch):
+def test_the_owner_of_a_pixel_is_the_visible_object(monkeypatch):
     step = 42  # grey levels between objects: 14 deviations of the noise's mean over colours
 
     def flat_textures():
@@ -185,7 +185,7 @@ def test_train_and_val_share_no_image_and_hold_every_class():
     assert not pictures[0] & pictures[1]
 
 
-def test_a_drawing_that_failed_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failure_while_drawing_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 2, "val": 2})
     root = tmp_path / "data" / shapes.FOLDER
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -232,7 +232,7 @@ def evaluate(evaluator, outputs):
 
 
 @pytest.mark.parametrize("name", ["ssimkd_shapes_val", "ssimkd_shapes_panoptic_val"])
-def test_what_was_drawn_has_all_of_cocos_ap(few_images, name):
+def test_the_drawn_objects_have_an_ap_of_100(few_images, name):
     annotations = [record["annotations"] for record in DatasetCatalog.get(name)]
 
     def perfect(index):
@@ -254,7 +254,7 @@ def test_what_was_drawn_has_all_of_cocos_ap(few_images, name):
     }  # fmt: skip
 
 
-def test_what_was_drawn_has_all_of_the_mean_iou(few_images):
+def test_the_drawn_background_has_a_mean_iou_of_100(few_images):
     def perfect(index):
         owner = seen(index)[0]
         return {"sem_seg": torch.from_numpy(np.stack([owner > 0, owner == 0])).float()}

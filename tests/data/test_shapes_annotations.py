@@ -61,7 +61,7 @@ def test_keypoints_of_a_mask_known_by_hand():
     assert annotations.keypoints(owner, 1, (4, 3)) == [4, 3, 2] * 5  # an earlier one does not
 
 
-def test_an_object_of_which_nothing_is_seen_keeps_its_box(tmp_path, monkeypatch):
+def test_an_invisible_object_keeps_its_box(tmp_path, monkeypatch):
     drawn = shapes.draw_image(HIDDEN)
     _, owner, objects = drawn
     assert not (owner == 1).any() and len(objects) > 1

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from torch import Tensor
 
 from ssimkd.losses import Context
@@ -147,11 +146,6 @@ def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
     share = np.clip(np.nan_to_num((values - first) / (last - first)), 0, 1)
     colour = 255 * colormaps[COLOURS](share)[..., :3]
     return np.where(np.isnan(values)[..., None], 128, colour).round().astype(np.uint8)
-
-
-def gradient() -> str:
-    """The colours from alike to different, as text for a CSS gradient."""
-    return ", ".join(to_hex(colormaps[COLOURS](share)) for share in np.linspace(0, 1, 9))
 
 
 def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> np.ndarray:

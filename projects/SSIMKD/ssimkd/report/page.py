@@ -236,7 +236,8 @@ class Report:
         )
         environment.filters.update(number=number, in_words=in_words)
         twin, errors = self.twin(), self.errors()
-        alike = {label: r for label, r in self.runs.items() if r.lazy == self.run.lazy}
+        students = {d.label: d.run for d in self.detectors if d.run is not None and not d.teaches}
+        alike = {label: r for label, r in students.items() if r.lazy == self.run.lazy}
         content = {
             "rows": self.rows(),
             "curves": self.curves(),

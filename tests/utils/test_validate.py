@@ -1,3 +1,5 @@
+"""What an option may be."""
+
 import math
 
 import numpy as np
