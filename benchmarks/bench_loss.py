@@ -1,4 +1,4 @@
-"""Part 1 of `benchmark.py`: the loss alone, against other implementations."""
+"""Part 1 of `bench.py`: the loss alone, against other implementations."""
 
 import argparse
 import math
@@ -10,9 +10,7 @@ import torch
 from memory import peak_of
 from ssimkd import ConfigError
 from ssimkd.errors import as_config_error
-from ssimkd.losses import Context, SSIMLoss
-from ssimkd.ssim import compiled as ssim_compiled
-from ssimkd.ssim import ssim_loss
+from ssimkd.ssim import compiled, ssim_loss
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.utils.measure import clock_of, interleave, markdown
 from torch import Tensor
@@ -28,18 +26,11 @@ BASELINE = "pytorch-msssim"
 # --- implementations: name -> a loss of two maps in [0, 1], or an import error ---
 
 
-def own(normalize: str, compiled: bool = False) -> Loss:
-    """This package's loss of one level, whose images fill it."""
-    if compiled and ssim_compiled.library() is None:
+def own(backend: str, normalize: str = "none") -> Loss:
+    """This package's loss."""
+    if backend == "cpp" and compiled.library() is None:
         raise ImportError("it needs a C++ compiler")
-    loss = SSIMLoss(normalize=normalize, backend="cpp" if compiled else "analytic")
-
-    def compare(student: Tensor, teacher: Tensor) -> Tensor:
-        h, w = student.shape[2:]
-        context = Context([(h, w)] * len(student), {"p0": 1})
-        return loss({"p0": student}, {"p0": teacher}, context)["p0"]
-
-    return compare
+    return partial(ssim_loss, backend=backend, normalize=normalize)
 
 
 def pytorch_msssim() -> Loss:
@@ -76,6 +67,13 @@ def normalised() -> Loss:
     return lambda x, y: loss(*normalize_maps(x, y, "minmax", "channel", None))
 
 
+def frame_analytics() -> Loss:
+    """The same window, without border; compiled for the forward alone, else by autograd."""
+    from frame_analytics import ssim
+
+    return lambda x, y: (1 - ssim(x, y, data_range=1.0)) / 2
+
+
 def fused_ssim() -> Loss:
     """The same window in CUDA, zeros around the map; on a GPU alone, which it needs to be built."""
     from fused_ssim import fused_ssim as ssim
@@ -84,16 +82,17 @@ def fused_ssim() -> Loss:
 
 
 LOSSES: Dict[str, Callable[[], Loss]] = {
-    OWN: lambda: own("none"),
-    f"{OWN}, normalisation included": lambda: own("minmax"),
-    f"{OWN}, compiled": lambda: own("none", True),
-    f"{OWN}, compiled, normalisation included": lambda: own("minmax", True),
-    f"{OWN}, plain autograd": lambda: ssim_loss,
+    OWN: lambda: own("auto"),
+    f"{OWN}, minmax": lambda: own("auto", "minmax"),
+    f"{OWN}, analytic": lambda: own("analytic"),
+    f"{OWN}, analytic, minmax": lambda: own("analytic", "minmax"),
+    f"{OWN}, definition": lambda: own("definition"),
     BASELINE: pytorch_msssim,
-    f"{BASELINE}, normalisation included": normalised,
+    f"{BASELINE}, minmax": normalised,
     "kornia": kornia,
     "piq": piq,
     "torchmetrics": torchmetrics,
+    "frame-analytics": frame_analytics,
     "fused-ssim": fused_ssim,
 }
 
@@ -146,6 +145,12 @@ def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
     return torch.autograd.grad(loss(student, teacher), student)[0]
 
 
+@torch.no_grad()
+def forward(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    """The value alone."""
+    return loss(student, teacher)
+
+
 def deviation(loss: Loss, student: Tensor, teacher: Tensor) -> float:
     """Largest difference of a gradient to float64's, relative to the largest gradient."""
     exact = gradient(loss, student.detach().double().requires_grad_(), teacher.double())
@@ -173,11 +178,13 @@ def extra_memory(name: str, maps: tuple, threads: int) -> Optional[float]:
 
 
 def bench_loss(args: argparse.Namespace) -> Dict:
-    """Forward and backward of SSIM, per level and in sum."""
+    """Forward and backward of SSIM, per level and in sum, and the forward alone."""
     maps = (tuple(args.size), args.images, args.channels, args.levels, args.device)
     student, teacher = make_maps(*maps)
     losses = installed(args.device, args.implementations)
-    results: Dict[str, Dict] = {name: {"seconds": {}, "deviation": 0.0} for name in losses}
+    results: Dict[str, Dict] = {
+        name: {"seconds": {}, "forward": 0.0, "deviation": 0.0} for name in losses
+    }
     for level, x in student.items():
         y = teacher[level]
         part = slice(0, min(16, args.channels))
@@ -193,6 +200,9 @@ def bench_loss(args: argparse.Namespace) -> Dict:
         clock = clock_of(args.device, args.cpu_time)
         for name, seconds in interleave(calls, repeats, clock).items():
             results[name]["seconds"][level] = seconds
+        calls = {name: partial(forward, f, x, y) for name, f in losses.items()}
+        for name, seconds in interleave(calls, repeats, clock).items():
+            results[name]["forward"] += seconds
         print(f"{level}: {tuple(x.shape)} done", flush=True)
     del student, teacher
     for name, result in results.items():
@@ -209,14 +219,20 @@ def base_of(results: Dict) -> str:
 
 def loss_table(results: Dict) -> str:
     """Markdown: a row per implementation."""
-    base = results[base_of(results)]["seconds"]
+    base, base_forward = (results[base_of(results)][key] for key in ("seconds", "forward"))
     columns = list(base)
     head = [f"speed at {c}" if c != "sum" else "speed in sum" for c in columns]
-    head += ["ms in sum", "extra memory, map sets", "deviation from float64"]
+    head += [
+        "speed of the forward alone",
+        "ms in sum",
+        "extra memory, map sets",
+        "deviation from float64",
+    ]
     rows = []
     for name, result in results.items():
         cells = [f"{base[c] / result['seconds'][c]:.2f}" for c in columns]
         sets = "-" if result["sets"] is None else f"{result['sets']:.1f}"
+        cells.append(f"{base_forward / result['forward']:.2f}")
         cells += [f"{1000 * result['seconds']['sum']:.0f}", sets, f"{result['deviation']:.0e}"]
         rows.append([name, *cells])
     return markdown(["", *head], rows)

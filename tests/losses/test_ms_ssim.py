@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from loss_cases import batch
 from ssimkd.losses import Context, MSSSIMLoss, SSIMLoss
 from ssimkd.ssim.definition import ssim_map
-from test_ssim import DEFAULTS, reference_terms, related_maps
+from test_definition import DEFAULTS, reference_terms, related_maps
 
 WANG = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 

@@ -120,7 +120,8 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     for key, names in used.items():
         check_datasets(names, key)
     resumes = args.resume and bool(checkpoints_in(setting(cfg, "output")))
-    check_weights(key_of(cfg, "weights"), setting(cfg, "weights"), resumes, args.eval_only)
+    weights = str(setting(cfg, "weights") or "")
+    check_weights(key_of(cfg, "weights"), weights, resumes, args.eval_only)
     device = str(setting(cfg, "device"))
     check_processes(args, device, key_of(cfg, "device"))
     if setting(cfg, "amp") and not torch.cuda.is_available() and not args.eval_only:

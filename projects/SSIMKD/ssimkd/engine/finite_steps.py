@@ -1,4 +1,4 @@
-"""No step with NaN or infinity: it is named, and the run stops or, where asked, leaves it out."""
+"""Stops a run before a step with NaN or infinity, or leaves the step out, and says why."""
 
 import logging
 from typing import Any, Dict, List, Mapping, Optional
@@ -25,10 +25,10 @@ class _StepLeftOutError(Exception):
 class FiniteSteps:
     """Makes Detectron2's SimpleTrainer or AMPTrainer keep NaN and infinity out of the weights.
 
-    Before the optimizer's step it looks at all gradients, by one norm, and at what Detectron2 says
-    of the losses. With several processes all of them see the same gradient, so they leave out the
-    same steps. Mixed precision leaves out steps by itself while it looks for a loss scale: that is
-    no fault unless it never ends.
+    Before the optimizer's step it checks all gradients, by one norm, and whether Detectron2 has
+    found a loss that is not finite. Several processes have the same gradient, so they leave out the
+    same steps. Mixed precision leaves out steps by itself while it looks for a loss scale. That is
+    an error only if it never ends.
 
     Args:
         model, data_loader, optimizer: as SimpleTrainer's.
@@ -54,7 +54,7 @@ class FiniteSteps:
         optimizer.register_step_pre_hook(self._check_gradients)
 
     def run_step(self) -> None:
-        """As Detectron2's, without a step of the optimizer where a number is not finite."""
+        """One iteration, without a step of the optimizer where a loss or gradient is not finite."""
         self.losses, self.refused, self.stepped = None, None, False
         try:
             super().run_step()  # type: ignore[misc]
@@ -75,7 +75,7 @@ class FiniteSteps:
             self.batch = inputs[0]
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """As Detectron2's, but its error waits for the optimizer's step, which may be left out."""
+        """As Detectron2's, but its error is kept until the optimizer's step: it may be left out."""
         self.losses = {name: loss.detach() for name, loss in loss_dict.items()}
         try:
             super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
@@ -102,7 +102,7 @@ class FiniteSteps:
             raise FloatingPointError(self._explain())
 
     def _count_overflow(self) -> None:
-        """Mixed precision has left out this step."""
+        """Sees to a step that mixed precision has left out."""
         if any(comm.all_gather(self.refused is not None)):  # only the main process knows of it
             self._leave_out()
             return

@@ -16,7 +16,7 @@ from ssimkd.utils.random_state import get_random_state, set_random_state
 from .preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
-RUNNING = ("loss_normalizer",)  # attributes of models that training moves, outside state_dict
+RUNNING = ("loss_normalizer",)  # attributes that training changes and state_dict leaves out
 
 
 def build_hooks(
@@ -67,13 +67,13 @@ def build_hooks(
 
 
 class ExactResume(HookBase):
-    """Keeps, in the checkpoint, the place in the data and every process's own state.
+    """Keeps the place in the data and the state of every process in the checkpoint.
 
-    That is its random generators, and the running number of foreground anchors by which RetinaNet
-    and FCOS divide their losses. Stands before the hook that writes checkpoints.
+    The state is that of the random generators, and the running number of foreground anchors by
+    which RetinaNet and FCOS divide their losses. It precedes the hook that writes checkpoints.
 
     Args:
-        loader (ResumableLoader or iterable): the data; another kind starts anew.
+        loader (ResumableLoader or iterable): the data. Only the former goes on where it was.
         model (nn.Module): without DistributedDataParallel around it.
         period (int): iterations between checkpoints.
     """
@@ -83,7 +83,7 @@ class ExactResume(HookBase):
         self.states: List[Dict[str, Any]] = []
 
     def before_train(self) -> None:
-        """Restores this process's generators and the model's running numbers, once all is built."""
+        """Restores the generators and the running numbers, after everything is built."""
         if not self.states:
             if self.trainer.start_iter > 0:
                 logger.warning("The checkpoint has no random state: this resume is not exact")
@@ -107,7 +107,7 @@ class ExactResume(HookBase):
             self.collect()
 
     def collect(self) -> None:
-        """Collects them now; every process has to call it."""
+        """Collects the state now. Every process has to call this."""
         own = {name: vars(self.model)[name] for name in RUNNING if name in vars(self.model)}
         self.states = comm.gather({**get_random_state(), "model": own})
 
@@ -119,7 +119,7 @@ class ExactResume(HookBase):
         return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Takes back what the checkpoint kept; it acts when training starts."""
+        """Takes what the checkpoint kept. It is restored when training starts."""
         self.states = state["random"]
         if "data" in state and isinstance(self.loader, ResumableLoader):
             self.loader.load_state_dict(state["data"])
@@ -128,13 +128,13 @@ class ExactResume(HookBase):
 
 
 class CallAfterTraining(HookBase):
-    """Calls a function on the main process once training has come to its end.
+    """Calls a function on the main process after a training that succeeded.
 
-    Its failure is an error of the log and waits for :meth:`raise_failure`: the evaluation behind it
-    must not be lost.
+    A failure of the function is logged and kept for :meth:`raise_failure`, so that the evaluation
+    that follows is not lost.
 
     Args:
-        function (callable): takes nothing; the log calls it by its name.
+        function (callable): takes no arguments. The log names it.
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -153,16 +153,16 @@ class CallAfterTraining(HookBase):
                 logger.error("%s failed: %s", name, describe_error(error), exc_info=bug)
 
     def raise_failure(self) -> None:
-        """Raises what the function raised, for the status of a run whose other hooks are done."""
+        """Raises what the function raised. A driver calls it when all hooks are done."""
         if self.failure is not None:
             raise self.failure
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's, but for a run that fails in its last iteration.
+    """Detectron2's hook, except that it does not evaluate after a failure in the last iteration.
 
-    There its own evaluates a student that is no result, and waits in it for the other processes,
-    which wait for this one's gradient.
+    Detectron2's own would evaluate there. It would wait for the other processes, and these wait for
+    a gradient of the process that has failed.
     """
 
     def after_train(self) -> None:
@@ -172,10 +172,10 @@ class EvalHook(hooks.EvalHook):
 
 
 class CountSkipped(HookBase):
-    """Says at the end of a training which images were left out.
+    """Logs at the end of a training which images were skipped.
 
     Args:
-        loader (ResumableLoader or iterable): its set `skipped` holds a line for each image.
+        loader (ResumableLoader or iterable): `skipped` of the former has a line for each image.
     """
 
     def __init__(self, loader: Any) -> None:

@@ -36,7 +36,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
-    """Runs `main` in every process of a run; an error ends them all and is said once.
+    """Runs `main` in every process of a run. An error ends all of them and is printed once.
 
     Args:
         main (callable): one process of the run, takes `args`.
@@ -58,7 +58,7 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
 
 
 def start_processes(main: Callable[[Any], None], args: Any) -> None:
-    """Detectron2's launch, which starts a process per GPU; ends as the first that failed."""
+    """Starts a process for each GPU by Detectron2's launch. Ends as the first that failed."""
     if args.num_gpus > 1:
         forward_to_children()
     try:
@@ -77,7 +77,7 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
             raise ConfigError(WORKER.sub("", last)) from None
         raise
     except ProcessExitedException as error:
-        # a signal leaves no word; a process that has exited has said why
+        # a process that a signal has ended printed nothing; any other has printed its error
         sys.exit(error.exit_code if error.exit_code > 0 else f"error: {error}")
 
 
@@ -146,7 +146,7 @@ def rendezvous(timeout: timedelta) -> dist.Store:
 
 @contextmanager
 def print_error_once(store: dist.Store) -> Iterator[None]:
-    """As :func:`exit_in_one_line`, silent where another process has said the same."""
+    """As :func:`exit_in_one_line`, but prints nothing that another process has printed."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A cluster takes its machines back: the run writes a checkpoint and ends."""
+"""When a cluster takes its machines back, the run writes a checkpoint and ends."""
 
 import logging
 import os
@@ -13,17 +13,17 @@ from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_STATUS = os.EX_TEMPFAIL  # 75: come again, with --resume
-PERIOD = 10  # iterations, after which several processes ask each other for signals
+EXIT_STATUS = os.EX_TEMPFAIL  # 75: the job is to be started again, with --resume
+PERIOD = 10  # iterations after which several processes ask each other for signals
 
 
 class StopOnSignal(HookBase):
-    """Ends a run with EXIT_STATUS, and a checkpoint, after the iteration in which a signal comes.
+    """Writes a checkpoint and ends the run with EXIT_STATUS after a signal.
 
-    All processes end after the same iteration, whichever of them got the signal; several look for
-    it each PERIOD iterations. Stands behind the hook that writes checkpoints and the one that
-    exports. In the last iteration a signal ends the run behind these, without an evaluation; later
-    ones act as ever.
+    One process ends after the iteration in which the signal comes. Several processes ask each other
+    every PERIOD iterations, and end after the same one. This hook follows the hooks that write
+    checkpoints and export the student. So after a signal in the last iteration both are done, and
+    only the evaluation is left out. A signal during the evaluation ends the process at once.
 
     Args:
         collect (callable): collects the state of all processes for the checkpoint.
@@ -32,18 +32,18 @@ class StopOnSignal(HookBase):
 
     def __init__(self, collect: Callable[[], None], checkpointer: DetectionCheckpointer) -> None:
         self.collect, self.checkpointer = collect, checkpointer
-        self.received = self.agreed = 0  # by this process; by any, as all know
+        self.received = self.agreed = 0  # a signal to this process; to any process, known to all
         self.before: Dict[int, Any] = {}
 
     def before_train(self) -> None:
-        """Takes the signals."""
+        """Begins to wait for signals."""
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
 
     def after_step(self) -> None:
-        """Ends the run if any process has got a signal."""
+        """Ends the run if any process has received a signal."""
         done = self.trainer.iter + 1
         last = done >= self.trainer.max_iter
         if comm.get_world_size() > 1 and done % PERIOD and not last:
@@ -65,7 +65,7 @@ class StopOnSignal(HookBase):
         raise SystemExit(EXIT_STATUS)
 
     def after_train(self) -> None:
-        """Gives the signals back, and ends a run that got one in its last iteration."""
+        """Restores the handlers, and ends a run that received a signal in its last iteration."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.trainer.iter < self.trainer.max_iter:
@@ -80,10 +80,10 @@ class StopOnSignal(HookBase):
 
 
 def ignore_cluster_signals(worker: int = 0) -> None:
-    """In a process that loads images: of these signals it obeys its parent's alone.
+    """Lets a process that loads images ignore the cluster's signals, but not its parent's.
 
-    A cluster sends them to all of a job's processes; the parent needs its images for the iteration
-    under way, and ends it afterwards, by the same signal.
+    A cluster sends its signals to all processes of a job. The training process still needs images
+    to finish its iteration. It ends the loading processes afterwards, by the same signal.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, which is no cluster
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -97,7 +97,7 @@ def _obey(parent: int) -> None:
 
 
 def forward_to_children() -> None:
-    """In the process that `--num-gpus` makes the parent of a run's: passes the signals on."""
+    """Passes signals on to the processes of a run that this process has started (--num-gpus)."""
 
     def forward(number: int, frame: Any) -> None:
         children = active_children()

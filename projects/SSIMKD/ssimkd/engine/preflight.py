@@ -1,7 +1,7 @@
-"""What happens once before the first iteration: INHERIT, and a look at teacher and student.
+"""What happens once before the first iteration: INHERIT, and a check of teacher and student.
 
-A teacher that was loaded wrongly trains without an error and teaches noise. So its maps must agree
-with the student's cell by cell on real images, and it should find the objects in them.
+A teacher that was loaded wrongly causes no error, and teaches noise. So on training images its maps
+must have the shape of the student's, and it should find the objects in these images.
 """
 
 import logging

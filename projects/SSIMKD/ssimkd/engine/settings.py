@@ -1,7 +1,7 @@
 """What the driver itself reads of a config; everything else is read by what it configures."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping
 
 from detectron2.config import CfgNode
 from omegaconf import ListConfig
@@ -70,9 +70,9 @@ def read_settings(cfg: Any) -> DriverSettings:
 
 def modules_of(modules: Any) -> List[str]:
     """A list of different names of modules; ConfigError of anything else."""
-    names = list(modules) if isinstance(modules, (Sequence, ListConfig)) else [None]
-    if isinstance(modules, str) or not all(isinstance(name, str) for name in names):
+    listed = isinstance(modules, (list, tuple, ListConfig))
+    if not listed or not all(isinstance(name, str) for name in modules):
         raise ConfigError(f"INHERIT must be a list of names of modules, got {modules!r}")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"INHERIT names a module twice: {names}")
-    return names
+    if len(set(modules)) < len(modules):
+        raise ConfigError(f"INHERIT names a module twice: {', '.join(modules)}")
+    return list(modules)

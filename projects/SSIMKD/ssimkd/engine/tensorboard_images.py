@@ -4,8 +4,7 @@ They always show the same image, the first of the test set. Detectron2's own key
 `VIS_PERIOD` (.yaml) or `model.vis_period` (.py), in iterations; 0 means none.
 """
 
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import nn
 
 from ssimkd.evaluation.predictor import draw_detections
 from ssimkd.evaluation.similarity import render, similarity_maps
+from ssimkd.modeling.paired_maps import evaluation_mode
 from ssimkd.utils.random_state import preserve_random_state
 
 LEAST_SCORE = 0.3  # lower ones are not drawn: early in a run they would cover the image
@@ -83,15 +82,3 @@ class Pictures(HookBase):
         if maps:
             pictures["loss_maps"] = render(maps, read_image(name, "RGB"))
         return pictures
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module has its former mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -80,7 +80,7 @@ def quiet_terminal(folder: str, rank: int) -> Iterator[None]:
 
 
 class ImagesPerSecond(EventWriter):
-    """Puts the rate of the last iterations, without what hooks take, among the figures.
+    """Adds the images per second of the last iterations to the figures, without the time of hooks.
 
     Args:
         batch_size (int): images per iteration; 0: unknown.
@@ -90,7 +90,7 @@ class ImagesPerSecond(EventWriter):
         self.batch_size = batch_size
 
     def write(self) -> None:
-        """Comes before the writers that show it."""
+        """Comes before the writers that show the figure."""
         storage = get_event_storage()
         _, timed = storage.latest().get("time", (0.0, None))
         if self.batch_size and timed == storage.iter:  # not the first iterations, nor the end
@@ -113,9 +113,9 @@ class WithRate(logging.LoggerAdapter):
 
 
 class ProgressBar(EventWriter):
-    """A last line with time to go, losses and images per second, under what is logged.
+    """A progress bar below the log, with the remaining time, losses and images per second.
 
-    Only where stderr is a terminal.
+    There is none unless stderr is a terminal.
 
     Args:
         max_iter (int): iterations of the run.
@@ -127,7 +127,7 @@ class ProgressBar(EventWriter):
         self.opened = ExitStack()
 
     def write(self) -> None:
-        """Moves the bar; the first call makes it, so that a resumed run does not start at 0."""
+        """Moves the bar. The first call makes it, so a resumed run does not start at 0."""
         storage = get_event_storage()
         done = min(storage.iter + 1, self.max_iter)
         if self.bar is None:

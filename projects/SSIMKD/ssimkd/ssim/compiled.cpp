@@ -1,7 +1,8 @@
-// SSIM of maps and the gradient of its sum: formulas and names of ssim_fast.py, a row at a time.
+// 1 - SSIM of maps and the gradient of its sum, with the formulas and names of analytic.py.
 //
-// Rows of x', v', u'^2, v'^2 are averaged across, the last few of them downwards; their slopes go
-// the same way back. So all that is in use at a time stays in a core's cache.
+// It works on one row at a time. The rows of x', v', u'^2, v'^2 are averaged across, and the last
+// few of these averages downwards. The slopes go back in the same way. So everything that is in use
+// at a time stays in a core's cache.
 
 #include <algorithm>
 #include <vector>
@@ -26,7 +27,7 @@ static Int whole(Int n) { return (n + LANES - 1) / LANES * LANES; }
 static Vec load(const float *p) { return *(const Vec *)p; }
 static void store(float *p, Vec v) { *(Vec *)p = v; }
 
-// The same for n numbers, the rest is 0 or left as it is.
+// The same for the first n numbers: the others are loaded as 0, and are not stored.
 static Vec load(const float *p, Int n) {
   if (n >= LANES) return load(p);
   Vec v = {};
@@ -72,7 +73,7 @@ struct Ring {
 
   float *row(Int r) { return memory.data() + r % taps * P * width; }
 
-  // To result i of an axis that has `cells` rows and these weights, (taps, step).
+  // Moves on to result i of an axis that has `cells` rows and these weights, (taps, step).
   void turn(Int i, Int before, Int cells, const float *weights, Int step) {
     from = std::max(Int(0), before - i);
     to = std::min(taps, cells + before - i);
@@ -89,8 +90,9 @@ struct Ring {
   }
 };
 
+// What brings a map near 0 and to its normalised values: x' = (x - level) * scale, z = x' + shift.
 struct Affine {
-  float mean_x, scale_x, mean_y, scale_y, shift_x, shift_v;
+  float level_x, scale_x, shift_x, level_y, scale_y, shift_y;
 };
 
 struct Work {
@@ -109,15 +111,16 @@ struct Work {
 
   void fill(const Affine &q, const float *x, const float *y) {
     for (Int j = 0; j < columns.cells; j += LANES) {
-      const Vec a = (load(x + j, columns.cells - j) - q.mean_x) * q.scale_x;
-      const Vec b = (load(y + j, columns.cells - j) - q.mean_y) * q.scale_y;
+      const Vec a = (load(x + j, columns.cells - j) - q.level_x) * q.scale_x;
+      const Vec b = (load(y + j, columns.cells - j) - q.level_y) * q.scale_y;
       const Vec stack[4] = {a, a - b, (a + b) * (a + b), (a - b) * (a - b)};
       for (int p = 0; p < 4; p++) store(line.data() + p * step + edge + j, stack[p]);
     }
   }
 
-  // Sum of SSIM of a row of results; fills their slopes.
-  double similarity(const Affine &q) {
+  // Sum of 1 - SSIM over a row of results; fills their slopes if there is a gradient.
+  template <bool GRADIENT>
+  double compare(const Affine &q) {
     const Vec zero = {};
     Vec total = {};
     for (Int at = 0; at < columns.results; at += LANES) {
@@ -125,23 +128,24 @@ struct Work {
       means.down(at, mean);
       Vec x = mean[0], v = mean[1], u = 2 * x - v;
       Vec var_u = mean[2] - u * u, var_v = mean[3] - v * v;
-      var_u = var_u > 0 ? var_u : zero;
-      var_v = var_v > 0 ? var_v : zero;
+      var_u = var_u < 0 ? zero : var_u;  // NaN stays NaN
+      var_v = var_v < 0 ? zero : var_v;
       const Vec by_var = 1 / (var_u + var_v + 2 * c2), k = var_v * by_var;
       const Vec d_mean = v - 2 * k * x;
       x += q.shift_x;
-      v += q.shift_v;
-      u += 2 * q.shift_x - q.shift_v;
+      v += q.shift_x - q.shift_y;
+      u += q.shift_x + q.shift_y;
       const Vec by_power = 1 / (u * u + v * v + 2 * c1), j = v * v * by_power;
-      const Vec f = (2 * j * x - v) * by_power;
-      const Vec luminance = 1 - 2 * j, cs = 1 - 2 * k, t = luminance * by_var;
-      Vec ssim = luminance * cs;
-      for (Int i = columns.results - at; i < LANES; i++) ssim[i] = 0;
-      total += ssim;
-      const Vec slope[3] = {cs * f + t * d_mean, k * t, t};
+      const Vec luminance = 1 - 2 * j;
+      Vec dissimilarity = j + k * luminance;
+      for (Int i = columns.results - at; i < LANES; i++) dissimilarity[i] = 0;
+      total += dissimilarity;
+      if (!GRADIENT) continue;
+      const Vec f = (2 * j * x - v) * by_power, t = luminance * by_var;
+      const Vec slope[3] = {(1 - 2 * k) * f + t * d_mean, k * t, t};
       for (int p = 0; p < 3; p++) store(slopes.data() + p * step + edge + at, slope[p]);
     }
-    return sum(total);
+    return 2 * sum(total);
   }
 
   // A row of the gradient; adds to the sums of slope and slope times x'.
@@ -151,9 +155,9 @@ struct Work {
       const Int n = columns.cells - j;
       Vec d[3];
       back.down(j, d);
-      const Vec a = (load(x + j, n) - q.mean_x) * q.scale_x;
-      const Vec v = a - (load(y + j, n) - q.mean_y) * q.scale_y;
-      const Vec slope = d[0] + 2 * a * d[1] - v * d[2];
+      const Vec a = (load(x + j, n) - q.level_x) * q.scale_x;
+      const Vec v = a - (load(y + j, n) - q.level_y) * q.scale_y;
+      const Vec slope = -4 * (d[0] + 2 * a * d[1] - v * d[2]);
       totals[0] += slope;
       totals[1] += slope * a;
       store(gradient + j, slope * (q.scale_x * factor), n);
@@ -161,7 +165,8 @@ struct Work {
     for (int i = 0; i < 2; i++) into[i] += sum(totals[i]);
   }
 
-  // `into`: sums over the map of SSIM, slope, slope times x'.
+  // `into`: sums over the map of 1 - SSIM, slope, slope times x'.
+  template <bool GRADIENT>
   void map(const Affine &q, Int m, const Maps &x, const Maps &y, const Maps &gradient,
            double *into) {
     const Int after = rows.taps - 1 - rows.before;
@@ -173,8 +178,8 @@ struct Work {
                 columns.taps, columns.results);
       for (; result < rows.results && (result + after <= r || r == rows.cells - 1); result++) {
         means.turn(result, rows.before, rows.cells, rows.weights, whole(rows.results));
-        into[0] += similarity(q);
-        if (!gradient.data) continue;
+        into[0] += compare<GRADIENT>(q);
+        if (!GRADIENT) continue;
         across<3>(slopes.data() + edge - (columns.taps - 1 - columns.before), step,
                   back.row(result), columns.adjoint, columns.taps, columns.cells);
         const bool last = result == rows.results - 1;
@@ -187,9 +192,13 @@ struct Work {
   }
 };
 
-// Maps [first, last). factor: what d SSIM / 4 is multiplied by; sums: (maps, 3).
+// Maps [first, last). gradient: d sum(1 - SSIM) / dx times factor, or no data; sums: (maps, 3).
 extern "C" void ssim(Maps x, Maps y, Maps gradient, Int first, Int last, Axis rows, Axis columns,
                      const Affine *affine, float c1, float c2, float factor, double *sums) {
   Work work(rows, columns, c1, c2, factor);
-  for (Int m = first; m < last; m++) work.map(affine[m], m, x, y, gradient, sums + 3 * m);
+  for (Int m = first; m < last; m++)
+    if (gradient.data)
+      work.map<true>(affine[m], m, x, y, gradient, sums + 3 * m);
+    else
+      work.map<false>(affine[m], m, x, y, gradient, sums + 3 * m);
 }

@@ -1,7 +1,7 @@
-"""The inner part of `ssim_fast.py` in C++, built by the machine's own compiler.
+"""The kernel of `one_pass.py` for CPUs in C++, built by the machine's own compiler.
 
 A process builds it once, when first asked for it, for the processor that it runs on, in a folder of
-its own: about a second, and nothing is left behind or taken from elsewhere.
+its own. That takes about a second, and nothing is left behind or taken from elsewhere.
 """
 
 import ctypes
@@ -11,20 +11,63 @@ import shlex
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssimkd.errors import one_line
+from .window import window_matrices
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-funroll-loops", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 LANES = 16  # of the source
 logger = logging.getLogger(__name__)
+
+
+def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
+    """Whether :func:`kernel` knows such maps and options, and can be built here."""
+    return (
+        student.device.type == "cpu"
+        and torch.float64 not in (student.dtype, teacher.dtype)
+        and options["border"] != "zero"  # a map about its level would have another border
+        and options["exponents"] == (1, 1, 1)
+        and library() is not None
+    )
+
+
+def kernel(
+    x: Tensor,
+    y: Tensor,
+    affine: Tensor,
+    options: Dict[str, Any],
+    gradient: Optional[Tensor],
+    factor: float,
+) -> Tensor:
+    """See the head of `one_pass.py`. The threads of torch share the maps."""
+    run, (count, *size), threads = library(), x.shape, torch.get_num_threads()
+    assert run is not None  # covers() has asked
+    rows, columns = _axes(*size, options["window_size"], options["sigma"], options["border"])
+    cells = rows.described.results * columns.described.results
+    constants = [(options[k] * options["data_range"]) ** 2 for k in ("k1", "k2")]
+    x, y, affine = x.float(), y.float(), affine.t().contiguous()  # kept: the library has pointers
+    sums = torch.empty(count, 3, dtype=torch.float64, device="cpu")
+    maps = [_Maps(m) for m in (x, y, gradient)]
+    numbers = affine.data_ptr(), *constants, factor / cells, sums.data_ptr()
+
+    def part(first: int) -> None:
+        last = min(first + step, count)
+        run(*maps, first, last, rows.described, columns.described, *numbers)
+
+    step = -(-count // threads)
+    if step == count:
+        part(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(part, range(0, count, step)))
+    return sums.t() / cells
 
 
 class _Maps(ctypes.Structure):
@@ -47,6 +90,11 @@ class Axis(NamedTuple):
     adjoint: Tensor
 
 
+@lru_cache(maxsize=128)
+def _axes(*window):
+    return [axis_of(matrix) for matrix in window_matrices(*window)]
+
+
 def axis_of(matrix: Tensor) -> Axis:
     """Of the banded matrix (results, cells) that averages along an axis."""
     results, cells = matrix.nonzero().unbind(1)
@@ -56,7 +104,7 @@ def axis_of(matrix: Tensor) -> Axis:
     return Axis(_Axis(*sizes, weights.data_ptr(), adjoint.data_ptr()), weights, adjoint)
 
 
-def _diagonals(matrix, before, after):
+def _diagonals(matrix: Tensor, before: int, after: int) -> Tensor:
     """Those of a banded matrix as rows, 0 where it ends, up to whole vectors."""
     rows = len(matrix)
     matrix = F.pad(matrix, (before, after + rows))
@@ -64,55 +112,9 @@ def _diagonals(matrix, before, after):
     return F.pad(diagonals, (0, -rows % LANES)).float().contiguous()
 
 
-def compare(
-    run: Callable[..., None],
-    student: Tensor,
-    teacher: Tensor,
-    affine: Tensor,
-    rows: Axis,
-    columns: Axis,
-    constants: tuple,
-    gradient: Optional[Tensor],
-    factor: float,
-) -> Tensor:
-    """SSIM of maps, and its gradient.
-
-    Args:
-        run (callable): see :func:`library`.
-        student, teacher (Tensor): (maps, H, W), float32, cells of a row side by side.
-        affine (Tensor): (maps, 6); mean, scale of the student's maps, of the teacher's, and what
-            brings x' and v' back to x and v.
-        rows, columns (Axis): the window.
-        constants (tuple[float]): C1, C2.
-        gradient (Tensor or None): (maps, H, W), is filled with d sum(SSIM) / d student
-            times factor / 4.
-        factor (float): see above.
-
-    Returns:
-        Tensor: (3, maps), float64: sums over each map of SSIM and, with a gradient, of the slope
-        d SSIM / dx' / 4 and of slope times x'.
-    """
-    count, threads = len(student), torch.get_num_threads()
-    affine = affine.contiguous()
-    sums = torch.empty(count, 3, dtype=torch.float64, device=affine.device)
-    maps = [_Maps(m) for m in (student, teacher, gradient)]
-    rest = (rows.described, columns.described, affine.data_ptr(), *constants, factor)
-
-    def part(first: int) -> None:
-        run(*maps, first, min(first + step, count), *rest, sums.data_ptr())
-
-    step = -(-count // threads)
-    if step == count:
-        part(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(part, range(0, count, step)))
-    return sums.t()
-
-
 @cache
 def library() -> Optional[Callable[..., None]]:
-    """The compiled function; None, and a line in the log, where it cannot be built."""
+    """The compiled function; None, and a warning in the log, where it cannot be built."""
     compiler = os.environ.get("CXX") or "c++"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,11 +125,12 @@ def library() -> Optional[Callable[..., None]]:
             )
             run = ctypes.CDLL(target).ssim
     except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
-        logger.info(
-            "MODEL.DISTILL.SSIM.COMPILE: %s built nothing (%s), so that PyTorch's own operators "
-            "do the work: right, but slower",
+        text = (getattr(error, "stderr", None) or f"{type(error).__name__}: {error}").strip()
+        logger.warning(
+            "The compiler %s could not build the C++ form of the SSIM loss (%s). PyTorch's own "
+            "operators compute the loss instead, which is slower",
             compiler,
-            (getattr(error, "stderr", None) or one_line(error)).splitlines()[0],
+            text.splitlines()[0],
         )
         return None
     number, pointer = ctypes.c_int64, ctypes.c_void_p

@@ -19,10 +19,9 @@ import math
 from typing import Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BORDERS = ("renormalize", "reflect", "valid", "zero")
+from .window import BORDERS, Window
 
 
 def ssim_map(
@@ -63,9 +62,7 @@ def ssim_map(
     Raises:
         ValueError: shapes differ or are not 4-D, no cells, or an option is out of its range.
     """
-    if student.shape != teacher.shape or student.dim() != 4 or student.numel() == 0:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"expected two equal, non-empty shapes (N, C, H, W), got {shapes}")
+    check_shapes(student, teacher)
     check_options(window_size, sigma, k1, k2, data_range, exponents, border)
     with torch.autocast(student.device.type, enabled=False):
         dtype = torch.promote_types(student.dtype, torch.float32)
@@ -84,6 +81,13 @@ def ssim_map(
         )
 
 
+def check_shapes(student: Tensor, teacher: Tensor) -> None:
+    """Raises ValueError unless both are (N, C, H, W) and hold cells."""
+    if student.shape != teacher.shape or student.dim() != 4 or student.numel() == 0:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"expected two equal, non-empty shapes (N, C, H, W), got {shapes}")
+
+
 def check_options(window_size, sigma, k1, k2, data_range, exponents, border) -> None:
     """Raises ValueError, naming the option, where one is out of its range."""
     if not (isinstance(window_size, int) and window_size > 0 and window_size % 2 == 1):
@@ -95,54 +99,6 @@ def check_options(window_size, sigma, k1, k2, data_range, exponents, border) -> 
         raise ValueError(f"exponents must be three numbers >= 0 (of l, c, s), got {exponents!r}")
     if border not in BORDERS:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")
-
-
-class Window:
-    """The window average B of maps of one size, as two one-dimensional filters per channel."""
-
-    def __init__(self, size, window_size: int, sigma: float, border: str, like: Tensor):
-        """`size` is the maps' (H, W); the weights take `like`'s device and dtype."""
-        limit = {"reflect": [n - 1 for n in size], "valid": [(n - 1) // 2 for n in size]}
-        radii = [min(window_size // 2, r) for r in limit.get(border, [window_size // 2] * 2)]
-        self.border, self.radii = border, radii
-        self.weights = [_gaussian(radius, sigma, like) for radius in radii]
-        self.inside = None  # share of each window that lies inside the map, (H, W)
-        if border == "renormalize":
-            rows, columns = (_coverage(n, w) for n, w in zip(size, self.weights))
-            self.inside = rows[:, None] * columns
-
-    def pad(self, x: Tensor) -> Tensor:
-        """What the border adds around a map, (N, C, H, W) -> (N, C, H + 2 ry, W + 2 rx)."""
-        (ry, rx), modes = self.radii, {"reflect": "reflect", "zero": "constant"}
-        return F.pad(x, (rx, rx, ry, ry), modes[self.border]) if self.border in modes else x
-
-    def average(self, x: Tensor) -> Tensor:
-        """B[x] of a padded map, (N, C, ., .) -> (N, C, H, W), or smaller with border "valid"."""
-        filtered = self._filter(x)
-        return filtered if self.inside is None else filtered / self.inside
-
-    def _filter(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        ry, rx = self.radii if self.border == "renormalize" else (0, 0)
-        down = self.weights[0].view(1, 1, -1, 1).expand(channels, 1, -1, 1)
-        across = self.weights[1].view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-        x = F.conv2d(x, down, padding=(ry, 0), groups=channels)
-        return F.conv2d(x, across, padding=(0, rx), groups=channels)
-
-
-def _gaussian(radius: int, sigma: float, like: Tensor) -> Tensor:
-    """Gaussian weights of 2 radius + 1 cells that sum to 1."""
-    cells = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
-    weights = torch.exp(-(cells**2) / (2 * sigma**2))
-    return weights / weights.sum()
-
-
-def _coverage(size: int, weights: Tensor) -> Tensor:
-    """Sum of the weights inside a line of cells, the window centred on each of them, (size,)."""
-    radius = len(weights) // 2
-    cells = torch.arange(size, device=weights.device)
-    seen = cells[:, None] + torch.arange(-radius, radius + 1, device=weights.device)
-    return (weights * ((seen >= 0) & (seen < size))).sum(dim=1)
 
 
 def _local_statistics(x, y, window, exponents):

@@ -1,124 +1,189 @@
-"""The SSIM loss of normalised maps on a GPU: `ssim_triton.py`'s kernels, once they are trusted.
+"""The kernel of `one_pass.py` for GPUs in Triton, once it is trusted.
 
-Equal to `normalize.py`, `Context.crops` and :func:`ssimkd.ssim.ssim_loss` one after the other,
-which define it. Normalisation and crops need no maps of their own, only numbers for the kernels.
-
-The kernels have been checked without a GPU, never on one. So the first maps of a kind on a device
-make them prove themselves: on small random maps they must give what autograd gives. If they do not,
-autograd goes on doing the work, and a warning says why.
+It has been checked without a GPU and never run on one. So the first maps of a kind on a device put
+it to a trial: on small random maps it must give what the definition gives. If it does not, or
+cannot be compiled, PyTorch's operators compute the loss, and one warning says why.
 """
 
 import logging
+import subprocess
 from functools import lru_cache
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ssimkd.errors import one_line
-
 from .definition import ssim_map
-from .normalize import AFFINE, affines, inside_of, normalize_maps
-from .triton_loss import available, ssim_loss_triton
+from .window import gaussian
+
+try:
+    import triton
+
+    from . import triton_kernels
+except ImportError:  # there is no Triton for every platform
+    triton = None
+    FAILURES: tuple = ()
+else:
+    # What Triton, its compiler and the C compiler that it calls raise
+    FAILURES = (triton.errors.TritonError, OSError, RuntimeError, subprocess.SubprocessError)
 
 logger = logging.getLogger(__name__)
 
-# Maps of the trial: two strips of columns and two chunks of rows, the second image padded
-TRIAL_SHAPE, TRIAL_CELLS = (2, 2, 101, 70), [(101, 70), (37, 66)]
-# Deviation from autograd, as a share of the largest gradient; of float32 and of half precision,
-# whose gradient is rounded
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+SWITCH = "MODEL.DISTILL.SSIM.BACKEND analytic (ssim_loss: backend='analytic')"
+MAX_WINDOW = 11  # the registers hold no more
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = 96  # at most that many rows of a map for one program: 2 radius of them are walked twice
+BLOCK = 64  # columns of a strip, one per thread
+CELLS = 2**25  # maps taken at a time; the slopes in between take three times their memory
+# The trial's maps have two strips of columns and two chunks of rows
+TRIAL_SHAPE = (4, 101, 70)
+# Deviation from the definition, as a share of the largest gradient
+LIMIT = 1e-4
 
 
-def covers(student: Tensor, teacher: Tensor, normalize: str, **options: Any) -> bool:
-    """Whether :func:`ssim_loss` holds for such maps and options, and is right on their device."""
+def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
+    """Whether :func:`kernel` knows such maps and options, and is right on their device."""
     return (
-        student.shape == teacher.shape
-        and student.dim() == 4
-        and student.numel() > 0
-        and normalize in AFFINE
-        and available(student, **options)
-        and available(teacher, **options)
-        and trusted(student.device, student.dtype, tuple(sorted(options.items())))
+        triton is not None
+        and student.is_cuda
+        and {student.dtype, teacher.dtype} <= set(DTYPES)
+        and options["border"] in ("renormalize", "zero")
+        and options["exponents"] in ((1, 1, 1), (0, 1, 1))
+        and options["window_size"] <= MAX_WINDOW
+        and trusted(student.device, student.dtype, teacher.dtype, tuple(options.items()))
     )
 
 
-def ssim_loss(
-    student: Tensor,
-    teacher: Tensor,
-    cells: List[Tuple[int, int]],
-    normalize: str,
-    normalize_scope: str,
-    **options: Any,
+def kernel(
+    x: Tensor,
+    y: Tensor,
+    affine: Tensor,
+    options: Dict[str, Any],
+    gradient: Optional[Tensor],
+    factor: float,
 ) -> Tensor:
-    """The mean over images of (1 - SSIM) / 2; nothing waits for the GPU.
-
-    Args:
-        student (Tensor): (N, C, H, W), gradient flows once, also through its normalisation.
-        teacher (Tensor): (N, C, H, W), constant.
-        cells (list[(int, int)]): height and width that each image covers of its maps.
-        normalize, normalize_scope (str): see `normalize.py`.
-        options: those of :func:`ssimkd.ssim.ssim_map`; see :func:`covers`.
-
-    Returns:
-        Tensor: scalar in [0, 1], float32.
-    """
-    sizes = inside = None
-    if any(size != tuple(student.shape[2:]) for size in cells):
-        # from pinned memory: an ordinary copy would wait until the GPU is done
-        sizes = torch.tensor(cells, device="cpu", pin_memory=student.is_cuda)
-        sizes = sizes.to(student.device, non_blocking=True)
-        inside = inside_of(sizes, student)
-    maps = (student.float(), teacher.detach().float())  # for their statistics
-    pairs = affines(*maps, normalize, normalize_scope, inside)
-    student_affine, teacher_affine = ((a.flatten(1), b.flatten(1)) for a, b in pairs)
-    loss = ssim_loss_triton(student, teacher, student_affine, teacher_affine, sizes, **options)
-    return loss.mean()
+    """See the head of `one_pass.py`. Nothing waits for the GPU."""
+    step = max(1, CELLS // x[0].numel())
+    parts = [slice(start, start + step) for start in range(0, len(x), step)]
+    results = [
+        _launch(
+            x[k], y[k], affine[:, k], options, None if gradient is None else gradient[k], factor
+        )
+        for k in parts
+    ]
+    return torch.cat(results, dim=1)
 
 
-@torch.compiler.assume_constant_result
-def trusted(device: torch.device, dtype: torch.dtype, options: Tuple[Tuple[str, Any], ...]) -> bool:
-    """Whether the kernels agree with autograd on this device; tried once for maps of a kind."""
-    return _trial(device, dtype, options)
+def _launch(x, y, affine, options, gradient, factor) -> Tensor:
+    """:func:`kernel` of as many maps as are taken at a time."""
+    (maps, height, width), weights = x.shape, gaussian_weights(options)
+    margin, cells = len(weights) - 1, height * width
+    c1, c2 = ((options[k] * options["data_range"]) ** 2 for k in ("k1", "k2"))
+    inputs = x, y, *x.stride()[:2], *y.stride()[:2], affine.contiguous(), height, width
+    slopes_shape = (3, maps, height + margin, width + margin) if gradient is not None else (0,)
+    slopes = affine.new_empty(slopes_shape)
+    grid, tiling = _tile(maps, height + margin, width + margin)
+    sums = affine.new_empty(grid)
+    with torch.cuda.device_of(x):
+        triton_kernels.forward_kernel[grid](
+            *inputs,
+            *tiling,
+            slopes,
+            sums,
+            c1,
+            c2,
+            renormalize=options["border"] == "renormalize",
+            luminance=options["exponents"][0] == 1,
+            with_slopes=gradient is not None,
+            **_constants(weights, width + margin),
+        )
+        dissimilarity = sums.view(1, maps, -1).sum(2) / cells
+        if gradient is None:
+            return torch.cat([dissimilarity, dissimilarity.new_zeros(2, maps)])
+        grid, tiling = _tile(maps, height, width)
+        sums = affine.new_empty((2, *grid))
+        triton_kernels.backward_kernel[grid](
+            *inputs,
+            *tiling,
+            slopes,
+            gradient,
+            *gradient.stride()[:2],
+            sums,
+            factor / cells,
+            **_constants(weights, width),
+        )
+    return torch.cat([dissimilarity, sums.view(2, maps, -1).sum(2) / cells])
+
+
+def gaussian_weights(options: Dict[str, Any]) -> Tuple[float, ...]:
+    """Weights of the window's cells along one axis; their sum is 1."""
+    like = torch.empty(0, dtype=torch.float64, device="cpu")
+    return tuple(gaussian(options["window_size"] // 2, options["sigma"], like).tolist())
+
+
+def _block(width: int) -> int:
+    return min(BLOCK, max(32, triton.next_power_of_2(width)))
+
+
+def _tile(maps: int, height: int, width: int) -> Tuple[Tuple[int], Tuple[int, int, int]]:
+    """Grid, and (strips, chunks, rows of a chunk) of a map."""
+    strips, chunks = triton.cdiv(width, _block(width)), triton.cdiv(height, ROWS)
+    return (maps * strips * chunks,), (strips, chunks, triton.cdiv(height, chunks))
+
+
+def _constants(weights: Tuple[float, ...], width: int) -> Dict[str, Any]:
+    block = _block(width)
+    return dict(weights=weights, radius=len(weights) // 2, block=block, num_warps=block // 32)
+
+
+# --- the trial ---
 
 
 @lru_cache(maxsize=64)
-def _trial(device, dtype, options) -> bool:
+def trusted(device: torch.device, x_dtype: torch.dtype, y_dtype: torch.dtype, options) -> bool:
+    """Whether the kernel agrees with the definition on this device; tried once for maps of a kind.
+
+    Raises:
+        RuntimeError: CUDA failed, and the process cannot go on with this GPU.
+    """
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            deviation = _deviation(device, dtype, dict(options))
-        if deviation <= LIMITS[dtype]:
+        with torch.inference_mode(False), torch.enable_grad():
+            deviation = _deviation(device, x_dtype, y_dtype, dict(options))
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        if "CUDA" in str(error):
+            raise RuntimeError(
+                f"The Triton kernels of the SSIM loss failed on {device}. {SWITCH} does without "
+                f"them: {error}"
+            ) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        if deviation <= LIMIT:
             return True
         reason = f"a gradient deviates by {deviation:.1e} of the largest"
-    except Exception as error:  # of Triton, its compiler, the driver: all kinds
-        reason = one_line(error)
     logger.warning(
-        "The Triton kernels of the SSIM loss failed their trial on %s (%s), so that PyTorch's own "
-        "operators do the work: right, but slower. benchmarks/gpu_check.py says more",
+        "The Triton kernels of the SSIM loss failed their trial on %s (%s). PyTorch's own "
+        "operators compute the loss instead, which is slower. See benchmarks/gpu_check.py",
         device,
         reason,
     )
     return False
 
 
-def _deviation(device, dtype, options) -> float:
-    """Of loss (absolute) or gradient (relative) on random maps, the larger one; NaN is one, too."""
+def _deviation(device, x_dtype, y_dtype, options) -> float:
+    """Of a value or gradient on random maps, the larger one; NaN is one, too."""
     generator = torch.Generator().manual_seed(0)  # the run's own draws stay the same
     x, noise = torch.rand(2, *TRIAL_SHAPE, generator=generator, device="cpu")
-    student, teacher = (m.to(device, dtype) for m in (x, (x + noise) / 2))
-    kernel = student.clone().requires_grad_()
-    loss = ssim_loss(kernel, teacher, TRIAL_CELLS, "minmax", "channel", **options)
-    exact = student.double().requires_grad_()
-    losses = []
-    for image, (h, w) in enumerate(TRIAL_CELLS):
-        one, other = (m[image : image + 1, :, :h, :w] for m in (exact, teacher.double()))
-        pair = normalize_maps(one, other, "minmax", "channel", None)
-        losses.append((1 - ssim_map(*pair, **options).mean()) / 2)
-    known = torch.stack(losses).mean()
-    # a mean's gradient is below what float16 holds
-    gradient, expected = (
-        torch.autograd.grad(v * x.numel(), m)[0] for v, m in ((loss, kernel), (known, exact))
-    )
-    by_gradient = (gradient - expected).abs().max() / expected.abs().max()
-    worst = torch.stack([by_gradient, (loss - known).abs()]).max()  # NaN stays NaN
-    return float(worst)
+    x, y = x.to(device, x_dtype), ((x + noise) / 2).to(device, y_dtype)
+    numbers: List[float] = [0.5, 1.5, 0.75, 0.25, 0.5, 0.5]  # level, scale, shift of x and y
+    affine = torch.tensor(numbers, dtype=torch.float32, device=device)[:, None].expand(-1, len(x))
+    gradient = torch.empty(x.shape, dtype=torch.float32, device=device)
+    found = kernel(x, y, affine, options, gradient, 1.0)
+    exact = x.double().requires_grad_()
+    pair = (m[None] for m in ((exact - 0.5) * 1.5 + 0.75, (y.double() - 0.25) * 0.5 + 0.5))
+    similarity = ssim_map(*pair, **options)
+    (known,) = torch.autograd.grad(-similarity.sum() / x[0].numel(), exact)
+    by_gradient = (gradient - known).abs().max() / known.abs().max()
+    by_value = (found[0] - (1 - similarity[0].mean((1, 2)))).abs().max()
+    return float(torch.stack([by_gradient, by_value]).max())

@@ -22,8 +22,6 @@ AFFINE = ("minmax", "teacher_range", "none")
 SCOPES = {"channel": (2, 3), "image": (1, 2, 3), "batch": (0, 1, 2, 3)}
 TINY = 1e-6  # a range or deviation below this is a flat map: it becomes 0, without gradient
 
-Pair = Tuple[Tensor, Tensor]
-
 
 def check_options(normalize: str, normalize_scope: str) -> None:
     """Raises ValueError, naming the option, where one is unknown."""
@@ -62,36 +60,13 @@ def normalize_maps(
     if normalize == "standardize":
         dims = SCOPES[normalize_scope]
         return _standardize(student, dims, inside), _standardize(teacher, dims, inside)
-    (low_s, scale_s), (low_t, scale_t) = affines(
-        student, teacher, normalize, normalize_scope, inside
-    )
-    return (student - low_s) * scale_s, (teacher - low_t) * scale_t
-
-
-def affines(
-    student: Tensor, teacher: Tensor, normalize: str, normalize_scope: str, inside: Optional[Tensor]
-) -> Tuple[Pair, Pair]:
-    """Offset and scale of the student's maps and of the teacher's: x becomes (x - offset) * scale.
-
-    Args:
-        student, teacher, normalize_scope, inside: see :func:`normalize_maps`.
-        normalize (str): one of AFFINE.
-
-    Returns:
-        ((Tensor, Tensor), (Tensor, Tensor)): (N, C, 1, 1) each, or 1 where a statistic is shared.
-    """
-    if normalize == "none":
-        nothing = student.new_zeros(1, 1, 1, 1), student.new_ones(1, 1, 1, 1)
-        return nothing, nothing
     dims = SCOPES[normalize_scope]
-    teacher_pair = _minmax(teacher, dims, inside)
-    student_pair = _minmax(student, dims, inside) if normalize == "minmax" else teacher_pair
-    return student_pair, teacher_pair
-
-
-def _minmax(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Pair:
-    minimum, width = _range(x, dims, inside)
-    return minimum, _inverse(width)
+    low_t, width_t = _range(teacher, dims, inside)
+    low_s, width_s = _range(student, dims, inside) if normalize == "minmax" else (low_t, width_t)
+    return (
+        (student - low_s) * inverse_width(width_s),
+        (teacher - low_t) * inverse_width(width_t),
+    )
 
 
 def _range(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -113,9 +88,9 @@ def _standardize(x: Tensor, dims: Tuple[int, ...], inside: Optional[Tensor]) -> 
     variance = ((known - mean) ** 2 * weight).sum(dims, keepdim=True)
     flat = variance <= TINY**2
     deviation = torch.where(flat, torch.ones_like(variance), variance).sqrt()
-    return (x - mean) * _inverse(torch.where(flat, torch.zeros_like(variance), deviation))
+    return (x - mean) * inverse_width(torch.where(flat, torch.zeros_like(variance), deviation))
 
 
-def _inverse(width: Tensor) -> Tensor:
-    """1 / width; 0 where there is none."""
+def inverse_width(width: Tensor) -> Tensor:
+    """1 / width; 0 for a flat map, whose width is next to nothing."""
     return torch.where(width > TINY, 1 / width.clamp_min(TINY), torch.zeros_like(width))

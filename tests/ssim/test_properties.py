@@ -5,17 +5,16 @@ import torch
 from any_maps import EXAMPLES, LAYOUTS, layouts, maps, pairs, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ssimkd.losses import KD_LOSS_REGISTRY, Context
-from ssimkd.ssim import definition as ssim
-from ssimkd.ssim import ssim_loss
+from ssimkd.ssim import ssim_loss, ssim_map
 from ssimkd.ssim.normalize import NORMALIZATIONS, SCOPES
+from ssimkd.ssim.window import BORDERS
 
 quick = settings(max_examples=25, **EXAMPLES)
 options = st.fixed_dictionaries(
     {
         "window_size": st.sampled_from([1, 3, 7, 11]),
         "sigma": st.sampled_from([0.3, 1.5, 5.0]),
-        "border": st.sampled_from(ssim.BORDERS),
+        "border": st.sampled_from(BORDERS),
         "exponents": st.sampled_from([(1, 1, 1), (0, 1, 1), (0, 0, 1), (1, 0.5, 2)]),
     }
 )
@@ -24,7 +23,7 @@ options = st.fixed_dictionaries(
 @quick
 @given(pairs(largest=1e15), options)
 def test_similarity_lies_within_its_range(pair, option):
-    found = ssim.ssim_map(*pair, **option)
+    found = ssim_map(*pair, **option)
     assert torch.isfinite(found).all() and found.abs().max() <= 1 + 1e-6
     assert -1e-6 <= ssim_loss(*pair, **option) <= 1 + 1e-6
 
@@ -32,14 +31,14 @@ def test_similarity_lies_within_its_range(pair, option):
 @quick
 @given(pairs(largest=1.0), options)
 def test_similarity_is_symmetric(pair, option):
-    a, b = (ssim.ssim_map(*x, **option) for x in (pair, pair[::-1]))
+    a, b = (ssim_map(*x, **option) for x in (pair, pair[::-1]))
     torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
 @quick
 @given(maps(), options)
 def test_equal_maps_have_similarity_one(x, option):
-    found = ssim.ssim_map(x, x.clone(), **option)
+    found = ssim_map(x, x.clone(), **option)
     torch.testing.assert_close(found, torch.ones_like(found), atol=1e-5, rtol=0)
 
 
@@ -54,15 +53,15 @@ def test_the_gradient_is_finite(pair, option):
 @quick
 @given(pairs(), options, layouts, layouts)
 def test_memory_layout_changes_nothing(pair, option, a, b):
-    found = ssim.ssim_map(LAYOUTS[a](pair[0]), LAYOUTS[b](pair[1]), **option)
-    torch.testing.assert_close(found, ssim.ssim_map(*pair, **option), atol=1e-5, rtol=0)
+    found = ssim_map(LAYOUTS[a](pair[0]), LAYOUTS[b](pair[1]), **option)
+    torch.testing.assert_close(found, ssim_map(*pair, **option), atol=1e-5, rtol=0)
 
 
 @quick
 @given(pairs(largest=1.0), options)
 def test_float32_is_float64_but_for_rounding(pair, option):
-    exact = ssim.ssim_map(*(x.double() for x in pair), **option)
-    found = ssim.ssim_map(*pair, **option)
+    exact = ssim_map(*(x.double() for x in pair), **option)
+    found = ssim_map(*pair, **option)
     assert exact.dtype == torch.float64 and found.dtype == torch.float32
     # With beta = gamma there is no root. Else sd = sqrt(var) makes of a rounding of 1e-7 one of
     # 3e-4, as large as C3, in windows where one map is flat and the other is not.
@@ -74,7 +73,7 @@ def test_float32_is_float64_but_for_rounding(pair, option):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_short_types_are_computed_in_float32(dtype):
     x, y = (torch.rand(2, 3, 9, 8).to(dtype) for _ in range(2))
-    assert torch.equal(ssim.ssim_map(x, y), ssim.ssim_map(x.float(), y.float()))
+    assert torch.equal(ssim_map(x, y), ssim_map(x.float(), y.float()))
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2, 3])
@@ -82,7 +81,7 @@ def test_a_map_without_cells_is_refused(empty):
     shape = [2, 2, 2, 2]
     shape[empty] = 0
     with pytest.raises(ValueError, match="non-empty shapes"):
-        ssim.ssim_map(torch.zeros(shape), torch.zeros(shape))
+        ssim_map(torch.zeros(shape), torch.zeros(shape))
 
 
 normalized = st.tuples(st.sampled_from(sorted(NORMALIZATIONS)), st.sampled_from(sorted(SCOPES)))
@@ -90,17 +89,16 @@ normalized = st.tuples(st.sampled_from(sorted(NORMALIZATIONS)), st.sampled_from(
 
 @quick
 @given(pairs(shape=shapes, largest=10.0), options, normalized, layouts, layouts)
-def test_the_fast_form_is_the_reference(pair, option, kind, a, b):
-    """Value and gradient of `losses/ssim.py`, which takes the fast form where it holds."""
+def test_the_chosen_backend_is_the_definition(pair, option, kind, a, b):
+    normalize, scope = kind
     n, _, h, w = pair[0].shape
-    context = Context([(8 * h, 8 * w)] * (n - 1) + [(4 * h, 8 * w)], {"p3": 8})
+    sizes = [(h, w)] * (n - 1) + [((h + 1) // 2, w)]
     results = []
     for backend in ("auto", "definition"):
-        loss = KD_LOSS_REGISTRY.get("ssim")(4.0, *kind, **option, backend=backend)
         student = LAYOUTS[a](pair[0]).detach().requires_grad_()
-        value = loss({"p3": student}, {"p3": LAYOUTS[b](pair[1])}, context)["p3"]
-        value.backward()
-        results.append((value.detach(), student.grad))
+        how = dict(sizes=sizes, normalize=normalize, normalize_scope=scope, backend=backend)
+        value = ssim_loss(student, LAYOUTS[b](pair[1]), **how, **option)
+        results.append((value.detach(), torch.autograd.grad(value, student)[0]))
     (value, gradient), (expected, slope) = results
     torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4)
     assert torch.isfinite(gradient).all()
