@@ -12,9 +12,10 @@ from ssimkd.modeling.backbones import TorchvisionBackbone
 from .ssimkd_R50 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.backbone.bottom_up = L(TorchvisionBackbone)(
-    name="mobilenet_v2", weights="DEFAULT", freeze_at=2, out_features=["res2", "res3", "res4", "res5"]
-)
-    name="mobilenet_v2", weights="DEFAULT", freeze_at=2
+    name="mobilenet_v2",
+    weights="DEFAULT",
+    freeze_at=2,
+    out_features=["res2", "res3", "res4", "res5"],
 )
 model.pixel_mean, model.pixel_std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 # as in torchvision; the teacher still gets BGR
