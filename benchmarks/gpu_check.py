@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from functools import partial
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from memory import peak_of
@@ -60,7 +60,8 @@ def check_accuracy(levels, channels: int, device: str) -> Dict[str, float]:
     found = {}
     cases = itertools.product((3, 5, 7, 9, 11), ("renormalize", "zero"), (1.0, 0.0))
     for window_size, border, alpha in cases:
-        options = dict(window_size=window_size, border=border, exponents=(alpha, 1.0, 1.0))
+        options: Dict[str, Any] = dict(window_size=window_size, border=border)
+        options["exponents"] = (alpha, 1.0, 1.0)
         worst = 0.0
         for x, y in pyramid(levels, channels, device):
             exact = [(x.detach().double().requires_grad_(), y.double())]
@@ -117,7 +118,7 @@ def check_nan(levels, channels: int, device: str) -> None:
             student, teacher = maps = [m.detach().clone() for m in (x, y)]
             maps[spoiled][0, 0, 0, 0] = float("nan")
             pair = (student.requires_grad_(), teacher)
-            options = dict(normalize="none", exponents=(alpha, 1.0, 1.0))
+            options: Dict[str, Any] = dict(normalize="none", exponents=(alpha, 1.0, 1.0))
             assert gradients([pair], **options)[0].isnan()
 
 
