@@ -31,54 +31,49 @@ BASES = {
     "Base-Panoptic-FPN": "COCO-PanopticSegmentation/Base-Panoptic-FPN",
 }
 KD = "MODEL.DISTILL."
-R101 = "COCO-{}_R_101_FPN_3x.yaml"
 RCNN = {"MODEL.META_ARCHITECTURE": "DistillRCNN"}
 RETINANET = {
     "MODEL.META_ARCHITECTURE": "DistillRetinaNet",
     KD + "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
-    KD + "TEACHER.CONFIG": R101.format("Detection/retinanet"),
+    KD + "TEACHER.CONFIG": "COCO-Detection/retinanet_R_101_FPN_3x.yaml",
 }
-FASTER = {**RCNN, KD + "TEACHER.CONFIG": R101.format("Detection/faster_rcnn")}
+FASTER = {**RCNN, KD + "TEACHER.CONFIG": "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"}
+R18 = {
+    "MODEL.WEIGHTS": "weights/R-18.pth",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],  # torchvision's
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "INPUT.FORMAT": "RGB",
+}
+SEGMENTATION, PANOPTIC = "COCO-InstanceSegmentation/mask_rcnn_", "COCO-PanopticSegmentation/"
+DETECTION, KEYPOINTS = "COCO-Detection/", "COCO-Keypoints/keypoint_rcnn_"
 STUDENTS = {  # name of the config: the same detector in the zoo, and all that differs from it
-    "ssimkd_R50": ("COCO-Detection/faster_rcnn_R_50_FPN_1x", FASTER),
-    "vanilla_R50": ("COCO-Detection/faster_rcnn_R_50_FPN_1x", {**FASTER, KD + "LOSSES": []}),
-    "ssimkd_retinanet_R50": ("COCO-Detection/retinanet_R_50_FPN_1x", RETINANET),
+    "ssimkd_R50": (DETECTION + "faster_rcnn_R_50_FPN_1x", FASTER),
+    "vanilla_R50": (DETECTION + "faster_rcnn_R_50_FPN_1x", {**FASTER, KD + "LOSSES": []}),
+    "ssimkd_retinanet_R50": (DETECTION + "retinanet_R_50_FPN_1x", RETINANET),
     "vanilla_retinanet_R50": (
-        "COCO-Detection/retinanet_R_50_FPN_1x",
+        DETECTION + "retinanet_R_50_FPN_1x",
         {**RETINANET, KD + "LOSSES": []},
     ),
-    "ssimkd_retinanet_R18": (
-        "COCO-Detection/retinanet_R_50_FPN_1x",
-        {
-            **RETINANET,
-            "MODEL.WEIGHTS": "weights/R-18.pth",
-            "MODEL.RESNETS.DEPTH": 18,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-            "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],  # torchvision's
-            "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-            "INPUT.FORMAT": "RGB",
-        },
-    ),
+    "ssimkd_retinanet_R18": (DETECTION + "retinanet_R_50_FPN_1x", {**RETINANET, **R18}),
     "ssimkd_mask_rcnn_R50": (
-        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
-        {**RCNN, KD + "TEACHER.CONFIG": R101.format("InstanceSegmentation/mask_rcnn")},
+        SEGMENTATION + "R_50_FPN_1x",
+        {**RCNN, KD + "TEACHER.CONFIG": SEGMENTATION + "R_101_FPN_3x.yaml"},
     ),
     "ssimkd_cascade_R50": (
         "Misc/cascade_mask_rcnn_R_50_FPN_1x",
-        {
-            **RCNN,
-            KD + "TEACHER.CONFIG": "COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_3x.yaml",
-        },
+        {**RCNN, KD + "TEACHER.CONFIG": SEGMENTATION + "X_101_32x8d_FPN_3x.yaml"},
     ),
     "ssimkd_keypoint_rcnn_R50": (
-        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
-        {**RCNN, KD + "TEACHER.CONFIG": R101.format("Keypoints/keypoint_rcnn")},
+        KEYPOINTS + "R_50_FPN_1x",
+        {**RCNN, KD + "TEACHER.CONFIG": KEYPOINTS + "R_101_FPN_3x.yaml"},
     ),
     "ssimkd_panoptic_fpn_R50": (
-        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x",
+        PANOPTIC + "panoptic_fpn_R_50_1x",
         {
             "MODEL.META_ARCHITECTURE": "DistillPanopticFPN",
-            KD + "TEACHER.CONFIG": "COCO-PanopticSegmentation/panoptic_fpn_R_101_3x.yaml",
+            KD + "TEACHER.CONFIG": PANOPTIC + "panoptic_fpn_R_101_3x.yaml",
         },
     ),
 }

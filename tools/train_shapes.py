@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-import ssimkd  # noqa: F401 (first: it silences warnings of other packages)
+import ssimkd  # noqa: F401 (before Detectron2, whose import makes torch warn)
 from detectron2.modeling import build_model
 from ssimkd.engine.arguments import load_config
 from ssimkd.utils.measure import markdown
@@ -90,17 +90,9 @@ def main() -> None:
     (ROOT / "output/shapes/table.md").write_text(text + "\n")
     print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}\n")
     vanilla, student, teacher = (str(folder(name, args.seeds[0])) for name in CONFIGS)
-    command = [
-        "-m",
-        "ssimkd.commands.main",
-        "report",
-        "--run",
-        student,
-        "--compare",
-        vanilla,
-        teacher,
-    ]
-    sys.exit(subprocess.run([sys.executable, *command], cwd=ROOT).returncode)
+    command = [sys.executable, "-m", "ssimkd", "report", "--run", student]
+    status = subprocess.run([*command, "--compare", vanilla, teacher], cwd=ROOT).returncode
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ import compare
 import compare_report as report
 import compare_runs
 import pytest
-import torch
 from compare_methods import ABLATIONS, parse_method
-from conftest import ROOT, shapes_cfg
+from conftest import ROOT
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, Instances
-from ssimkd import KD_LOSS_REGISTRY, ConfigError
+from ssimkd import ConfigError
 from ssimkd.engine.arguments import load_config
-from ssimkd.evaluation.evaluators import build_evaluator
 
 
 def row(method, seed, ap, budget=500):
@@ -89,22 +86,7 @@ def test_a_rival_that_wins_is_named():
     )
 
 
-def test_without_ssim_the_first_method_is_compared_with():
-    table = report.summarise([run for run in RUNS if run["method"] != "ssim"], [])
-    assert "| AP less rival's: mean" in report.markdown(table)
-    assert report.verdict(table) == (
-        "Best mean AP: rival. Not told apart from rival: twin. Worse than rival: poor. "
-        "95 % intervals of the differences: +-0.0 to +-18.4 AP."
-    )
-    assert "interval" not in report.verdict([row for row in table if row["method"] == "once"])
-
-
 # --- methods ---
-
-
-def test_every_registered_loss_is_compared():
-    names = [m.name for m in compare.select(compare.parse_args([]))]
-    assert names == ["vanilla", "ssim:*0", *sorted(name for name, _ in KD_LOSS_REGISTRY)]
 
 
 def test_every_ablation_changes_the_config():
@@ -158,21 +140,6 @@ def test_the_search_sees_the_training_images_alone():
     )
     assert (len(seen), len(held_out)) == (1600, 400)
     assert sorted(seen + held_out) == sorted(whole)
-
-
-def test_the_objects_themselves_have_full_ap_on_the_held_out_part(tmp_path):
-    cfg = shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path))
-    evaluator = build_evaluator(cfg, "ssimkd_shapes_search_val")
-    evaluator.reset()
-    for record in DatasetCatalog.get("ssimkd_shapes_search_val"):
-        found = Instances((record["height"], record["width"]))
-        objects = record["annotations"]
-        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        found.pred_boxes, found.scores = Boxes(boxes), torch.ones(len(objects))
-        found.pred_classes = torch.tensor([o["category_id"] for o in objects])
-        evaluator.process([record], [{"instances": found}])
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
 # --- search and resumption, with runs that take no time ---
@@ -238,7 +205,7 @@ def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, c
 
 @pytest.mark.parametrize(
     "ratio, centre",
-    [(8.0, 4.0), (15.9, 4.0), (16.1, 1.0), (0.125, 256.0), (None, 4.0), (0.0, 4.0)],
+    [(15.9, 4.0), (16.1, 1.0), (0.125, 256.0), (None, 4.0)],
 )
 def test_the_search_starts_where_the_gradients_are_in_proportion(tmp_path, executed, ratio, centre):
     calls = executed(lambda run: 0.0, gradient_ratio=ratio)
@@ -257,12 +224,10 @@ def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
     search = comparison(tmp_path)
     scores = search.search([parse_method("l1")], {"l1": 4.0})
     assert scores["l1"] == {4.0: 4.0, 1.0: 1.0, 16.0: -math.inf}
-    assert set(search.runner.failed.values()) == {"loss is NaN"}
     text = compare.write_weights(tmp_path / "weights.json", scores)
     assert text.endswith("\n- l1: 1: 1.0, **4: 4.0**, 16: failed")
-    assert json.loads((tmp_path / "weights.json").read_text()) == {
-        "l1": {"weight": 4.0, "AP": {"1": 1.0, "4": 4.0, "16": None}}
-    }
+    written = {"weight": 4.0, "AP": {"1": 1.0, "4": 4.0, "16": None}}
+    assert json.loads((tmp_path / "weights.json").read_text()) == {"l1": written}
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
@@ -295,11 +260,9 @@ def test_published_runs_are_taken_over(tmp_path, executed):
     again = comparison(tmp_path / "ours", "--seeds", "1", "2", "3").compare(weights)
     assert not (tmp_path / "ours" / compare_runs.COSTS).exists()
     assert len(calls) == 4 + 2 + 2 and [row for row in again if row["seed"] < 3] == rows
-    for wrong in ("[1]", "{", None):
-        path = tmp_path / f"wrong{wrong}"
-        if wrong:
-            path.write_text(wrong)
-        with pytest.raises(ConfigError, match="--records: .*wrong"):
+    (tmp_path / "wrong").write_text("[1]")
+    for path in (tmp_path / "wrong", tmp_path / "absent"):
+        with pytest.raises(ConfigError, match=f"--records: {path}"):
             compare_runs.restore(path, tmp_path)
 
 
@@ -365,10 +328,6 @@ def test_the_command_trains_compares_and_writes_its_files(tmp_path, few_shapes):
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in done.stdout and "### 3 iterations" in text
     assert text.count("| vanilla | 0 | 1 |") == text.count("| ssim | 4 | 1 |") == 1
-    with open(tmp_path / "runs.csv") as f:
-        rows = list(csv.DictReader(f))
-    assert [(r["method"], r["seed"]) for r in rows] == [("vanilla", "1"), ("ssim", "1")]
-    assert all(r["commit"] and "torch" in r["machine"] for r in rows)
     with open(tmp_path / "table.csv") as f:
         table = {r["method"]: r for r in csv.DictReader(f)}
     assert float(table["ssim"]["seconds"]) > 0 and float(table["ssim"]["peak_mib"]) > 100
