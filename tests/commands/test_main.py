@@ -56,12 +56,3 @@ def test_help_says_how_the_command_is_called(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main.main([name, "--help"])
     assert f"\n    ssimkd {name} --" in capsys.readouterr().out
-
-
-def test_importing_the_package_changes_no_filter_of_warnings():
-    script = (
-        "import warnings, torch; before = list(warnings.filters)\n"
-        "import ssimkd; assert warnings.filters == before"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr

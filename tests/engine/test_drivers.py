@@ -14,8 +14,8 @@ from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
 from detectron2.engine import defaults
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
+from ssimkd.engine import lazy_driver
 from ssimkd.engine.arguments import load_config
-from ssimkd.engine.lazy_driver import check_image_format, lazy_evaluate, lazy_model
 from ssimkd.engine.yaml_driver import DistillTrainer
 
 KEY = "MODEL.DISTILL"
@@ -162,10 +162,10 @@ def test_mapper_and_lazy_student_must_agree_on_the_channel_order(split):
     key = f"dataloader.{split}.mapper.image_format"
     cfg = load_config("configs/ssimkd_R50.py", [f"{key}=RGB", "train.device=cpu"])
     with pytest.raises(ConfigError, match=f"{key} is RGB and the student takes BGR"):
-        check_image_format(cfg, lazy_model(cfg), "train", "test")
+        lazy_driver.check_image_format(cfg, lazy_driver.build_model(cfg), "train", "test")
     if split == "test":
         with pytest.raises(ConfigError, match=f"{key} is RGB"):
-            lazy_evaluate(cfg, resume=False)
+            lazy_driver.evaluate(cfg, resume=False)
 
 
 @pytest.mark.soak

@@ -1,5 +1,7 @@
 """Several processes train as one with the whole batch; which losses a batch can be cut for."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from processes import in_processes
+from ssimkd.engine.finite_steps import FiniteSimpleTrainer
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, build_loss
 from ssimkd.utils.compat import create_ddp_model
+from test_finite_steps import Model, batch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 # Every anchor and every proposal counts and each image has as many, so that nothing is drawn and
@@ -104,6 +108,27 @@ def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
         assert k.split(".")[-1].startswith(("running_", "num_")) or np.array_equal(
             first["after"][k], second["after"][k]
         ), k
+
+
+def skip_steps(allowed):
+    """Four steps; in the second one the loss of the second process alone is NaN."""
+    batches = [batch(0), batch(1, value=math.nan if comm.get_rank() else 1.0), batch(2), batch(3)]
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = FiniteSimpleTrainer(create_ddp_model(model), batches, optimizer, skip=allowed)
+    try:
+        trainer.train(0, len(batches))
+    except FloatingPointError as error:
+        return str(error)
+    return trainer.skipped, model.weight.tolist()
+
+
+def test_all_processes_leave_out_the_same_step():
+    first, second = in_processes(2, skip_steps, 1)
+    assert first == second and first[0] == 1
+    # the first process has a finite loss, and the same gradient as the second
+    first, second = in_processes(2, skip_steps, 0)
+    assert "(iteration 1, images: 1.jpg)" in first and second.startswith("loss_b is nan")
 
 
 def sent_in_a_step(teacher_file):

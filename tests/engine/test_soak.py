@@ -1,4 +1,4 @@
-"""Thousands of steps with either driver: what a process holds stays as it is, as do the losses."""
+"""A long run with either driver: what a process holds stays as it is, as do the losses."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from statistics import median
 import pytest
 from runs import finish, lazy_words, same, saved, yaml_words
 
-ITERATIONS, EVAL_PERIOD = 3000, 500
-SIZES = dict(max_iter=ITERATIONS, checkpoint_period=1000)
+ITERATIONS, EVAL_PERIOD = 1500, 250
+SIZES = dict(max_iter=ITERATIONS, checkpoint_period=500)
 
 
 class Watch:

@@ -102,7 +102,7 @@ def lazy_run(out, period, train, val):
     cfg = load_config("tests/engine/lazy_shapes.py", [*opts, f"+model.vis_period={period}"])
     cfg.train.check_images = 0
     cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names = train, val
-    lazy_engine.lazy_train(cfg, resume=False)
+    lazy_engine.train(cfg, resume=False)
 
 
 @pytest.mark.parametrize("run", [yaml_run, lazy_run])
@@ -110,7 +110,7 @@ def test_both_drivers_show_them_on_tensorboard_and_train_the_same(
     run, tmp_path, few_names, monkeypatch
 ):
     monkeypatch.setattr(engine.DistillTrainer, "test", classmethod(lambda *args: {}))
-    monkeypatch.setattr(lazy_engine, "lazy_test", lambda *args: {})
+    monkeypatch.setattr(lazy_engine, "test_model", lambda *args: {})
     trained = []
     for period in (0, 2):
         out = tmp_path / str(period)

@@ -384,7 +384,7 @@ def test_a_lazy_run(data, few_shapes, tmp_path, monkeypatch):
     LazyConfig.save(cfg, str(out / "config.yaml"))
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", config, *overrides])
     with record_run(str(out)):
-        lazy_engine.lazy_train(cfg, False)
+        lazy_engine.train(cfg, False)
     page = Page(Report(Run(str(out)), []).html())
     assert "DistillRCNN" in page.text and "adapter conv1x1" in page.text
     assert page.numbers["lazy/AP"] == f"{read(out / 'results.json')['bbox']['AP']:.1f}"

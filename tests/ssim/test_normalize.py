@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from ssimkd.losses import L1Loss, L2Loss, SSIMLoss
-from ssimkd.ssim.normalize import NORMALIZATIONS, SCOPES, check_options, normalize_maps
+from ssimkd.ssim.normalize import SCOPES, check_options, normalize_maps
 from torch.autograd import gradcheck
 
 KINDS = ["minmax", "teacher_range", "standardize", "none"]
@@ -56,11 +56,6 @@ def reference(student, teacher, kind, scope, inside):
     return tuple(torch.from_numpy(result) for result in results)
 
 
-def test_the_tables_name_every_option_tested_here():
-    assert sorted(NORMALIZATIONS) == sorted(KINDS)
-    assert sorted(SCOPES) == sorted(ALL_SCOPES)
-
-
 @with_and_without_mask
 @every_scope
 @every_kind
@@ -70,27 +65,6 @@ def test_equals_numpy(kind, scope, masked):
     expected = reference(student, teacher, kind, scope, inside)
     result = normalize_maps(student, teacher, kind, scope, inside if masked else None)
     torch.testing.assert_close(result, expected)
-
-
-@every_scope
-@every_kind
-def test_a_mask_of_every_cell_is_no_mask(kind, scope):
-    student, teacher = pair()
-    whole = normalize_maps(student, teacher, kind, scope, None)
-    masked = normalize_maps(student, teacher, kind, scope, torch.ones_like(mask()))
-    torch.testing.assert_close(masked, whole)
-
-
-@every_scope
-def test_results_have_the_statistics_of_their_kind(scope):
-    student, teacher = pair()
-    dims = SCOPES[scope]
-    for x in normalize_maps(student, teacher, "minmax", scope, None):
-        torch.testing.assert_close(x.amin(dims), torch.zeros_like(x.amin(dims)))
-        torch.testing.assert_close(x.amax(dims), torch.ones_like(x.amax(dims)))
-    for x in normalize_maps(student, teacher, "standardize", scope, None):
-        assert x.mean(dims).abs().max() < 1e-12
-        torch.testing.assert_close(x.var(dims, correction=0), torch.ones_like(x.amax(dims)))
 
 
 def test_none_returns_the_maps_themselves():
@@ -139,18 +113,6 @@ def test_flat_maps_become_zero_without_gradient(kind, scope, masked, value):
     assert torch.equal(teacher, torch.zeros_like(teacher))
     (gradient,) = torch.autograd.grad((result - 1).square().sum(), student)
     assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-@every_rescaling
-def test_a_flat_channel_leaves_the_others_alone(kind):
-    student, teacher = pair()
-    expected = normalize_maps(student, teacher, kind, "channel", None)
-    student, teacher = student.clone(), teacher.clone()
-    student[:, 1] = teacher[:, 1] = 0.5
-    result = normalize_maps(student, teacher, kind, "channel", None)
-    for x, y in zip(result, expected):
-        assert torch.equal(x[:, [0, 2]], y[:, [0, 2]])
-        assert torch.equal(x[:, 1], torch.zeros_like(x[:, 1]))
 
 
 def test_a_flat_teacher_has_no_range_for_its_student():
@@ -242,12 +204,6 @@ def test_large_constants_standardize_to_zero_without_gradient(scope, size, value
     (gradient,) = torch.autograd.grad((result * noise).sum(), student)
     assert result.abs().max() == 0
     assert gradient.abs().max() == 0
-
-
-def test_an_unknown_kind_does_not_fall_through_to_teacher_range():
-    x = torch.randn(1, 1, 3, 3)
-    with pytest.raises((KeyError, ValueError)):
-        normalize_maps(x, x, "min-max", "channel", None)
 
 
 def test_standardize_ignores_overflow_outside_the_mask():

@@ -75,7 +75,7 @@ def build(cfg) -> Any:
     """The student of a config with its teachers."""
     lazy = not isinstance(cfg, CfgNode)
     model: Any = (
-        lazy_driver.lazy_model(cfg) if lazy else yaml_driver.DistillTrainer.build_model(cfg)
+        lazy_driver.build_model(cfg) if lazy else yaml_driver.DistillTrainer.build_model(cfg)
     )
     if lazy:
         lazy_driver.check_image_format(cfg, model, "train", "test")
@@ -146,7 +146,7 @@ def share(batch: int, num_gpus: int) -> int:
 
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
     """Trains shortly; returns Detectron2's figures of it."""
-    run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.lazy_train
+    run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.train
     try:
         run(short(cfg, folder, iterations, num_gpus), resume=False)
     except FloatingPointError as error:

@@ -44,11 +44,11 @@ def run(args) -> None:
 
 def drive(cfg, args) -> None:
     """Trains or evaluates by the driver of this kind of config."""
-    if isinstance(cfg, CfgNode):
-        call = yaml_driver.evaluate if args.eval_only else yaml_driver.train
+    driver = yaml_driver if isinstance(cfg, CfgNode) else lazy_driver
+    if args.eval_only:
+        driver.evaluate(cfg, args.resume)
     else:
-        call = lazy_driver.lazy_evaluate if args.eval_only else lazy_driver.lazy_train
-    call(cfg, args.resume)
+        driver.train(cfg, args.resume)
 
 
 def check(args) -> str:

@@ -43,7 +43,7 @@ from .writers import build_writers, wandb_run
 logger = logging.getLogger(__name__)
 
 
-def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
+def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
     Args:
@@ -60,7 +60,7 @@ def lazy_train(cfg, resume: bool) -> Dict[str, Any]:
 def _train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
-    student = lazy_model(without_pretraining(cfg) if cfg.train.init_checkpoint else cfg)
+    student = build_model(without_pretraining(cfg) if cfg.train.init_checkpoint else cfg)
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
@@ -69,7 +69,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
-    loader = lazy_train_loader(cfg)
+    loader = build_train_loader(cfg)
     with as_setting_error("train.ddp"):
         model = create_ddp_model(student, **cfg.train.ddp)
     skip = settings.skip_nonfinite_steps
@@ -83,7 +83,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     results: Dict[str, Any] = {}
 
     def test() -> Dict[str, Any]:
-        results.update(lazy_test(cfg, model))
+        results.update(test_model(cfg, model))
         return results
 
     def export() -> None:
@@ -124,7 +124,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     return results
 
 
-def lazy_model(cfg) -> Any:
+def build_model(cfg) -> Any:
     """The model of a LazyConfig on its device.
 
     Raises:
@@ -134,7 +134,7 @@ def lazy_model(cfg) -> Any:
         return instantiate(cfg.model).to(cfg.train.device)
 
 
-def lazy_train_loader(cfg) -> Any:
+def build_train_loader(cfg) -> Any:
     """The training data; Detectron2's own loader gives way to a stream that can be resumed."""
     node = cfg.dataloader.train
     if target_of(node) is build_detection_train_loader:
@@ -162,12 +162,12 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
             )
 
 
-def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
+def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = without_pretraining(cfg)
     if "distiller" in cfg.model:
         cfg.model.distiller = None
-    model = lazy_model(cfg)
+    model = build_model(cfg)
     check_image_format(cfg, model, "test")
     model = create_ddp_model(model)
     check_classes(unwrap(model), datasets_of(cfg, "TEST"))
@@ -175,10 +175,10 @@ def lazy_evaluate(cfg, resume: bool) -> Dict[str, Any]:
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    return lazy_test(cfg, model)
+    return test_model(cfg, model)
 
 
-def lazy_test(cfg, model: nn.Module) -> Dict[str, Any]:
+def test_model(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates by `cfg.dataloader`; the random state of the training around it stays as it is."""
     cfg = copy.deepcopy(cfg)
     if "evaluator" not in cfg.dataloader or not names_of(cfg, "TEST"):
