@@ -41,7 +41,7 @@ def pyramid(levels, channels: int, device: str, dtype=torch.float32) -> Maps:
         x, noise = (
             torch.randn(2, channels, *size, device=device, generator=generator) for _ in range(2)
         )
-        pairs.append((x.to(dtype).requires_grad_(), ((x + noise) / 2).to(dtype)))
+        pairs.append((x.to(dtype).requires_grad_(), ((x.detach() + noise) / 2).to(dtype)))
     return pairs
 
 

@@ -338,6 +338,17 @@ def test_second_derivatives_are_the_definitions(backend):
     assert deviation < 1e-3 * expected.abs().max()
 
 
+def test_the_teacher_is_a_constant_even_if_it_has_a_graph(backend):
+    student, teacher = related_maps(1, 2, 9, 10)
+    source = teacher.requires_grad_()
+    made = source.square()
+    for _ in range(2):  # a graph would be gone after the first backward
+        evaluate(student, made, backend=backend)
+    value = ssim_loss(student.requires_grad_(), source, normalize="minmax", backend=backend)
+    value.backward()
+    assert source.grad is None
+
+
 def test_the_teachers_maps_are_not_kept(backend):
     student, teacher = related_maps(1, 2, 6, 7)
     value = ssim_loss(student.requires_grad_(), teacher, normalize="minmax", backend=backend)

@@ -61,17 +61,17 @@ def one_pass_loss(
     """
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     settings = (sizes, normalize, normalize_scope, options, kernel, with_gradient)
-    return _OnePassLoss.apply(student, teacher, settings, reference)
+    # Weak: kept until the backward, the teacher's maps would cost as much as the gradient
+    return _OnePassLoss.apply(student, teacher.detach(), weakref.ref(teacher), settings, reference)
 
 
 class _OnePassLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, settings, reference):
+    def forward(ctx, student, teacher, teacher_ref, settings, reference):
         with torch.autocast(student.device.type, enabled=False):
             value, gradient = _evaluate(student, teacher, *settings)
         ctx.save_for_backward(student)
-        # Weak: kept until the backward, the teacher's maps would cost as much as the gradient
-        ctx.gradient, ctx.teacher, ctx.reference = gradient, weakref.ref(teacher), reference
+        ctx.gradient, ctx.teacher_ref, ctx.reference = gradient, teacher_ref, reference
         return value
 
     @staticmethod
@@ -79,13 +79,14 @@ class _OnePassLoss(torch.autograd.Function):
         (student,), twice = ctx.saved_tensors, torch.is_grad_enabled()
         gradient, ctx.gradient = ctx.gradient, None  # given away, not copied
         if gradient is not None and not twice:
-            return gradient.mul_(upstream).to(student.dtype), None, None, None
-        teacher = ctx.teacher()
+            return gradient.mul_(upstream).to(student.dtype), None, None, None, None
+        teacher = ctx.teacher_ref()
         if teacher is None:
             raise RuntimeError("a second backward of the SSIM loss needs the teacher's maps")
         with torch.enable_grad():
             loss = ctx.reference(student, teacher)
-        return *torch.autograd.grad(loss, student, upstream, create_graph=twice), None, None, None
+        (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=twice)
+        return gradient, None, None, None, None
 
 
 def _evaluate(student, teacher, sizes, normalize, scope, options, kernel, with_gradient):

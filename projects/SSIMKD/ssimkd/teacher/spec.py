@@ -103,12 +103,11 @@ class TeacherSpec:
             return instantiate(cfg.model).to(device)
 
     def load(self, device: torch.device) -> Tuple[Any, Any, List[str]]:
-        """The whole detector with its weights.
+        """The whole detector with its weights, frozen.
 
         Returns:
-            nn.Module: the detector.
-            CfgNode or DictConfig: its config.
-            list[str]: tensors of the heads that the checkpoint does not hold.
+            (nn.Module, CfgNode or DictConfig, list[str]): the detector, its config, and the tensors
+            of the heads that the checkpoint does not hold.
 
         Raises:
             ConfigError: the config or the checkpoint cannot be read, or the checkpoint does not
