@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, one_line
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.config_keys import target_of
+from ssimkd.utils.config_keys import LIBRARIES, target_of, without_pretraining
 
 from .reader import CheckpointReader
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."
+NEEDS_PACKAGE = (
+    "# The backbone comes with the package ssimkd: import ssimkd, and call\n"
+    "# ssimkd.add_ssimkd_config(cfg) before cfg.merge_from_file.\n"
+)
 
 
 def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
@@ -78,7 +82,8 @@ def to_yaml(plain) -> str:
         ConfigError: YAML cannot express what a LazyConfig holds.
     """
     if isinstance(plain, CfgNode):
-        return plain.dump()
+        used = any(library in plain.MODEL for library in LIBRARIES)
+        return (NEEDS_PACKAGE if used else "") + plain.dump()
     try:
         text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
         yaml.unsafe_load(text)  # as LazyConfig.load reads it
@@ -104,6 +109,7 @@ def with_names(node: Any) -> Any:
 
 def plain_config(cfg, weights: str):
     """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`."""
+    cfg = without_pretraining(cfg)
     if isinstance(cfg, CfgNode):
         plain = cfg.clone()
         plain.defrost()
@@ -111,7 +117,9 @@ def plain_config(cfg, weights: str):
         plain.MODEL.META_ARCHITECTURE = parent_of(META_ARCH_REGISTRY.get(name)).__name__
         plain.MODEL.WEIGHTS = weights
         for node, key in OWN_KEYS:
-            plain[node].pop(key, None)
+            used = key in LIBRARIES and plain[node].get(key, {}).get("NAME")
+            if not used:
+                plain[node].pop(key, None)
         return plain
     # The model is enough. Schedules and data can hold functions, which YAML cannot express.
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})

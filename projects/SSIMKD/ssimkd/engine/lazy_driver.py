@@ -28,7 +28,7 @@ from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.compat import create_ddp_model, unwrap
-from ssimkd.utils.config_keys import datasets_of, names_of, target_of
+from ssimkd.utils.config_keys import datasets_of, names_of, target_of, without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -60,7 +60,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
 def _train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
-    student = build_model(cfg)
+    student = build_model(without_pretraining(cfg) if cfg.train.init_checkpoint else cfg)
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
@@ -164,7 +164,7 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
 
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
-    cfg = copy.deepcopy(cfg)
+    cfg = without_pretraining(cfg)
     if "distiller" in cfg.model:
         cfg.model.distiller = None
     model = build_model(cfg)

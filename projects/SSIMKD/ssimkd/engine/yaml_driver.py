@@ -26,6 +26,7 @@ from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.utils.compat import create_ddp_model, unwrap
+from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -225,8 +226,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
 
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `MODEL.WEIGHTS` (or the last checkpoint) of a YAML config; no teacher is built."""
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = without_pretraining(cfg)
     cfg.MODEL.DISTILL.LOSSES = ()
     with as_setting_error("MODEL"):
         model = build_model(cfg)
