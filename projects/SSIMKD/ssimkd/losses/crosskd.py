@@ -5,8 +5,9 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_integers, is_finite
+from ssimkd.utils.validate import check_coefficients, check_integers
 
 from .base import Context, KDLoss
 from .responses import Answers, binary_cross_entropy, giou_cost
@@ -37,7 +38,7 @@ class CrossKDLoss(KDLoss):
         cls, box (float): factors of the two parts.
 
     Raises:
-        ValueError: an option is out of its range.
+        ConfigError: an option is out of its range.
     """
 
     compares = ("dense", "cross")
@@ -52,9 +53,9 @@ class CrossKDLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         check_integers(1, layer=layer)
-        check_coefficients(cls=cls, box=box)
-        if not is_finite(exponent) or exponent < 1:
-            raise ValueError(f"exponent must be a finite number >= 1, got {exponent!r}")
+        check_coefficients(cls=cls, box=box, exponent=exponent)
+        if exponent < 1:
+            raise ConfigError(f"exponent must be a finite number >= 1, got {exponent!r}")
         self.layer, self.exponent = layer, float(exponent)
         self.cls, self.box = float(cls), float(box)
 
