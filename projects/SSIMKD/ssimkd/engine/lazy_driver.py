@@ -11,7 +11,7 @@ from typing import Any, Dict
 
 from detectron2.config import instantiate
 from detectron2.data.build import build_detection_train_loader
-from detectron2.engine import hooks
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
@@ -38,7 +38,7 @@ from .preflight import prepare
 from .run_record import describe_run
 from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import build_writers, wandb_run
+from .writers import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,6 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
-    batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
     with as_config_error("train.checkpointer", TypeError):  # an argument that does not exist
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
     trainer.register_hooks(
@@ -105,7 +104,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export=exporting,
             test=test,
             eval_period=cfg.train.eval_period,
-            build_writers=lambda: build_writers(folder, cfg.train.max_iter, batch_size),
+            build_writers=lambda: default_writers(folder, cfg.train.max_iter),
             log_period=cfg.train.log_period,
             pictures=build_pictures(
                 student, names_of(cfg, "TEST"), lambda: instantiate(cfg.dataloader.test).dataset

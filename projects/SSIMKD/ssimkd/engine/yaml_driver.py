@@ -36,7 +36,7 @@ from .preflight import prepare
 from .run_record import describe_run
 from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import build_writers, wandb_run
+from .writers import wandb_run
 
 logger = logging.getLogger(__name__)
 LOG_PERIOD = 20  # iterations, as DefaultTrainer's
@@ -170,10 +170,6 @@ class DistillTrainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         number = cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
-
-    def build_writers(self):
-        """Detectron2's, and what a terminal shows."""
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH)
 
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
