@@ -1,4 +1,4 @@
-"""The teacher: where it comes from, what it must hold, how it sees the images."""
+"""Where a teacher comes from, which weights it must have, and how it prepares images."""
 
 import pickle
 
@@ -40,6 +40,7 @@ def test_it_is_the_detectors_own_backbone(teacher_file, state):
     detector.load_state_dict(state)
     expected = detector.eval().backbone(detector.preprocess_image(BATCH).tensor)
     teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
+    assert [name for name, _ in teacher.model.named_children()] == ["backbone"]  # no heads
     found, padded = teacher(BATCH, NOTHING, Preprocessing("BGR"))
     assert padded == (96, 128)
     for level, value in expected.items():
@@ -48,31 +49,11 @@ def test_it_is_the_detectors_own_backbone(teacher_file, state):
         assert found[level].is_contiguous() and not found[level].requires_grad
 
 
-def test_the_heads_are_gone(teacher_file):
-    teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
-    assert [name for name, _ in teacher.model.named_children()] == ["backbone"]
-
-
 def test_a_teacher_is_named_as_in_the_zoo_or_as_this_projects_configs():
     spec = TeacherSpec("COCO-Detection/retinanet_R_50_FPN_1x")
     assert spec.load_config().MODEL.META_ARCHITECTURE == "RetinaNet"
     assert spec._zoo_weights() == model_zoo.get_checkpoint_url(f"{spec.config}.yaml")
     assert TeacherSpec("shapes/teacher").load_config() == TeacherSpec(CONFIG).load_config()
-
-
-def test_a_lazy_teacher_from_the_zoo(tmp_path):
-    name = "COCO-Detection/retinanet_R_50_FPN_1x.py"
-    opts = ["model.backbone.bottom_up.stages.norm=BN", "model.pixel_std=[2,2,2]"]
-    cfg = TeacherSpec(name, "", opts).load_config()
-    from detectron2.config import instantiate
-
-    path = save(tmp_path / "lazy.pth", instantiate(cfg.model).state_dict())
-    teacher = Teacher(TeacherSpec(name, path, opts), CPU)
-    assert {name: shape.stride for name, shape in teacher.shapes.items()} == {
-        "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128
-    }  # fmt: skip
-    assert teacher.preprocessing.input_format == "BGR" and float(teacher.model.pixel_std[0]) == 2
-    assert maps_of(teacher)["p3"].shape == (2, 256, 12, 16)
 
 
 @pytest.mark.parametrize(

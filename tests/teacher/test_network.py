@@ -1,4 +1,4 @@
-"""The teacher made cheap: what must not change its maps, and by how much the rest may."""
+"""How a teacher is made faster, and by how much this may change its maps."""
 
 import pytest
 import torch
