@@ -16,6 +16,7 @@ from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, find_shipped, load_config
+from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.validate import check_switches
 
 from .network import PRECISIONS
@@ -69,7 +70,7 @@ class TeacherSpec:
         with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
             cfg = load_config(path, self.opts)
             use_own_data(cfg, ())  # its number of classes may be that of its data
-        return cfg
+        return without_pretraining(cfg)  # the checkpoint holds all of its weights
 
     def find_weights(self) -> str:
         """Local path of the checkpoint. A checkpoint at a URL is downloaded once.
