@@ -191,11 +191,8 @@ def test_each_part_trains_what_it_is_for():
 
 def test_the_gradient_of_the_auxiliary_loss_is_that_of_differences():
     loss = make(aux_clip=1e9)
-    inputs = maps([2, 0], [(16, 40), (9, 16)])
-    parameters = tuple(loss.decoder.parameters())
-    assert torch.autograd.gradcheck(
-        lambda *_: run(loss, *inputs)["aux"], parameters, fast_mode=True
-    )
+    inputs, parameters = maps([2, 0], [(16, 40), (9, 16)]), tuple(loss.decoder.parameters())
+    torch.autograd.gradcheck(lambda *_: run(loss, *inputs)["aux"], parameters, fast_mode=True)
 
 
 def test_the_norm_of_the_auxiliary_gradient_is_clipped():

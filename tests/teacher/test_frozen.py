@@ -60,10 +60,7 @@ def test_a_teacher_is_named_as_in_the_zoo_or_as_this_projects_configs():
     "spec, message",
     [
         (TeacherSpec(""), f"{KEY}.CONFIG is empty"),
-        (
-            TeacherSpec("COCO-Detection/no_such"),
-            f"{KEY}.CONFIG: 'COCO-Detection/no_such' is neither",
-        ),
+        (TeacherSpec("COCO-Detection/no_such"), f"{KEY}.CONFIG: .*/no_such' is neither"),
         (TeacherSpec(CONFIG), f"{KEY}.WEIGHTS is empty and .* {CONFIG}"),
         (TeacherSpec(CONFIG, "no/such.pth"), f"{KEY}.WEIGHTS: there is no file no/such.pth"),
         (TeacherSpec(CONFIG, "x.pth", ["NO.KEY", 1]), f"{KEY}.CONFIG or .OPTS: .*NO.KEY"),
