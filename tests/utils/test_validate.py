@@ -1,4 +1,4 @@
-"""The checks accept right options, and name wrong ones."""
+"""What an option may be."""
 
 import math
 

@@ -40,8 +40,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
         folder (str): where the two files are written.
 
     Returns:
-        (str, str): paths of the checkpoint and the config. The config of a CfgNode is for
-        `DefaultPredictor`, that of a DictConfig for `LazyConfig.load`.
+        (str, str): paths of the checkpoint and the config. A CfgNode becomes a config for
+        `DefaultPredictor`, a DictConfig one for `LazyConfig.load`.
 
     Raises:
         ConfigError: the weights are not exactly those of the plain detector.
@@ -76,7 +76,10 @@ def warn_unless_exportable(cfg) -> None:
 
 
 def to_yaml(plain) -> str:
-    """The text of `student.yaml` for a config of :func:`plain_config`.
+    """The text of `student.yaml`.
+
+    Args:
+        plain (CfgNode or DictConfig): a config of :func:`plain_config`.
 
     Raises:
         ConfigError: YAML cannot express what a LazyConfig holds.
@@ -96,7 +99,7 @@ def to_yaml(plain) -> str:
 
 
 def with_names(node: Any) -> Any:
-    """Nested containers with the name of each function and class under `_target_`."""
+    """Nested containers of a LazyConfig with the names of what `_target_` calls."""
     if isinstance(node, list):
         return [with_names(item) for item in node]
     if not isinstance(node, dict):
@@ -139,7 +142,9 @@ def parent_of(meta_arch: Any) -> Any:
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:
     """Raises ConfigError unless `weights` are the plain detector's, by name and shape."""
-    expected = {k: v.shape for k, v in build_plain(plain).state_dict().items()}
+    with torch.random.fork_rng(devices=[]):
+        model = build_plain(plain)
+    expected = {k: v.shape for k, v in model.state_dict().items()}
     found = {k: v.shape for k, v in weights.items()}
     wrong = sorted(k for k in {**expected, **found} if expected.get(k) != found.get(k))
     if wrong:
@@ -150,14 +155,13 @@ def check_weights(plain, weights: Dict[str, Tensor]) -> None:
 
 
 def build_plain(plain) -> nn.Module:
-    """The detector of a config, on the CPU. The random generator of the CPU is not changed."""
-    with torch.random.fork_rng(devices=[]):
-        if not isinstance(plain, CfgNode):
-            return instantiate(plain.model)
+    """The detector of a config, on the CPU."""
+    if isinstance(plain, CfgNode):
         plain = plain.clone()
         plain.defrost()
         plain.MODEL.DEVICE = "cpu"
         return build_model(plain)
+    return instantiate(plain.model)
 
 
 def read_weights(path: str) -> Dict[str, Any]:

@@ -18,8 +18,8 @@ class BadImageError(ConfigError):
     """
 
 
-# Decoders raise these; Pillow raises SyntaxError for a broken header. SizeMismatchError is
-# Detectron2's for an image of another size than annotated.
+# What decoders raise (Pillow a SyntaxError for a broken header), and Detectron2 for an image of
+# another size than annotated.
 UNREADABLE = (
     *(OSError, EOFError, SyntaxError, DecompressionBombError, SizeMismatchError, BadImageError),
     *(cv2.error, struct.error, zlib.error),
@@ -27,18 +27,21 @@ UNREADABLE = (
 
 
 class NamingMapper:
-    """Wraps a mapper (record -> item), so that its errors name the image.
+    """A mapper whose errors name the image.
+
+    Args:
+        mapper (callable): record in Detectron2's format -> what the model takes.
 
     Raises:
         BadImageError: when called, for an image that cannot be read. Other errors are bugs of the
-            mapper and are raised unchanged.
+            mapper and raised as they are.
     """
 
     def __init__(self, mapper: Callable[[Dict], Any]) -> None:
         self.mapper = mapper
 
     def __call__(self, record: Dict) -> Any:
-        """Maps a record in Detectron2's format."""
+        """What the mapper makes of a record."""
         try:
             return self.mapper(record)
         except UNREADABLE as error:

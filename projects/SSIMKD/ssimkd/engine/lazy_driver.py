@@ -11,7 +11,7 @@ from typing import Any, Dict
 
 from detectron2.config import instantiate
 from detectron2.data.build import build_detection_train_loader
-from detectron2.engine import default_writers, hooks
+from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
@@ -20,7 +20,7 @@ from torch import nn
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes
+from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
@@ -38,7 +38,7 @@ from .preflight import prepare
 from .run_record import describe_run
 from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import wandb_run
+from .writers import build_writers, wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
     check_image_format(cfg, student, "train", "test")
-    build_teachers(student)
+    build_teachers(student, training_classes(cfg))
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
@@ -92,6 +92,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
+    batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
     with as_config_error("train.checkpointer", TypeError):  # an argument that does not exist
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
     trainer.register_hooks(
@@ -104,7 +105,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export=exporting,
             test=test,
             eval_period=cfg.train.eval_period,
-            build_writers=lambda: default_writers(folder, cfg.train.max_iter),
+            build_writers=lambda: build_writers(folder, cfg.train.max_iter, batch_size),
             log_period=cfg.train.log_period,
             pictures=build_pictures(
                 student, names_of(cfg, "TEST"), lambda: instantiate(cfg.dataloader.test).dataset

@@ -19,7 +19,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes
+from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
@@ -36,7 +36,7 @@ from .preflight import prepare
 from .run_record import describe_run
 from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import wandb_run
+from .writers import build_writers, wandb_run
 
 logger = logging.getLogger(__name__)
 LOG_PERIOD = 20  # iterations, as DefaultTrainer's
@@ -87,7 +87,7 @@ class DistillTrainer(DefaultTrainer):
                 f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
                 "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
             )
-        build_teachers(model)
+        build_teachers(model, training_classes(cfg))
         return model
 
     @classmethod
@@ -170,6 +170,10 @@ class DistillTrainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         number = cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
+
+    def build_writers(self):
+        """Detectron2's, and what a terminal shows."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH)
 
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""

@@ -1,6 +1,5 @@
-"""Loading a trained detector, reading images as its config says, and drawing detections."""
+"""Using a trained detector: loading it, reading images as its config says, drawing detections."""
 
-from contextlib import suppress
 from typing import Any, Callable, Dict
 
 import cv2
@@ -24,14 +23,14 @@ READABLE = 480  # pixels. In smaller images the labels cover the objects.
 
 
 def load_detector(cfg, weights: str = "") -> nn.Module:
-    """The plain detector of a config with its weights, in evaluation mode. No teacher is built.
+    """The plain detector of a config with its weights, in evaluation mode; no teacher is built.
 
     Args:
         cfg (CfgNode or DictConfig): of a student or of a plain detector.
         weights (str): path or URL of a checkpoint. "" is the config's own.
 
     Returns:
-        nn.Module: on the device of :func:`device_of`.
+        nn.Module: on the config's device, or on the CPU where there is no GPU.
 
     Raises:
         ConfigError: no checkpoint is named, it cannot be read, or it lacks a tensor.
@@ -39,10 +38,11 @@ def load_detector(cfg, weights: str = "") -> nn.Module:
     weights = weights or setting(cfg, "weights")
     if not weights:
         raise ConfigError("--weights: name the detector's checkpoint; its config has none")
-    model = build_plain(plain_config(cfg, weights))
+    with torch.random.fork_rng(devices=[]):
+        model = build_plain(plain_config(cfg, weights))
     absent = load_teacher(model, weights, "--weights")
     if absent:
-        raise ConfigError(f"--weights: {weights} does not hold {absent[0]} in this config's shape")
+        raise ConfigError(f"--weights: {weights} does not hold {absent[0]} as this config has it")
     return model.eval().requires_grad_(False).to(device_of(cfg))
 
 
@@ -54,9 +54,10 @@ def device_of(cfg) -> torch.device:
 def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
     """A function that reads an image file and prepares it as an evaluation of the config does.
 
+    It raises ConfigError for a file that is not an image.
+
     Raises:
-        ConfigError: a LazyConfig has no `dataloader`. When the function is called: a file is not an
-            image.
+        ConfigError: a LazyConfig has no `dataloader`.
     """
     if isinstance(cfg, CfgNode):
         mapper = DatasetMapper(cfg, is_train=False)
@@ -83,14 +84,14 @@ def draw_detections(
 ) -> np.ndarray:
     """Draws boxes, masks and keypoints on an image with Detectron2's Visualizer.
 
-    A class has the same colour in every image. The random generators are not changed.
+    A small image is enlarged, so that its labels can be read. A class has the same colour in every
+    image. The random generators are not changed.
 
     Args:
         file_name (str): the image.
         detections (Instances): in its pixels.
-        metadata (Metadata): of the data set, with the names of the classes.
-        width (int): of the picture in pixels. With 0 a small image is enlarged until its short
-            side has READABLE pixels.
+        metadata (Metadata): names the classes.
+        width (int): of the picture in pixels; 0 gives a short side of at least READABLE pixels.
 
     Returns:
         ndarray: (H, W, 3) uint8, RGB.
@@ -115,8 +116,9 @@ def write_image(path: str, image: np.ndarray) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    written = False
-    with suppress(cv2.error):
+    try:
         written = cv2.imwrite(path, image[..., ::-1])
+    except cv2.error as error:
+        raise ConfigError(f"--output: cannot write {path}") from error
     if not written:
         raise ConfigError(f"--output: cannot write {path}")

@@ -53,7 +53,7 @@ def value_of(cfg: Any, key: str, default: Any = None) -> Any:
 
 
 def target_of(node: Any) -> Any:
-    """The function or class that a lazy node calls. A saved config holds its name as text."""
+    """What a lazy node calls. A config that was saved names it by a string."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_
 
 
