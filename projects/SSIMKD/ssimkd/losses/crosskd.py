@@ -55,7 +55,7 @@ class CrossKDLoss(KDLoss):
         check_integers(1, layer=layer)
         check_coefficients(cls=cls, box=box, exponent=exponent)
         if exponent < 1:
-            raise ConfigError(f"exponent must be a finite number >= 1, got {exponent!r}")
+            raise ConfigError(f"exponent must be at least 1, got {exponent!r}")
         self.layer, self.exponent = layer, float(exponent)
         self.cls, self.box = float(cls), float(box)
 
