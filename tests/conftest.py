@@ -1,4 +1,4 @@
-"""Shared pieces: small detectors on the CPU, teachers made on the spot, random batches."""
+"""What many tests need: small detectors on the CPU, random teachers and random batches."""
 
 import logging
 import os
@@ -70,7 +70,7 @@ def narrow_opts(name):
     for key, value in NARROW:
         _, node, leaf = key.split(".")
         if leaf in cfg.MODEL[node]:
-            if "_gn" in name and isinstance(value, int) and value < 32:
+            if "_gn" in name and isinstance(value, int) and 1 < value < 32:
                 value = 32  # group norm has 32 groups
             opts += [key, value]
     return opts
@@ -109,7 +109,7 @@ def save_teacher(cfg, path, seed=0):
 
 @pytest.fixture(autouse=True)
 def logger_as_before():
-    """A script's set-up of the package's logger ends with its test: caplog needs propagation."""
+    """Undoes what a test changes in the package's logger, because caplog needs propagation."""
     logger = logging.getLogger("ssimkd")
     handlers = logger.handlers[:]
     yield
@@ -164,7 +164,7 @@ def student(teacher_file):
 
 @pytest.fixture(scope="session")
 def few_images(few_shapes):
-    """The embedded data set with a few images alone, in this process and in those it starts."""
+    """The Shapes data with only a few images, for this process and for those it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", few_shapes)
         patch.setenv("OMP_NUM_THREADS", "1")  # sums in one order
@@ -173,7 +173,7 @@ def few_images(few_shapes):
 
 @pytest.fixture(scope="session")
 def yaml(tmp_path_factory, few_images):
-    """A run of a YAML config that nobody disturbs."""
+    """A whole run of a YAML config, which other runs are compared with."""
     from runs import Reference, yaml_words
 
     return Reference(yaml_words, tmp_path_factory.mktemp("yaml"))
@@ -189,5 +189,5 @@ def lazy(tmp_path_factory, few_images):
 
 @pytest.fixture(params=["yaml", "lazy"])
 def reference(request):
-    """Either."""
+    """The run of a YAML config, and then that of a LazyConfig."""
     return request.getfixturevalue(request.param)

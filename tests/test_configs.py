@@ -23,6 +23,7 @@ from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.teacher.inherit import inherit
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.compat import FCOS, has_compiled_ops, model_zoo
+from ssimkd.utils.config_keys import without_pretraining
 
 BASES = {
     "Base-RCNN-FPN": "Base-RCNN-FPN",
@@ -38,13 +39,17 @@ RETINANET = {
     KD + "TEACHER.CONFIG": "COCO-Detection/retinanet_R_101_FPN_3x.yaml",
 }
 FASTER = {**RCNN, KD + "TEACHER.CONFIG": "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"}
-R18 = {
-    "MODEL.WEIGHTS": "weights/R-18.pth",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],  # torchvision's
+TORCHVISION = {  # its weights, in RGB
+    "MODEL.WEIGHTS": "",
+    "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
     "INPUT.FORMAT": "RGB",
+}
+R18 = {
+    **TORCHVISION,
+    "MODEL.BACKBONE.NAME": "build_retinanet_torchvision_fpn_backbone",
+    "MODEL.TORCHVISION.NAME": "resnet18",
 }
 SEGMENTATION, PANOPTIC = "COCO-InstanceSegmentation/mask_rcnn_", "COCO-PanopticSegmentation/"
 DETECTION, KEYPOINTS = "COCO-Detection/", "COCO-Keypoints/keypoint_rcnn_"
@@ -57,6 +62,14 @@ STUDENTS = {  # name of the config: the same detector in the zoo, and all that d
         {**RETINANET, KD + "LOSSES": []},
     ),
     "ssimkd_retinanet_R18": (DETECTION + "retinanet_R_50_FPN_1x", {**RETINANET, **R18}),
+    "ssimkd_mobilenet_v2": (
+        DETECTION + "faster_rcnn_R_50_FPN_1x",
+        {**FASTER, **TORCHVISION, "MODEL.TORCHVISION.NAME": "mobilenet_v2"},
+    ),
+    "ssimkd_resnet18": (
+        DETECTION + "faster_rcnn_R_50_FPN_1x",
+        {**FASTER, **TORCHVISION, "MODEL.TORCHVISION.NAME": "resnet18"},
+    ),
     "ssimkd_mask_rcnn_R50": (
         SEGMENTATION + "R_50_FPN_1x",
         {**RCNN, KD + "TEACHER.CONFIG": SEGMENTATION + "R_101_FPN_3x.yaml"},
@@ -166,9 +179,8 @@ def test_without_fcos_its_config_says_so():
 
 def build_on_meta(cfg):
     """The student of a config, without values."""
+    cfg = without_pretraining(cfg)
     if isinstance(cfg, CfgNode):
-        cfg = cfg.clone()
-        cfg.defrost()
         cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         return build_model(cfg) if isinstance(cfg, CfgNode) else instantiate(cfg.model)
@@ -216,7 +228,7 @@ def settings(thing, name=""):
     elif type(thing).__module__.startswith(("torch.nn", "detectron2", "ssimkd")):
         parts = vars(thing)
     else:
-        return {name: type(thing)}
+        return {name: type(thing).__name__}  # each torch.fx graph has a class of its own
     return {
         key: value
         for part, child in parts.items()
@@ -297,18 +309,19 @@ def yaml_student(path, random_teacher):
     """The student of a `.yaml`, with a ResNet-18 on the CPU."""
     config = load_config(path, []).MODEL.DISTILL.TEACHER.CONFIG
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18]
-    opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.TORCHVISION.WEIGHTS", ""]
     opts += [KD + "TEACHER.WEIGHTS", random_teacher(config), KD + "TEACHER.OPTS", SMALL]
     return build_model(load_config(path, [str(x) for x in opts]))
 
 
 def lazy_student(path, random_teacher):
     """The same of a `.py`."""
-    cfg = load_config(path, [])
+    cfg = without_pretraining(load_config(path, []))
     teacher, bottom_up = cfg.model.distiller.teacher, cfg.model.backbone.bottom_up
     teacher.weights, teacher.opts = random_teacher(teacher.config), SMALL
-    bottom_up.stages.depth = 18
-    bottom_up.stages.pop("stride_in_1x1", None)
+    if "stages" in bottom_up:  # Detectron2's ResNet
+        bottom_up.stages.depth = 18
+        bottom_up.stages.pop("stride_in_1x1", None)
     if cfg.model.backbone.top_block.get("in_channels") == 2048:  # p6 is made of res5
         cfg.model.backbone.top_block.in_channels = 512
     return instantiate(cfg.model)

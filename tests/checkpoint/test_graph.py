@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "configs/shapes/teacher.yaml", "configs/shapes/teacher.pth"
 
 @pytest.fixture(scope="module")
 def files(few_shapes):
-    """Images that lie, that stand and that are square."""
+    """Landscape, portrait and square images."""
     return [f"{few_shapes}/ssimkd_shapes/val/{number:06d}.jpg" for number in range(8)]
 
 
@@ -42,7 +42,7 @@ def run(monkeypatch, *args):
     export_student.main()
 
 
-# A process that knows neither Detectron2 nor this package.
+# Programs that read a graph without importing Detectron2 or this package.
 READ = {
     "torchscript": """
 import sys, numpy, torch, torchvision
@@ -67,7 +67,7 @@ numpy.savez(sys.argv[3], boxes=boxes, scores=scores, classes=classes)
 @pytest.mark.parametrize("kind", READ)
 def test_a_graph_finds_what_detectron2_finds(kind, files, images, tmp_path, monkeypatch, capsys):
     shapes = {tuple(image.shape) for image in images}
-    assert len(shapes) > 1  # traced on one size, it has to do others
+    assert len(shapes) > 1  # The graph is traced on one size.
     args = ["--weights", WEIGHTS, "--out", tmp_path, "--format", kind, "--images", *files]
     run(monkeypatch, *args)
     path = tmp_path / f"student{graph.SUFFIXES[kind]}"
@@ -80,24 +80,16 @@ def test_a_graph_finds_what_detectron2_finds(kind, files, images, tmp_path, monk
     found = np.load(tmp_path / "out.npz")
     expected = predictor(cv2.imread(files[other]))["instances"]
     assert len(expected) > 0
-    for name, field in zip(
-        ("boxes", "scores", "classes"), ("pred_boxes", "scores", "pred_classes")
-    ):
-        tensor = expected.get(field)
-        tensor = getattr(tensor, "tensor", tensor).numpy()
-        np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-3)
-
-
-@pytest.fixture
-def maskrcnn():
-    """Random, so that the number of its proposals differs from image to image."""
-    torch.manual_seed(0)
-    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-    return build_model(zoo_cfg(name, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
+    tensors = (expected.pred_boxes.tensor, expected.scores, expected.pred_classes)
+    for name, tensor in zip(("boxes", "scores", "classes"), tensors):
+        np.testing.assert_allclose(found[name], tensor.numpy(), rtol=1e-4, atol=1e-3)
 
 
 @NEEDS_EXPORT
-def test_the_number_of_proposals_can_vary(maskrcnn, images, tmp_path, monkeypatch):
+def test_the_number_of_proposals_can_vary(images, tmp_path, monkeypatch):
+    torch.manual_seed(0)  # With random weights the number of proposals differs between images.
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    maskrcnn = build_model(zoo_cfg(name, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
     path = write_graph(maskrcnn, images[:3], "torchscript", str(tmp_path))
     assert torch.jit.load(path)(images[0])[3].shape[1:] == (1, 28, 28)
     kept = (tmp_path / "student.ts").read_bytes()
@@ -107,22 +99,6 @@ def test_the_number_of_proposals_can_vary(maskrcnn, images, tmp_path, monkeypatc
         write_graph(maskrcnn, images[:3], "torchscript", str(tmp_path))
     assert (tmp_path / "student.ts").read_bytes() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["student.ts"]
-
-
-@NEEDS_EXPORT
-def test_a_slightly_wrong_graph_is_not_written(images, tmp_path, monkeypatch):
-    model = build_model(shapes_cfg("teacher")).eval()
-    model.load_state_dict({**model.state_dict(), **torch.load(WEIGHTS)["model"]})
-    write = graph.write_torchscript
-
-    def shifted(*args):
-        found = write(*args)
-        return lambda image: (found(image)[0] + 0.01, *found(image)[1:])
-
-    monkeypatch.setattr(graph, "write_torchscript", shifted)
-    with pytest.raises(ConfigError, match="on image 1: AssertionError: pred_boxes"):
-        write_graph(model, images[:2], "torchscript", str(tmp_path))
-    assert not list(tmp_path.iterdir())
 
 
 @NEEDS_EXPORT

@@ -12,13 +12,10 @@ import struct
 import subprocess
 import sys
 import threading
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import shapes_cfg
-from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.checkpoint import reader
 from ssimkd.checkpoint.coverage import load_teacher
@@ -72,7 +69,7 @@ def assert_same(found, expected):
         assert found == expected
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_pickle_of_arrays_is_read(tmp_path, protocol):
     assert_same(read_checkpoint(write(tmp_path / "x.pkl", HARMLESS, protocol)), HARMLESS)
 
@@ -84,15 +81,10 @@ def test_a_pth_of_arrays_scalars_and_tensors_is_read(tmp_path, name):
     assert_same(read_checkpoint(write(tmp_path / name, content)), content)
 
 
-@pytest.mark.parametrize(
-    "old, new", [(b"numpy._core", b"numpy.core"), (b"numpy.core", b"numpy._core")]
-)
-def test_files_of_either_numpy_are_read(tmp_path, old, new):
-    content = pickle.dumps({"a": np.arange(3, dtype=">i2"), "b": np.float32(2)}, 2).replace(
-        old, new
-    )
-    assert new in content
-    (tmp_path / "x.pkl").write_bytes(content)
+@pytest.mark.parametrize("new", [b"numpy.core", b"numpy._core"])
+def test_files_of_either_numpy_are_read(tmp_path, new):
+    content = pickle.dumps({"a": np.arange(3, dtype=">i2"), "b": np.float32(2)}, 2)
+    (tmp_path / "x.pkl").write_bytes(re.sub(rb"numpy\._?core", new, content))
     found = read_checkpoint(str(tmp_path / "x.pkl"))
     assert found["a"].tolist() == [0, 1, 2] and found["b"] == 2
 
@@ -100,20 +92,12 @@ def test_files_of_either_numpy_are_read(tmp_path, old, new):
 @pytest.mark.parametrize("name", ["x.pkl", "x.pth", "legacy.pth", "x.pyth"])
 def test_a_file_that_would_run_a_command_does_not(tmp_path, name):
     path = write(tmp_path / name, {"model": {"a": np.ones(1), "b": Attack(tmp_path / "ran")}})
-    assert "mkdir" in str(zipped(path) if name in ("x.pth", "x.pyth") else open(path, "rb").read())
+    message = r"it names \w+\.mkdir, which may run any code. If you trust its author"
     for read in (read_checkpoint, read_weights, RunCheckpointer(torch.nn.Linear(1, 1)).load):
-        with pytest.raises(
-            ConfigError,
-            match=r"it names \w+\.mkdir, which may run any code. If you trust its author",
-        ) as error:
+        with pytest.raises(ConfigError, match=message) as error:
             read(path)
         assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
-
-
-def zipped(path):
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +118,7 @@ def zipped(path):
     ],
 )
 def test_other_names_are_refused(tmp_path, module, name):
-    # opcodes of protocol 4: two strings, STACK_GLOBAL, empty tuple, call, stop
+    # The opcodes of protocol 4 are: two strings, STACK_GLOBAL, empty tuple, call, stop.
     words = b"".join(b"\x8c" + bytes([len(w)]) + w.encode() for w in (module, name))
     (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + words + b"\x93)R.")
     with pytest.raises(ConfigError, match=re.escape(f"it names {module}.{name},")):
@@ -142,7 +126,7 @@ def test_other_names_are_refused(tmp_path, module, name):
 
 
 def test_a_file_cannot_change_a_function_for_later_files(tmp_path):
-    """GLOBAL, then BUILD with a state that is a dict: an update of the function's `__dict__`."""
+    """The program names a function and updates its `__dict__` (GLOBAL, BUILD)."""
     program = b"cnumpy.core.multiarray\nscalar\n}(S'marked'\nI1\nub."
     (tmp_path / "x.pkl").write_bytes(program)
     with pytest.raises(ConfigError):
@@ -163,7 +147,7 @@ class Call:
 ADDRESS = struct.pack("P", id(os.system))
 F8 = np.dtype("f8")
 OBJECTS = Call(np.dtype, "O", False, True)
-HIDDEN = Call(  # a structure with objects whose flags say that it has none
+HIDDEN = Call(  # A structure with objects, whose flags say that it has none.
     np.dtype, "V8", False, True, state=(3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
 )
 
@@ -174,7 +158,7 @@ HIDDEN = Call(  # a structure with objects whose flags say that it has none
     [
         Call(np.ndarray, (1,), OBJECTS, ADDRESS),
         Call(np.ndarray, (1,), "O", ADDRESS),
-        Call(np.ndarray, (100,), "i8"),  # memory as it is
+        Call(np.ndarray, (100,), "i8"),  # memory that is not initialised
         Call(numeric._frombuffer, ADDRESS, OBJECTS, (1,), "C"),
         Call(numeric._frombuffer, ADDRESS, HIDDEN, (1,), "C"),
         Call(multiarray.scalar, OBJECTS, ADDRESS),
@@ -207,14 +191,10 @@ def test_the_error_names_a_command_that_converts_the_file(tmp_path):
     assert_same(read_checkpoint(path[:-4] + "_weights.pth"), {"model": {"a": torch.ones(3)}})
 
 
-def test_a_teachers_file_is_read_without_running_it(tmp_path):
+def test_teachers_and_resumed_checkpoints_are_read_without_running_them(tmp_path):
     path = write(tmp_path / "x.pkl", {"model": Attack(tmp_path / "ran"), "__author__": "me"})
     with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*x.pkl is not read: it names"):
-        load_teacher(build_model(shapes_cfg("teacher")), path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_resumed_checkpoint_is_read_without_running_it(tmp_path):
+        load_teacher(torch.nn.Linear(1, 1), path)
     write(tmp_path / "model.pth", {"model": {}, "trainer": Attack(tmp_path / "ran")})
     (tmp_path / "last_checkpoint").write_text("model.pth")
     with pytest.raises(ConfigError, match="model.pth is not read: it names"):
@@ -233,21 +213,20 @@ def test_pycls_files_are_read(tmp_path):
 def test_a_changed_download_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     linear = torch.nn.Linear(1, 1)
-    good = write(tmp_path / "good.pth", linear.state_dict())
+    good = write(tmp_path / "c-20210101.pth", linear.state_dict())  # The digits are a date.
     digest = hashlib.sha256(open(good, "rb").read()).hexdigest()[:8]
-    os.rename(good, tmp_path / f"a-{digest}.pth")
-    write(tmp_path / "c-20210101.pth", linear.state_dict())
+    os.link(good, tmp_path / f"a-{digest}.pth")
     write(tmp_path / f"b-{digest}.pth", {**linear.state_dict(), "more": torch.ones(1)})
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}"
-        RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/a-{digest}.pth")
+        load = RunCheckpointer(linear).load
+        load(f"{address}/a-{digest}.pth"), load(f"{address}/c-20210101.pth")
         with pytest.raises(ConfigError, match=f"/b-{digest}.pth is not what its name says"):
-            RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/b-{digest}.pth")
-        RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/c-20210101.pth")  # a date
+            load(f"{address}/b-{digest}.pth")
         with pytest.raises(ConfigError, match=f"cannot fetch {address}/no.pth"):
-            RunCheckpointer(torch.nn.Linear(1, 1)).load(f"{address}/no.pth")
+            load(f"{address}/no.pth")
     finally:
         server.shutdown()

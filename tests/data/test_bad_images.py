@@ -22,59 +22,29 @@ from ssimkd.engine.yaml_driver import DistillTrainer
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
-def warnings_of(caplog):
-    """What this package warned of."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("ssimkd") and record.levelno == logging.WARNING
-    ]
+def record(path):
+    annotation = {"bbox": [4, 4, 20, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+    return dict(file_name=str(path), image_id=1, height=48, width=64, annotations=[annotation])
 
 
-def mapper():
-    return NamingMapper(DatasetMapper(shapes_cfg("vanilla"), True))
-
-
-def record(path, height=48, width=64, box=(4, 4, 20, 20)):
-    annotation = {"bbox": list(box), "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
-    size = {"height": height, "width": width}
-    return {"file_name": str(path), "image_id": 1, **size, "annotations": [annotation]}
-
-
-def broken(folder, kind):
-    path = folder / f"{kind}.png"
-    Image.fromarray(PIXELS).save(path)
-    content = path.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "text":
-        path.write_text("no image")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "huge":  # the header alone says so
-        Image.new("1", (20000, 20000)).save(path)
-    elif kind == "missing":
-        path.unlink()
-    return path
-
-
-BROKEN = {
-    "truncated": "OSError",
-    "text": "UnidentifiedImageError",
-    "empty": "UnidentifiedImageError",
-    "huge": "DecompressionBombError",
-    "missing": "FileNotFoundError",
-    "small": "SizeMismatchError",
+BROKEN = {  # what becomes of a good file -> the error that reading it causes
+    "OSError": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "UnidentifiedImageError": lambda path: path.write_bytes(b""),
+    "DecompressionBombError": lambda path: Image.new("1", (20000, 20000)).save(path),
+    "FileNotFoundError": lambda path: path.unlink(),
+    "SizeMismatchError": lambda path: Image.new("L", (64, 7)).save(path),
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_what_cannot_be_read_is_named(tmp_path, kind):
-    path = broken(tmp_path, kind)
-    size = {"height": 7} if kind == "small" else {}
-    with pytest.raises(BadImageError, match=f"^{path}: {BROKEN[kind]}: ") as error:
-        mapper()(record(path, **size))
-    assert len(str(error.value).splitlines()) == 1
+@pytest.mark.parametrize("error", BROKEN)
+def test_an_image_that_cannot_be_read_is_named(tmp_path, error):
+    path = tmp_path / "x.png"
+    Image.fromarray(PIXELS).save(path)
+    BROKEN[error](path)
+    mapper = NamingMapper(DatasetMapper(shapes_cfg("vanilla"), True))
+    with pytest.raises(BadImageError, match=f"^{path}: {error}: ") as raised:
+        mapper(record(path))
+    assert len(str(raised.value).splitlines()) == 1
 
 
 # --skip-bad-images
@@ -107,7 +77,8 @@ def test_the_next_image_of_the_same_orientation_replaces_a_bad_one(caplog):
     order = islice(TrainingSampler(len(RECORDS), seed=3), 40)
     assert names == [f"{replacement.get(i, i)}.jpg" for i in order]
     assert loader.skipped == {f"{i}.jpg: OSError: broken" for i in BAD}
-    assert len(warnings_of(caplog)) == len(BAD)  # each is said once
+    warned = [r for r in caplog.records if r.name.startswith("ssimkd.data")]
+    assert len(warned) == len(BAD)  # one warning for each
     grouped = [{item["width"] > item["height"] for item in batch} for batch in take(stream(), 20)]
     assert all(len(kinds) == 1 for kinds in grouped)
 
@@ -140,21 +111,14 @@ def test_without_the_flag_the_first_bad_image_ends_the_run():
 
 def of_names(names, mapper=fragile, **options):
     records = [{"width": 9, "height": 12, "file_name": name} for name in names]
-    return ResumableLoader(
-        records, mapper=mapper, total_batch_size=1, skip_bad_images=True, **options
-    )
+    options.update(mapper=mapper, total_batch_size=1, skip_bad_images=True)
+    return ResumableLoader(records, **options)
 
 
-@pytest.mark.parametrize(
-    "names, said",
-    [
-        (["3.jpg"] * 5, "5 images in a row cannot be read, .*; 3.jpg: OSError: broken"),
-        (["3.jpg"] * 30 + ["1.jpg"] * 40, "11 images in a row cannot be read"),
-    ],
-)
-def test_too_many_bad_images_in_a_row_are_an_error(names, said):
+def test_too_many_bad_images_in_a_row_are_an_error():
+    said = "11 images in a row cannot be read, .*; 3.jpg: OSError: broken"
     with pytest.raises(ConfigError, match=said):
-        take(of_names(names, sampler=range(10)), 1)
+        take(of_names(["3.jpg"] * 30 + ["1.jpg"] * 40, sampler=range(10)), 1)
 
 
 def test_more_than_half_of_the_data_is_an_error(monkeypatch):
@@ -176,21 +140,9 @@ def test_an_own_mapper_may_say_that_an_image_is_bad():
     assert [item["file_name"] for item in batch] == ["4.jpg"]
 
 
-class Careless(DatasetMapper):
-    """A mapper with a bug behind its reading."""
-
-    def __call__(self, item):
-        return np.zeros(3) + super().__call__(item)["image"].numpy()[0, 0, :2]
-
-
-def test_a_bug_after_the_reading_is_no_bad_image(tmp_path):
-    Image.fromarray(PIXELS).save(tmp_path / "good.png")
-    own = NamingMapper(Careless(shapes_cfg("vanilla"), True))
-    with pytest.raises(ValueError, match="operands could not be broadcast") as failed:
-        own(record(tmp_path / "good.png"))
-    assert not isinstance(failed.value, BadImageError)
-    with pytest.raises(BadImageError, match="text.png: UnidentifiedImageError"):
-        own(record(broken(tmp_path, "text")))
+def test_a_bug_of_a_mapper_is_no_bad_image():
+    with pytest.raises(KeyError, match="width"):
+        NamingMapper(lambda item: item["width"])({"file_name": "a.jpg"})
 
 
 @pytest.fixture
@@ -199,9 +151,9 @@ def own(tmp_path):
     images, boxes = [], []
     for i in range(6):
         Image.fromarray(PIXELS).save(tmp_path / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "height": 48, "width": 64})
-        box = {"bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0, "category_id": 1 + i % 4}
-        boxes.append({"id": i + 1, "image_id": i, **box})
+        images.append(dict(id=i, file_name=f"{i}.png", height=48, width=64))
+        box = dict(bbox=[4, 4, 20, 20], area=400, iscrowd=0, category_id=1 + i % 4)
+        boxes.append(dict(box, id=i + 1, image_id=i))
     (tmp_path / "2.png").write_bytes(b"")
     categories = [{"id": i + 1, "name": f"kind{i}"} for i in range(4)]
     content = {"images": images, "annotations": boxes, "categories": categories}

@@ -11,6 +11,12 @@ BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
 GOOD = {"images": [IMAGE], "annotations": [BOX], "categories": [{"id": 3, "name": "crack"}]}
 
 
+def read(folder, **change):
+    (folder / "a.jpg").write_bytes(b"")
+    (folder / "own.json").write_text(json.dumps({**GOOD, **change}))
+    return read_coco(str(folder / "own.json"), str(folder))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -20,43 +26,26 @@ GOOD = {"images": [IMAGE], "annotations": [BOX], "categories": [{"id": 3, "name"
         ({"categories": GOOD["categories"] * 2}, "has the id 3 twice in 'categories'"),
         ({"annotations": [{**BOX, "category_id": 9}]}, "annotation of the unknown category_id 9"),
         ({"annotations": [{**BOX, "image_id": 9}]}, "annotation of the unknown image_id 9"),
-        (
-            {"annotations": [{**BOX, "bbox": [1, 2, 3]}]},
-            "bbox that is not .x, y, width, height",
-        ),
+        ({"annotations": [{**BOX, "bbox": [1, 2, 3]}]}, "bbox that is not .x, y, width, height"),
         ({"annotations": [{"id": 1}]}, "an entry of 'annotations' without 'image_id'"),
         ({"images": [{**IMAGE, "file_name": "b.jpg"}]}, "names the image .*b.jpg, which does not"),
     ],
 )
 def test_broken_annotation_files_are_refused(change, message, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"")
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps({**GOOD, **change}))
     with pytest.raises(ConfigError, match=message):
-        read_coco(str(path), str(tmp_path))
+        read(tmp_path, **change)
 
 
 def test_keypoints_of_the_json_are_swapped_in_flips(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"")
     names = ["nose", "left_eye", "right_eye", "left_only"]
-    categories = [{"id": 3, "name": "face", "keypoints": names}]
-    (tmp_path / "own.json").write_text(json.dumps({**GOOD, "categories": categories}))
-    found = read_coco(str(tmp_path / "own.json"), str(tmp_path))
+    found = read(tmp_path, categories=[{"id": 3, "name": "face", "keypoints": names}])
     assert found["keypoint_names"] == names
     assert found["keypoint_flip_map"] == [("left_eye", "right_eye")]
 
 
 def test_boxes_without_area_or_outside_their_image_are_a_warning(tmp_path, caplog):
-    (tmp_path / "a.jpg").write_bytes(b"")
     boxes = [[4, 4, 0, 20], [100, 4, 20, 20], [4, 4, 20, 20], [-5, 4, 5, 20], [-5, 4, 6, 20]]
-    entries = [
-        {"id": i, "image_id": 1, "category_id": 3, "bbox": box} for i, box in enumerate(boxes)
-    ]
-    image = {**IMAGE, "height": 48, "width": 64}
-    (tmp_path / "own.json").write_text(
-        json.dumps({**GOOD, "images": [image], "annotations": entries})
-    )
-    read_coco(str(tmp_path / "own.json"), str(tmp_path))
+    read(tmp_path, annotations=[{**BOX, "id": i, "bbox": box} for i, box in enumerate(boxes)])
     (said,) = caplog.messages
     assert said.startswith(f"{tmp_path}/own.json: 3 of 5 boxes have no area or lie outside")
     assert said.endswith("id 0 in a.jpg, id 1 in a.jpg, id 3 in a.jpg")

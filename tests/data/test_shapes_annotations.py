@@ -3,7 +3,6 @@
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import shapes_cfg
 from detectron2.data import DatasetMapper
 from detectron2.data.datasets import load_coco_json
@@ -24,7 +23,7 @@ def ring(radius, hole):
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_polygons_decode_to_the_mask(density):
-    # noise has what the shapes have and more: parts, holes, islands in holes, diagonal contacts
+    # Noise has parts, holes, islands in holes and diagonal contacts.
     rng = np.random.default_rng(0)
     for size in [(1, 1), (1, 9), (7, 2), (24, 31), (96, 128)]:
         mask = (rng.random(size) < density).astype(np.uint8)
@@ -40,15 +39,6 @@ def test_the_area_of_polygons_is_the_number_of_pixels():
     assert area.tolist() == [mask.sum() for mask in masks]
 
 
-def test_a_ring_keeps_its_hole_as_a_target_of_the_mask_head():
-    mask = ring(30, 16)
-    x, y, w, h = cv2.boundingRect(mask)
-    box = torch.tensor([[x, y, x + w, y + h]]).float()
-    target = PolygonMasks([annotations.polygons(mask)]).crop_and_resize(box, 2 * w)[0]
-    twice = cv2.resize(mask[y : y + h, x : x + w], (2 * w, 2 * w), interpolation=cv2.INTER_NEAREST)
-    assert torch.equal(target, torch.from_numpy(twice).bool())
-
-
 def test_keypoints_of_a_mask_known_by_hand():
     owner = np.zeros((8, 9), np.uint8)
     owner[2, 3:6] = 1  # top: the middle of three
@@ -56,9 +46,9 @@ def test_keypoints_of_a_mask_known_by_hand():
     owner[4:6, 4] = 1
     points = annotations.keypoints(owner, 0, (4, 3))
     assert points == [4, 3, 2, 4, 2, 2, 4, 5, 2, 1, 3, 2, 6, 3, 2]
-    owner[3, 4] = 2  # a later object covers the centre; the extremes stay
+    owner[3, 4] = 2  # A later object covers the centre, and not the extremes.
     assert annotations.keypoints(owner, 0, (4, 3)) == [4, 3, 1, *points[3:]]
-    assert annotations.keypoints(owner, 1, (4, 3)) == [4, 3, 2] * 5  # an earlier one does not
+    assert annotations.keypoints(owner, 1, (4, 3)) == [4, 3, 2] * 5  # An earlier one does not.
 
 
 def test_an_invisible_object_keeps_its_box(tmp_path, monkeypatch):

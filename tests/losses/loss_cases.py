@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
@@ -95,3 +96,20 @@ def mean_over_images(loss, student, teacher, context):
     for image in range(len(context.image_sizes)):
         parts.append(loss(*alone(student, teacher, context, image)))
     return {name: torch.stack([x[name] for x in parts]).mean() for name in parts[0]}
+
+
+def assert_every_parameter_learns(loss, maps):
+    """The second step reaches every parameter; in the first, layers of zeros stop the gradient."""
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        run(loss, *maps)["p3"].backward()
+        optimizer.step()
+    for name, parameter in loss.named_parameters():
+        assert parameter.grad.abs().max() > 1e-8, name
+
+
+def softmax(x):
+    """In NumPy, over all of x."""
+    powers = np.exp(x - x.max())
+    return powers / powers.sum()

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from loss_cases import SIZES, batch, boxes_as_targets
 from ssimkd.losses import DeFeatLoss
-from ssimkd.losses.defeat import box_cells, level_ranks
+from ssimkd.losses.defeat import level_ranks
 
 BOXES = [
     [[3, 5, 70, 60], [10, 10, 90, 62], [0, 0, 80, 64]],  # they overlap
     [[9.5, 8.1, 9.9, 8.7], [40, 16, 47.9, 39]],  # thinner than a cell, wholly and in one direction
     [],
-    [[0, 0, 17, 33]],
+    [[-9, 9, 17, 99]],  # beyond the map on both sides
 ]
 
 
@@ -106,20 +106,3 @@ def test_a_side_that_rounding_leaves_below_its_limit_has_reached_it():
     assert (sides < 112).any() and (sides > 112).any()
     owners = level_ranks(boxes, 5).tolist()
     assert owners == [reference_owner(box, 5) for box in boxes.tolist()] == [1] * 500
-
-
-def test_cells_of_boxes():
-    boxes = torch.tensor(
-        [
-            [8.0, 0.0, 24.0, 15.9],  # columns 1, 2 of row 0: 15.9 / 8 = 1.99 -> 1
-            [33.0, 17.0, 60.0, 22.0],  # no row is left: the first cell alone, row 2, column 4
-            [-9.0, 25.0, 9.0, 99.0],  # beyond the map on both sides: column 0 of row 3
-        ]
-    )
-    expected = torch.zeros(4, 6, dtype=torch.bool)
-    for row, column in [(0, 1), (0, 2), (2, 4), (3, 0)]:
-        expected[row, column] = True
-    assert torch.equal(box_cells(boxes / 8, torch.tensor([True] * 3), (4, 6)), expected)
-    expected[2, 4] = False
-    assert torch.equal(box_cells(boxes / 8, torch.tensor([True, False, True]), (4, 6)), expected)
-    assert not box_cells(boxes[:0], torch.tensor([], dtype=torch.bool), (4, 6)).any()

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import batch, boxes_as_targets, make_loss, mean_over_images
+from loss_cases import assert_every_parameter_learns, batch, boxes_as_targets, make_loss, softmax
 from ssimkd.losses.attention import channel_attention, spatial_attention
-from ssimkd.losses.fgd import foreground_mask
 
 P3, STRIDE = {"p3": 8}, 8
 SIZES = [(32, 40), (17, 24), (32, 40), (25, 9)]  # pixels; 4 x 5, 3 x 3, 4 x 5 and 4 x 2 cells
@@ -27,11 +26,6 @@ def make(**options):
 
 
 # --- an independent reference ---
-
-
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
 
 
 def reference_context(block, x):
@@ -95,11 +89,6 @@ def test_equals_the_reference(sizes, boxes):
     assert loss(*maps(sizes, boxes))["p3"].item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_a_batch_is_the_mean_of_its_images():
-    loss = make(**COEFFICIENTS)
-    torch.testing.assert_close(loss(*maps()), mean_over_images(loss, *maps()))
-
-
 # --- reductions to known cases ---
 
 
@@ -131,7 +120,7 @@ def test_equal_maps_cost_nothing_at_the_start():
     assert value == 0 and gradient.abs().max() < 1e-12
 
 
-def test_attention_has_mean_one_and_follows_the_active_cell():
+def test_attention_has_mean_one_and_is_largest_at_the_active_cell():
     active = torch.zeros(1, 2, 2, 2, dtype=torch.float64)
     active[0, 1, 0, 1] = -2 * math.log(3)  # mean over channels log 3, over cells log(3) / 2
     expected = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64) * 4 / 6
@@ -140,22 +129,5 @@ def test_attention_has_mean_one_and_follows_the_active_cell():
     torch.testing.assert_close(channel_attention(active, 0.5).flatten(), expected)
 
 
-def test_foreground_mask_by_hand():
-    boxes = torch.tensor([[1.0, 0.2, 2.0, 1.0], [1.5, 1.0, 3.1, 9.0]])
-    # the first: columns 1..2, rows 0..1: 1 / 4; the second: columns 1..4, rows 1..9: 1 / 36, cut
-    expected = torch.tensor([[0, 9, 9, 0], [0, 9, 9, 1], [0, 1, 1, 1]]) / 36
-    torch.testing.assert_close(foreground_mask(boxes, (3, 4)), expected)
-    assert torch.equal(foreground_mask(boxes[:0], (3, 4)), torch.zeros(3, 4))
-
-
-def test_every_parameter_learns_after_the_first_step():
-    loss = make(trained=False, **COEFFICIENTS)
-    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
-    loss(*maps())["p3"].backward()
-    for name, parameter in loss.named_parameters():
-        # a last layer of zeros lets no gradient through to what comes before it
-        assert parameter.grad.any() == ("add.3" in name), name
-    optimizer.step()
-    optimizer.zero_grad()
-    loss(*maps())["p3"].backward()
-    assert all(parameter.grad.abs().max() > 1e-8 for parameter in loss.parameters())
+def test_every_parameter_learns():
+    assert_every_parameter_learns(make(trained=False, **COEFFICIENTS), maps())

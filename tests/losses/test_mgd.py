@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import SIZES, batch, make_loss, mean_over_images, run
+from loss_cases import SIZES, assert_every_parameter_learns, batch, make_loss, run
 from ssimkd.losses import Context
 
 P3 = {"p3": 8}
@@ -30,7 +30,7 @@ def identity(loss):
 
 
 def convolve(x, layer):
-    """3 x 3, zeros around: (C, h, w)."""
+    """A 3 x 3 convolution of (C, h, w) with zeros around the map."""
     weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
     _, h, w = x.shape
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
@@ -63,12 +63,7 @@ def test_equals_the_reference(mask_ratio):
     assert run(loss, *maps())["p3"].item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_a_batch_is_the_mean_of_its_images():
-    loss = make(mask_ratio=0.0)
-    torch.testing.assert_close(loss(*maps()), mean_over_images(loss, *maps()))
-
-
-def test_an_identity_that_sees_all_leaves_a_squared_error():
+def test_without_a_mask_a_generator_that_changes_nothing_leaves_a_squared_error():
     student, teacher, context = maps([(32, 40)] * 2)
     student = {"p3": student["p3"].abs()}
     value = identity(make(generation=1.0, mask_ratio=0.0))(student, teacher, context)["p3"]
@@ -76,17 +71,16 @@ def test_an_identity_that_sees_all_leaves_a_squared_error():
     torch.testing.assert_close(value, squares)
 
 
-@pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.8])
-def test_the_mask_hides_its_share_of_cells_in_all_channels(mask_ratio):
+def test_the_mask_hides_its_share_of_cells_in_all_channels():
     student = {"p3": torch.ones(4, 3, 100, 100, requires_grad=True)}
     teacher = {"p3": torch.zeros(4, 3, 100, 100)}
     context = Context([(800, 800)] * 4, P3)
-    loss = identity(make(generation=1.0, mask_ratio=mask_ratio)).float()
+    loss = identity(make(generation=1.0, mask_ratio=0.3)).float()
     value = run(loss, student, teacher, context)["p3"]
     hidden = torch.autograd.grad(value, student["p3"])[0] == 0
     assert torch.equal(hidden, hidden[:, :1].expand_as(hidden))
     # the deviation of the share over 40000 cells is at most 0.5 / 200
-    assert hidden.float().mean().item() == pytest.approx(mask_ratio, abs=0.01)
+    assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.01)
 
 
 def test_the_seed_decides_whatever_the_image_sizes():
@@ -100,14 +94,12 @@ def test_the_seed_decides_whatever_the_image_sizes():
     assert torch.equal(*states)
 
 
-def test_every_parameter_learns_from_the_first_step():
-    loss = make(generation=1.0, trained=False)
-    run(loss, *maps())["p3"].backward()
-    for name, parameter in loss.named_parameters():
-        assert parameter.grad.abs().max() > 1e-6, name
+def test_every_parameter_learns():
+    # The factor is small, so that the first step is short
+    assert_every_parameter_learns(make(generation=1e-4, trained=False), maps())
 
 
-def test_the_mask_hides_less_than_everything():
+def test_a_mask_of_everything_is_refused():
     for ratio in (1.0, math.nan):
         with pytest.raises(ValueError, match="mask_ratio must be in"):
             make(mask_ratio=ratio)

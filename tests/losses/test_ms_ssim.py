@@ -3,10 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from loss_cases import batch
 from ssimkd.losses import Context, MSSSIMLoss, SSIMLoss
-from ssimkd.ssim.definition import ssim_map
 from test_definition import DEFAULTS, reference_terms, related_maps
 
 WANG = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -24,7 +22,7 @@ def on_one_level(student, teacher, **options):
 
 
 def halve(x):
-    """Means of 2 x 2 cells, of those there are at an odd edge."""
+    """Means of 2 x 2 cells; at an odd edge, of the cells that exist."""
     height, width = (math.ceil(n / 2) for n in x.shape)
     blocks = [
         [x[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean() for j in range(width)]
@@ -90,27 +88,7 @@ def test_one_exponent_reduces_to_ssim_with_the_same_options(options):
     assert abs(found["p3"] - plain["p3"]) > 1e-6
 
 
-def test_an_offset_costs_only_the_luminance_of_the_coarsest_scale():
-    teacher = related_maps(2, 2, 44, 48)[0]
-    student = teacher + 0.4
-    coarse = [F.avg_pool2d(x, 4) for x in (student, teacher)]  # 44 -> 22 -> 11 cells: three scales
-    luminance = ssim_map(*coarse, exponents=(1, 0, 0)).mean(dim=(2, 3))
-    expected = (1 - (luminance ** (WANG[2] / sum(WANG[:3]))).mean()) / 2
-    torch.testing.assert_close(on_one_level(student, teacher), expected)
-
-
 # --- similarity below 0.1 ---
-
-
-def test_less_similarity_costs_more_also_where_it_is_negative():
-    teacher, other = related_maps(1, 2, 44, 44)
-    student = other - 0.6
-    values = []
-    for share in np.linspace(-1, 1, 21):  # from the opposite of the teacher's structure to equal
-        blend = share * (teacher - 0.5) + (1 - abs(share)) * 0.3 * student + 0.5
-        values.append(on_one_level(blend, teacher).item())
-    assert values[0] > 0.4999 and values[-1] == pytest.approx(0, abs=1e-12)
-    assert all(a >= b for a, b in zip(values, values[1:]))
 
 
 def test_opposite_structure_keeps_a_gradient_towards_the_teacher():
@@ -132,18 +110,3 @@ def test_the_tangent_below_the_floor():
     similarity = (-2 * d**2 + c2) / (2 * d**2 + c2)  # cov = -d^2, var = d^2; luminance is 1
     expected = math.exp(math.log(0.1) + similarity / 0.1 - 1)
     assert value.item() == pytest.approx((1 - expected) / 2, rel=1e-9)
-
-
-# --- edges ---
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (4, 5)], ids=str)
-def test_a_window_of_one_cell_sees_only_luminance(size):
-    # No variance: c s = 1 at every scale; 1 cell stays 1 cell when halved
-    student, teacher = related_maps(1, 2, *size)
-    value = on_one_level(student, teacher, window_size=1)
-    for _ in range(4):
-        student, teacher = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (student, teacher))
-    luminance = (2 * student * teacher + 1e-4) / (student**2 + teacher**2 + 1e-4)
-    expected = luminance.mean(dim=(2, 3)) ** (WANG[4] / sum(WANG))
-    torch.testing.assert_close(value, (1 - expected.mean()) / 2)

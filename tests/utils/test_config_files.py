@@ -1,4 +1,4 @@
-"""Finding configs by name, and reading them without running code that a YAML holds."""
+"""Finding configs by name, and reading a YAML without running code in it."""
 
 import sys
 
@@ -18,11 +18,9 @@ RETINA = "COCO-Detection/retinanet_R_50_FPN_1x"
     "name, found",
     [
         ("configs/ssimkd_R50.yaml", "configs/ssimkd_R50.yaml"),
-        ("ssimkd_R50", f"{ROOT}/configs/ssimkd_R50.yaml"),
         ("configs/ssimkd_R50", f"{ROOT}/configs/ssimkd_R50.yaml"),
         ("ssimkd_R50.py", f"{ROOT}/configs/ssimkd_R50.py"),
         (RETINA, model_zoo.get_config_file(f"{RETINA}.yaml")),
-        (f"{RETINA}.py", model_zoo.get_config_file(f"{RETINA}.py")),
     ],
 )
 def test_a_config_is_found_by_file_by_our_name_and_by_the_zoos(name, found):
@@ -32,7 +30,6 @@ def test_a_config_is_found_by_file_by_our_name_and_by_the_zoos(name, found):
 def test_our_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("configs/ssimkd_R50.yaml") == f"{ROOT}/configs/ssimkd_R50.yaml"
-    (tmp_path / "ssimkd").mkdir()
     monkeypatch.setattr(config_files, "FOLDERS", (tmp_path / "configs",))  # an installed package
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/ssimkd_R50.yaml").write_text("")
@@ -46,34 +43,21 @@ def test_a_base_may_be_named_from_any_folder(tmp_path, base):
     assert load_config(str(tmp_path / "mine.yaml")) == expected
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "nowhere.yaml", "configs", "shapes", "../configs"])
+@pytest.mark.parametrize("name", ["", "nowhere.yaml", "configs", "shapes", "../configs"])
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(ConfigError, match=r"is neither a \.yaml or \.py file, nor the name of a"):
         find_config(name)
 
 
-def test_an_own_yaml_reads_as_detectron2_reads_it():
+def test_configs_read_as_detectron2_reads_them():
     expected = get_cfg()
     config.add_ssimkd_config(expected)
     expected.merge_from_file(f"{ROOT}/configs/ssimkd_R50.yaml")
     assert load_config("ssimkd_R50") == expected
-
-
-@pytest.mark.parametrize(
-    "name", [RETINA, "COCO-Detection/rpn_R_50_C4_1x", "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn"]
-)
-def test_the_zoos_configs_read_as_detectron2_reads_them(name):
-    """Those of its RetinaNets hold code, the anchors' sizes."""
-    found = load_config(name)
-    for key in ("DISTILL",):
-        found.MODEL.pop(key)
-    expected = model_zoo.get_config(f"{name}.yaml")
-    assert found.MODEL.ANCHOR_GENERATOR == expected.MODEL.ANCHOR_GENERATOR
-    assert CfgNode(dict(found.MODEL, WEIGHTS="")) == CfgNode(dict(expected.MODEL, WEIGHTS=""))
-
-
-def test_reading_leaves_yamls_loader_alone():
-    load_config(RETINA)
+    # The zoo's config of RetinaNet holds code for the sizes of its anchors.
+    expected, found = model_zoo.get_config(f"{RETINA}.yaml").MODEL, load_config(RETINA).MODEL
+    found.pop("DISTILL")
+    assert CfgNode(dict(found, WEIGHTS="")) == CfgNode(dict(expected, WEIGHTS=""))
     with pytest.raises(yaml.constructor.ConstructorError):
         yaml.safe_load("!!python/object/apply:eval ['1']")
 
@@ -82,14 +66,11 @@ def test_reading_leaves_yamls_loader_alone():
     "content, message",
     [
         ("A: 1\nB: !!python/object/apply:os.mkdir ['ran']", "line 2: code in a .yaml is not run"),
-        ("A: !!python/object/apply:eval ['1']", "line 1: code in a .yaml is not run"),
         ("A: [1\nB: 2", "line 2: "),
         ("", "x.yaml holds no keys"),
         ("[1, 2]", "x.yaml holds no keys"),
-        ("text", "x.yaml holds no keys"),
         ("SOLVER: {LR: 1.0}", "Non-existent config key: SOLVER.LR"),
         ("SOLVER: {BASE_LR: 1}", "write it with a decimal point"),
-        ("SOLVER: 3", "x.yaml: "),
         ("_BASE_: nowhere.yaml", "x.yaml: FileNotFoundError: .*nowhere.yaml"),
         ("_BASE_: code.yaml", "code.yaml, line 1: code in a .yaml is not run"),
         ("\0", "x.yaml: ReaderError"),
@@ -104,9 +85,11 @@ def test_a_wrong_yaml_is_one_line_that_names_the_place(content, message, tmp_pat
     assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "ran").exists()
 
 
-def test_an_integer_overrides_a_float():
+def test_overrides_take_an_integer_for_a_float_and_new_keys_of_a_lazy_config():
     cfg = load_config("ssimkd_R50", ["SOLVER.BASE_LR", "1", "MODEL.DISTILL.SSIM.WEIGHT", 2])
     assert cfg.SOLVER.BASE_LR == 1.0 and cfg.MODEL.DISTILL.SSIM.WEIGHT == 2.0
+    cfg = load_config("ssimkd_R50.py", ["+note=1", "model.distiller.warmup_iters=5"])
+    assert cfg.note == 1 and cfg.model.distiller.warmup_iters == 5
 
 
 @pytest.mark.parametrize(
@@ -119,18 +102,12 @@ def test_an_integer_overrides_a_float():
         ("ssimkd_R50.py", ["train.nothing=1"], "train.nothing: there are the keys output_dir, "),
         ("ssimkd_R50.py", ["train"], "train: an override of a .py config is written key=value"),
         ("ssimkd_R50.py", ["train.max_iter=[1"], "train.max_iter=.1: "),
-        ("ssimkd_R50.py", ["~train.max_iter"], "an override of a .py config is written key=value"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_it(name, overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(name, overrides)
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_a_lazy_config_takes_new_keys_and_arguments_of_calls():
-    cfg = load_config("ssimkd_R50.py", ["+note=1", "model.distiller.warmup_iters=5"])
-    assert cfg.note == 1 and cfg.model.distiller.warmup_iters == 5
 
 
 def test_a_bug_in_a_py_config_keeps_its_traceback(tmp_path):

@@ -8,21 +8,20 @@ import torch
 from ssimkd.utils.random_state import get_random_state, preserve_random_state, set_random_state
 
 
+def draw():
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+
+
 def test_random_state_survives_a_checkpoint(tmp_path):
     torch.save(get_random_state(), tmp_path / "state.pth")
-    expected = (random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist())
+    expected = draw()
     set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
-    assert (
-        random.random(),
-        np.random.rand(),
-        np.random.randn(),
-        torch.rand(3).tolist(),
-    ) == expected
+    assert draw() == expected
 
 
 def test_preserve_random_state_even_after_an_error():
     expected = str(get_random_state())
     with pytest.raises(KeyError), preserve_random_state():
-        torch.rand(1), np.random.rand(), random.random()
+        draw()
         raise KeyError
     assert str(get_random_state()) == expected

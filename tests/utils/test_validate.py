@@ -1,4 +1,4 @@
-"""What an option may be."""
+"""The checks accept right options, and name wrong ones."""
 
 import math
 

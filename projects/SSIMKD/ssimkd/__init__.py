@@ -16,6 +16,7 @@ from ssimkd.config import add_ssimkd_config
 from ssimkd.data.shapes import register_search, register_shapes
 from ssimkd.errors import ConfigError
 from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.modeling.backbones import TimmBackbone, TorchvisionBackbone
 from ssimkd.modeling.distiller import Distiller
 from ssimkd.modeling.meta_arch import (
     DistillMixin,
@@ -37,6 +38,8 @@ __all__ = [
     "DistillRetinaNet",
     "Distiller",
     "Distillers",
+    "TimmBackbone",
+    "TorchvisionBackbone",
     "add_ssimkd_config",
 ]
 

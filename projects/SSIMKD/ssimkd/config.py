@@ -13,6 +13,8 @@ from ssimkd.registry import KD_LOSS_REGISTRY, loss_defaults
 # (node, key) of everything that is added to Detectron2's config
 OWN_KEYS = (
     ("MODEL", "DISTILL"),
+    ("MODEL", "TORCHVISION"),
+    ("MODEL", "TIMM"),
     ("DATASETS", "COCO"),
     ("DATASETS", "NUM_CLASSES_FROM_DATA"),
     ("DATALOADER", "SKIP_BAD_IMAGES"),
@@ -20,7 +22,7 @@ OWN_KEYS = (
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL` and three other keys to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL`, two backbones and three other keys to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
     the code of a loss's own authors. [shapes]: measured on the Shapes data by
@@ -85,6 +87,17 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
     # Project in Weights & Biases that receives the training log; "": none
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
+
+    # The network of MODEL.BACKBONE.NAME "build_torchvision_fpn_backbone" or, for RetinaNet,
+    # "build_retinanet_torchvision_fpn_backbone"; see modeling/backbones.py
+    cfg.MODEL.TORCHVISION = CN()
+    cfg.MODEL.TORCHVISION.NAME = ""  # such as "mobilenet_v2"
+    # Where MODEL.WEIGHTS is "". "DEFAULT": torchvision's ImageNet weights; a file; "": random
+    cfg.MODEL.TORCHVISION.WEIGHTS = "DEFAULT"
+    # Of the batch norms: "FrozenBN", "BN" or "SyncBN"
+    cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
+    # The same for timm: "build_timm_fpn_backbone" and "build_retinanet_timm_fpn_backbone"
+    cfg.MODEL.TIMM = cfg.MODEL.TORCHVISION.clone()
 
     for name, cls in KD_LOSS_REGISTRY:
         key = name.upper()

@@ -6,7 +6,6 @@ from typing import Any, Dict, List
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
-from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error
 
@@ -16,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def unloaded_tensors(incompatible) -> Dict[str, str]:
-    """Tensors that a checkpoint lacks or holds in another shape -> a description of the fault."""
+    """Names of tensors that a checkpoint lacks or holds in another shape -> what is wrong."""
     wrong = {name: f"{name} is missing" for name in incompatible.missing_keys}
     wrong.update(
         (name, f"{name} is {tuple(found)} instead of {tuple(expected)}")
@@ -38,16 +37,13 @@ class _TeacherCheckpointer(CheckpointReader):
         absent (list[str]): tensors outside the backbone that keep their random values.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.absent: List[str] = []
+    absent: List[str]
 
     def _load_model(self, checkpoint):
         weights = checkpoint["model"]
         if not hasattr(weights, "_metadata") and any(k.endswith("running_var") for k in weights):
             # Without a version FrozenBatchNorm2d takes 0 and 1 for statistics that a file lacks.
-            # That is right only for a file without any, such as Caffe2's, whose scale and bias
-            # contain them.
+            # That is right only for files such as Caffe2's, whose scale and bias contain them all.
             checkpoint["model"] = weights = OrderedDict(weights)
             weights._metadata = {
                 name: {"version": module._version}
@@ -61,7 +57,7 @@ class _TeacherCheckpointer(CheckpointReader):
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
             raise ConfigError(f"does not fit the backbone of its config: {first_three(backbone)}")
-        # A teacher that was a student does not need what belonged to its own distillation.
+        # The teacher may have been a student. Its distiller is not needed any more.
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
 
@@ -71,7 +67,7 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
     Args:
         model (nn.Module): a detector. If it has no `.backbone`, all its tensors must be finite.
         weights (str): path of the checkpoint.
-        key (str): the setting that names it, for errors.
+        key (str): the setting that errors name.
 
     Returns:
         list[str]: tensors outside the backbone that the checkpoint does not hold in their shape.

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, one_line
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.config_keys import target_of
+from ssimkd.utils.config_keys import LIBRARIES, target_of, without_pretraining
 
 from .reader import CheckpointReader
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."
+NEEDS_PACKAGE = (
+    "# The backbone comes with the package ssimkd: import ssimkd, and call\n"
+    "# ssimkd.add_ssimkd_config(cfg) before cfg.merge_from_file.\n"
+)
 
 
 def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
@@ -36,8 +40,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
         folder (str): where the two files are written.
 
     Returns:
-        (str, str): paths of the checkpoint and the config. A CfgNode becomes a config for
-        `DefaultPredictor`, a DictConfig one for `LazyConfig.load`.
+        (str, str): paths of the checkpoint and the config. The config of a CfgNode is for
+        `DefaultPredictor`, that of a DictConfig for `LazyConfig.load`.
 
     Raises:
         ConfigError: the weights are not exactly those of the plain detector.
@@ -72,16 +76,14 @@ def warn_unless_exportable(cfg) -> None:
 
 
 def to_yaml(plain) -> str:
-    """The text of `student.yaml`.
-
-    Args:
-        plain (CfgNode or DictConfig): a config of :func:`plain_config`.
+    """The text of `student.yaml` for a config of :func:`plain_config`.
 
     Raises:
         ConfigError: YAML cannot express what a LazyConfig holds.
     """
     if isinstance(plain, CfgNode):
-        return plain.dump()
+        used = any(library in plain.MODEL for library in LIBRARIES)
+        return (NEEDS_PACKAGE if used else "") + plain.dump()
     try:
         text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
         yaml.unsafe_load(text)  # as LazyConfig.load reads it
@@ -94,7 +96,7 @@ def to_yaml(plain) -> str:
 
 
 def with_names(node: Any) -> Any:
-    """Nested containers of a LazyConfig with the names of what `_target_` calls."""
+    """Nested containers with the name of each function and class under `_target_`."""
     if isinstance(node, list):
         return [with_names(item) for item in node]
     if not isinstance(node, dict):
@@ -107,6 +109,7 @@ def with_names(node: Any) -> Any:
 
 def plain_config(cfg, weights: str):
     """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`."""
+    cfg = without_pretraining(cfg)
     if isinstance(cfg, CfgNode):
         plain = cfg.clone()
         plain.defrost()
@@ -114,7 +117,9 @@ def plain_config(cfg, weights: str):
         plain.MODEL.META_ARCHITECTURE = parent_of(META_ARCH_REGISTRY.get(name)).__name__
         plain.MODEL.WEIGHTS = weights
         for node, key in OWN_KEYS:
-            plain[node].pop(key, None)
+            used = key in LIBRARIES and plain[node].get(key, {}).get("NAME")
+            if not used:
+                plain[node].pop(key, None)
         return plain
     # The model is enough. Schedules and data can hold functions, which YAML cannot express.
     plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
@@ -134,9 +139,7 @@ def parent_of(meta_arch: Any) -> Any:
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:
     """Raises ConfigError unless `weights` are the plain detector's, by name and shape."""
-    with torch.random.fork_rng(devices=[]):
-        model = build_plain(plain)
-    expected = {k: v.shape for k, v in model.state_dict().items()}
+    expected = {k: v.shape for k, v in build_plain(plain).state_dict().items()}
     found = {k: v.shape for k, v in weights.items()}
     wrong = sorted(k for k in {**expected, **found} if expected.get(k) != found.get(k))
     if wrong:
@@ -147,13 +150,14 @@ def check_weights(plain, weights: Dict[str, Tensor]) -> None:
 
 
 def build_plain(plain) -> nn.Module:
-    """The detector of a config, on the CPU."""
-    if isinstance(plain, CfgNode):
+    """The detector of a config, on the CPU. The random generator of the CPU is not changed."""
+    with torch.random.fork_rng(devices=[]):
+        if not isinstance(plain, CfgNode):
+            return instantiate(plain.model)
         plain = plain.clone()
         plain.defrost()
         plain.MODEL.DEVICE = "cpu"
         return build_model(plain)
-    return instantiate(plain.model)
 
 
 def read_weights(path: str) -> Dict[str, Any]:

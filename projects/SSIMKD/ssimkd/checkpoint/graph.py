@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from ssimkd.errors import ConfigError, as_config_error
 
 SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}  # of the formats
-# Tolerances between graph and detector, of masks, scores and boxes in pixels.
-RTOL, ATOL = 1e-4, 1e-3
+RTOL, ATOL = 1e-4, 1e-3  # between graph and detector, for masks, scores and boxes in pixels
 Graph = Callable[[Tensor], Tuple[Tensor, ...]]
 
 
 def detect(model: Any, inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
-    """The fields of a detector's Instances in one image, name -> tensor of n rows."""
+    """The fields of a detector's Instances in one image: name -> tensor of n rows."""
     if isinstance(model, GeneralizedRCNN) and not hasattr(model, "sem_seg_head"):
-        # Its masks stay as the heads give them, 28 x 28.
-        found = model.inference(inputs, do_postprocess=False)[0]
+        found = model.inference(inputs, do_postprocess=False)[0]  # Masks stay 28 x 28.
     else:
         found = model(inputs)[0]["instances"]
     return {name: getattr(v, "tensor", v) for name, v in found.get_fields().items()}
@@ -68,7 +66,7 @@ def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: s
     os.makedirs(folder, exist_ok=True)
     try:
         with warnings.catch_warnings():
-            # Tracing warns of each value that becomes a constant. The comparison shows the effect.
+            # Tracing warns of each value that becomes a constant. The comparison finds wrong ones.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             write = write_torchscript if kind == "torchscript" else write_onnx
             graph = write(adapter, list(expected[0]), path + ".tmp")
@@ -94,9 +92,7 @@ def write_onnx(adapter: Any, names: List[str], path: str) -> Graph:
     except ImportError as error:
         raise ConfigError(f"--format onnx needs pip install {error.name}") from error
     torch.onnx.export(
-        adapter,
-        adapter.flattened_inputs,
-        path,
+        *(adapter, adapter.flattened_inputs, path),
         dynamo=False,  # torch.export cannot follow Detectron2's padding.
         opset_version=17,
         input_names=["image"],

@@ -25,21 +25,23 @@ from fvcore.common.checkpoint import Checkpointer
 
 from ssimkd.errors import ConfigError, as_config_error, one_line
 
-_CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
+CORES = ("numpy._core", "numpy.core")  # NumPy 2 has renamed the latter to the former.
+_CORE = CORES[0] if hasattr(np, "_core") else CORES[1]
 multiarray: Any = importlib.import_module(f"{_CORE}.multiarray")
 numeric: Any = importlib.import_module(f"{_CORE}.numeric")
 
-# torch.hub's convention: the name ends in the first digits of the file's SHA-256.
-HUB_NAME = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.pth?$")  # and not in a date
-# How both readers say that they do not call what a file names.
+# By torch.hub's convention a name ends in the first digits of the file's SHA-256, but a date does
+# not count.
+HUB_NAME = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.pth?$")
+# The messages of both readers about a function or class that they refuse to call.
 NAMED = re.compile(r"GLOBAL (\S+) (was not an allowed global|whose module)")
 
 
 class _Dtype:
-    """What a file gets for `numpy.dtype`: a type of numbers or text.
+    """Stands in for `numpy.dtype` while a file is read: a type of numbers or text.
 
-    With a real one a file could build an array of objects from bytes, which are then taken for the
-    objects' addresses in memory.
+    With a real dtype a file could turn bytes into an array of objects. NumPy would then take the
+    bytes for addresses of objects in memory.
     """
 
     def __init__(self, code: str, *options: Any) -> None:
@@ -52,7 +54,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """What a file gets for `numpy.ndarray`: an empty array, which can be filled once."""
+    """Stands in for `numpy.ndarray` while a file is read: an empty array that is filled once."""
 
     def __new__(cls) -> "_Array":
         return super().__new__(cls, (0,), np.uint8)
@@ -82,9 +84,9 @@ def _frombuffer(content: Any, kind: _Dtype, *options: Any) -> np.ndarray:
     return numeric._frombuffer(bytes(content), kind.dtype, *options)
 
 
-# What a file may name -> what it gets.
+# A name that a file may hold -> the object that the file gets for it.
 NUMPY: Dict[str, Any] = {"numpy.dtype": _Dtype, "numpy.ndarray": _Array}
-for _core in ("numpy.core", "numpy._core"):  # NumPy 2 has renamed the former to the latter.
+for _core in CORES:
     NUMPY[f"{_core}.multiarray._reconstruct"] = _reconstruct
     NUMPY[f"{_core}.multiarray.scalar"] = _scalar
     NUMPY[f"{_core}.numeric._frombuffer"] = _frombuffer
@@ -96,7 +98,7 @@ class _Unpickler(pickle.Unpickler):
         found = ADMITTED.get(f"{module}.{name}")
         if found is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
-        # A pickle can set attributes of a function that it gets, hence it gets a copy.
+        # A pickle can set attributes of a function, so each one gets a copy.
         return functools.partial(found) if isinstance(found, types.FunctionType) else found
 
 
@@ -116,7 +118,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
                 f"is not read: it names {name[1]}, which may run any code. If you trust its "
                 f"author, convert it: {conversion_command(path)}"
             ) from error
-        # torch advises to read the file without restriction, which does not help here.
+        # torch's message would advise the user to read the file without restriction.
         why = "it is no checkpoint" if "Weights only" in str(error) else one_line(error)
         raise ConfigError(f"cannot be read: {why}") from error
     if not isinstance(content, dict):
@@ -125,10 +127,10 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 
 def read_file(path: str, **options: Any) -> Any:
-    """The content of a file; raises any exception. The options are torch.load's."""
+    """The content of a file. It can raise any exception. The options are torch.load's."""
     if path.endswith(".pkl"):
         with open(path, "rb") as f:
-            return _Unpickler(f, encoding="latin1").load()  # Python 2 wrote those of Caffe2.
+            return _Unpickler(f, encoding="latin1").load()  # Python 2 wrote Caffe2's files.
     admitted: List[Any] = [(value, name) for name, value in NUMPY.items()]
     with torch.serialization.safe_globals(admitted):
         return torch.load(path, map_location="cpu", weights_only=True, **options)
@@ -148,20 +150,23 @@ def conversion_command(path: str) -> str:
 
 
 class _Reader(Checkpointer):
-    """Stands behind DetectionCheckpointer, which reads all but `.pkl` and `.pyth` by its parent."""
+    """The next class after DetectionCheckpointer in the order of CheckpointReader's parents.
+
+    DetectionCheckpointer leaves all files but `.pkl` and `.pyth` to that class.
+    """
 
     def _load_file(self, f: str) -> Dict[str, Any]:
         return read_checkpoint(f)
 
 
 class CheckpointReader(DetectionCheckpointer, _Reader):
-    """Detectron2's checkpointer, which reads by :func:`read_checkpoint` and checks downloads."""
+    """Detectron2's checkpointer with :func:`read_checkpoint`. Downloads are checked."""
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
-        """As Detectron2's.
+        """Loads a checkpoint as Detectron2 does.
 
         Raises:
-            ConfigError: it cannot be fetched or read, or what it holds cannot be loaded.
+            ConfigError: it cannot be fetched or read, or its content cannot be loaded.
         """
         if path and "://" in path:
             fetch(path.split("?")[0])
@@ -188,11 +193,10 @@ class CheckpointReader(DetectionCheckpointer, _Reader):
 
 
 def fetch(address: str) -> str:
-    """Local path of a path or URL. A URL is downloaded once and compared with its name.
+    """Local path of a path or URL. A URL is downloaded once.
 
     Raises:
-        ConfigError: it cannot be downloaded, or its name holds the digits of another file's
-            SHA-256, by torch.hub's convention.
+        ConfigError: it cannot be downloaded, or its SHA-256 is not the one in its name.
     """
     with as_config_error(f"cannot fetch {address}", Exception):
         path = PathManager.get_local_path(address)

@@ -32,13 +32,12 @@ class RunCheckpointer(CheckpointReader):
     another model, which would leave random values in this one, is an error.
 
     Args:
-        model (nn.Module), save_dir (str): as Detectron2's.
-        require_all (bool): a checkpoint must hold every tensor of the model, as one that is
-            resumed from must. Otherwise the tensors that it lacks are a warning. It is an error if
-            it lacks all of them, or if its backbone has other shapes.
+        require_all (bool): a checkpoint must hold every tensor of the model. A resume always
+            demands this. Otherwise missing tensors cause a warning; it is an error if all are
+            missing or the backbone has other shapes.
         run (dict or None): the run's settings and teachers, see :func:`same_run.check_same_run`.
             They are kept in the checkpoints, and a resume compares them.
-        options: as Detectron2's.
+        model, save_dir, options: as for Detectron2's checkpointer.
     """
 
     def __init__(
@@ -57,17 +56,17 @@ class RunCheckpointer(CheckpointReader):
         self.source = ""  # the checkpoint resumed from, until a newer one is written
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's.
+        """Writes a checkpoint as Detectron2 does.
 
         Raises:
-            ConfigError: it cannot be written. The earlier checkpoints are as they were.
+            ConfigError: it cannot be written. The earlier checkpoints are unchanged.
         """
         self.source = ""
         with as_output_error(f"write {name}.pth to {self.save_dir}"):
             try:
                 super().save(name, **kwargs, **({"run": self.run} if self.run else {}))
             except RuntimeError as error:
-                # On a full disk torch's writer raises this while it handles the OSError.
+                # On a full disk torch's writer handles an OSError and raises this instead.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -77,17 +76,17 @@ class RunCheckpointer(CheckpointReader):
         return bool(checkpoints_in(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """As Detectron2's. A resume continues from the last complete checkpoint.
+        """Loads a checkpoint as Detectron2 does. A resume takes the last complete one.
 
         Raises:
-            ConfigError: no checkpoint is complete, it belongs to another model, optimizer or
-                teacher, or the processes find different ones; or see :meth:`load`.
+            ConfigError: see :meth:`load`. On a resume also: no checkpoint is complete, it belongs
+                to another model, optimizer or teacher, or the processes find different ones.
         """
         found = self._last_complete() if resume and self.has_checkpoint() else ""
         if resume and len(set(comm.all_gather(found))) > 1:
             raise ConfigError(
-                f"{OUTPUT}: the processes see different checkpoints in {self.save_dir}, "
-                f"this one {found or 'none'}: it has to be a folder that all of them share"
+                f"{OUTPUT}: the processes see different checkpoints in {self.save_dir} (this one "
+                f"sees {found or 'none'}); all processes must share the folder"
             )
         self.resuming, self.source = bool(found), found
         if not found:
@@ -98,9 +97,9 @@ class RunCheckpointer(CheckpointReader):
         return self.load(found)
 
     def write_final(self) -> None:
-        """Writes `model_final` for a run that was resumed after its last step.
+        """Writes `model_final` for a run that was interrupted after its last step.
 
-        It was interrupted just before it wrote the file, and no step is left whose hooks do so.
+        Detectron2's hook would write the file, but it acts after a step, and none is left.
         """
         if self.source and self.save_to_disk and os.path.basename(self.source) != FINAL:
             target = os.path.join(self.save_dir, FINAL)
@@ -157,7 +156,7 @@ class RunCheckpointer(CheckpointReader):
         if wrong and self.require_all:
             raise ConfigError(f"does not fit the model: {first_three(list(wrong.values()))}")
         none = all(name in wrong for name, _ in self.model.named_parameters())
-        # The heads may predict other classes. A backbone of other shapes is another model's.
+        # The heads may predict other classes, but the backbone must have the same shapes.
         other = [wrong[x[0]] for x in incompatible.incorrect_shapes if x[0].startswith("backbone.")]
         if none or other:
             raise ConfigError(f"is another model's: {first_three(other or list(wrong.values()))}")
@@ -165,20 +164,21 @@ class RunCheckpointer(CheckpointReader):
 
 
 class AtomicPathManager:
-    """Detectron2's PathManager, except that it writes files by :func:`atomic_write`."""
+    """Detectron2's PathManager, but it writes files by :func:`atomic_write`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(PathManager, name)
 
     def open(self, path: str, mode: str = "r") -> Any:
-        """A context manager of the file."""
+        """Opens a file; use it in a `with` statement."""
         return atomic_write(path, mode) if "w" in mode else PathManager.open(path, mode)
 
 
 def checkpoints_in(folder: str) -> List[str]:
-    """Names of the checkpoints to try in turn: that in `last_checkpoint`, then the older ones.
+    """Names of the checkpoints to try in turn, which may be damaged or absent.
 
-    Without a readable `last_checkpoint` the newest comes first. The files may be damaged or absent.
+    The first is the one that `last_checkpoint` names, and older ones follow. Without a readable
+    `last_checkpoint` the newest comes first.
     """
     try:
         with open(os.path.join(folder, LAST), encoding="utf-8") as f:
@@ -202,9 +202,10 @@ def find_damage(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not compare them.
             damaged = archive.testzip()
-        if not damaged:
-            read_file(path, mmap=True)
+        if damaged:
+            return f"{damaged} is damaged"
+        read_file(path, mmap=True)
+        return ""
     except Exception as error:  # A damaged header can raise anything.
-        # A complete file that is refused since it names code gets an error of its own.
+        # The file is complete but names code. Loading it gives an error that says so.
         return "" if NAMED.search(str(error)) else one_line(error)
-    return f"{damaged} is damaged" if damaged else ""

@@ -12,12 +12,13 @@ logger = logging.getLogger(__name__)
 def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Compares the run that wrote a checkpoint with the run that continues from it.
 
-    Settings that differ are one warning. Other teachers are an error: a student of two teachers in
-    turn is a result of neither. A run without teachers can be continued with some, and conversely.
+    One warning lists the settings that differ. Other teachers are an error, since a student of two
+    teachers in turn is a result of neither. Adding teachers to a run without any is allowed, and so
+    is removing all.
 
     Args:
-        old, new (mapping): "settings", key -> value in words; "teachers", key -> a mapping of
-            "file" and its "sha256".
+        old, new (mapping): "settings" maps keys to values in words, "teachers" maps keys to
+            mappings of "file" and "sha256".
 
     Raises:
         ConfigError: the teachers' files differ. The caller puts the checkpoint's name before it.
@@ -30,14 +31,14 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     ]
     if changed:
         logger.warning("--resume: these settings have changed: %s", "; ".join(changed))
-    # The same teacher can stand under two keys, alone or among several.
+    # Keys are not compared: the same teacher can be TEACHER or one of TEACHERS.
     before, now = (
         {teacher["sha256"]: teacher["file"] for teacher in run["teachers"].values()}
         for run in (old, new)
     )
     if before and now and set(before) != set(now):
         raise ConfigError(
-            f"is another run's: its teachers were {in_words(before)} and are now {in_words(now)}: "
+            f"is another run's: its teachers were {in_words(before)} and are now {in_words(now)}; "
             "put the files back, or start a new run from this checkpoint's weights (MODEL.WEIGHTS "
             "or train.init_checkpoint)"
         )
@@ -49,18 +50,15 @@ def in_words(teachers: Mapping[str, str]) -> str:
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
-    """Nested settings as pairs of a dotted key and the value as text.
+    """Nested settings as pairs of a dotted key, which begins with the prefix, and text.
 
-    Args:
-        node (mapping or any): the settings. A list of mappings or lists gives a pair for each item.
-        prefix (str): of the keys.
+    The text of a function or an object is its name, without its address in memory.
     """
     if isinstance(node, Mapping) and node:
         items: Any = node.items()
     elif isinstance(node, (list, tuple)) and any(isinstance(x, (Mapping, list)) for x in node):
         items = enumerate(node)
     else:
-        # The name of a function or an object, without its address in memory.
         yield prefix, getattr(node, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(node))
         return
     for key, value in items:

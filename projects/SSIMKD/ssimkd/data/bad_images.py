@@ -18,8 +18,8 @@ class BadImageError(ConfigError):
     """
 
 
-# What decoders raise (Pillow a SyntaxError for a broken header), and Detectron2 for an image of
-# another size than annotated.
+# Decoders raise these; Pillow raises SyntaxError for a broken header. SizeMismatchError is
+# Detectron2's for an image of another size than annotated.
 UNREADABLE = (
     *(OSError, EOFError, SyntaxError, DecompressionBombError, SizeMismatchError, BadImageError),
     *(cv2.error, struct.error, zlib.error),
@@ -27,21 +27,18 @@ UNREADABLE = (
 
 
 class NamingMapper:
-    """A mapper whose errors name the image.
-
-    Args:
-        mapper (callable): record in Detectron2's format -> what the model takes.
+    """Wraps a mapper (record -> item), so that its errors name the image.
 
     Raises:
         BadImageError: when called, for an image that cannot be read. Other errors are bugs of the
-            mapper and raised as they are.
+            mapper and are raised unchanged.
     """
 
     def __init__(self, mapper: Callable[[Dict], Any]) -> None:
         self.mapper = mapper
 
     def __call__(self, record: Dict) -> Any:
-        """What the mapper makes of a record."""
+        """Maps a record in Detectron2's format."""
         try:
             return self.mapper(record)
         except UNREADABLE as error:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List
 
 from ssimkd.errors import ConfigError, as_config_error
 
@@ -15,13 +15,13 @@ REQUIRED: Dict[str, Dict[str, Any]] = {
     "annotations": {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list},
     "categories": {"id": int, "name": str},
 }
-SCORED = {"area": (int, float), "iscrowd": int}  # of annotations, which COCO's metric needs
+SCORED = {"area": (int, float), "iscrowd": int}  # COCO's metric needs these of annotations, too.
 
 
 def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, Any]:
     """Reads and checks an annotation file.
 
-    Warns of boxes without area or outside their image, which Detectron2 leaves out.
+    A warning counts the boxes without area or outside their image, which are not learned.
 
     Args:
         json_file (str): in COCO's format.
@@ -29,8 +29,8 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
         scored (bool): detections will be compared with the annotations.
 
     Returns:
-        dict: Detectron2's metadata: thing_classes in the order of their ids, and the keypoints'
-        names where the categories have some.
+        dict: Detectron2's metadata: thing_classes in the order of their ids, and the names of
+        keypoints where the categories have some. A flip swaps left and right keypoints.
 
     Raises:
         ConfigError: what is wrong with the file. The caller puts the file's name before it.
@@ -42,15 +42,20 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
             raise ConfigError(f"has no list {part!r}")
         if not content[part]:
             raise ConfigError(f"has no {part}")
-        check_entries(
-            part, content[part], {**keys, **(SCORED if part == "annotations" and scored else {})}
-        )
-    check_annotations(content)
-    warn_of_unseen_boxes(json_file, content)
+        more = SCORED if scored and part == "annotations" else {}
+        check_entries(part, content[part], {**keys, **more})
+    check_boxes(json_file, content)
     first = os.path.join(images, content["images"][0]["file_name"])
     if not os.path.isfile(first):
         raise ConfigError(f"names the image {first}, which does not exist")
-    return metadata(sorted(content["categories"], key=lambda category: category["id"]))
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    found: Dict[str, Any] = {"thing_classes": [category["name"] for category in categories]}
+    names = categories[0].get("keypoints")
+    if names:
+        pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
+        found["keypoint_flip_map"] = [pair for pair in pairs if pair[1] in names]
+        found.update(keypoint_names=names, keypoint_connection_rules=[])
+    return found
 
 
 def check_entries(part: str, entries: List[Any], keys: Dict[str, Any]) -> None:
@@ -67,35 +72,26 @@ def check_entries(part: str, entries: List[Any], keys: Dict[str, Any]) -> None:
         ids.add(entry["id"])
 
 
-def check_annotations(content: Dict[str, List[Dict[str, Any]]]) -> None:
-    """Raises ConfigError for a malformed box or an unknown image or category."""
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    for entry in content["annotations"]:
-        if not is_box(entry["bbox"]):
-            raise ConfigError(f"has a bbox that is not [x, y, width, height]: {entry}")
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if entry[key] not in known:
-                raise ConfigError(f"has an annotation of the unknown {key} {entry[key]}")
-
-
-def is_box(bbox: Sequence[Any]) -> bool:
-    """Whether these are four numbers x, y, width, height of which the last two are not negative."""
-    numbers = all(isinstance(value, (int, float)) for value in bbox)
-    return numbers and len(bbox) == 4 and min(bbox[2:]) >= 0
-
-
-def warn_of_unseen_boxes(json_file: str, content: Dict[str, Any]) -> None:
+def check_boxes(json_file: str, content: Dict[str, Any]) -> None:
     """Warns of boxes without area or outside their image.
 
     Raises:
-        ConfigError: all boxes are of this kind.
+        ConfigError: a box is malformed, its image or category is unknown, or all boxes are of the
+            kind above.
     """
     images = {image["id"]: image for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
     unseen = []
     for entry in content["annotations"]:
-        image, (x, y, width, height) = images[entry["image_id"]], entry["bbox"]
-        inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if entry[key] not in known:
+                raise ConfigError(f"has an annotation of the unknown {key} {entry[key]}")
+        box, image = entry["bbox"], images[entry["image_id"]]
+        numbers = all(isinstance(value, (int, float)) for value in box)
+        if not (numbers and len(box) == 4 and min(box[2:]) >= 0):
+            raise ConfigError(f"has a bbox that is not [x, y, width, height]: {entry}")
+        x, y, width, height = box
+        inside = -width < x < image["width"] and -height < y < image["height"]
         if not (inside and width and height):
             unseen.append(f"id {entry['id']} in {image['file_name']}")
     if len(unseen) == len(content["annotations"]):
@@ -105,15 +101,3 @@ def warn_of_unseen_boxes(json_file: str, content: Dict[str, Any]) -> None:
             "%s: %d of %d boxes have no area or lie outside their image and are not learned: %s",
             *(json_file, len(unseen), len(content["annotations"]), ", ".join(unseen[:3])),
         )
-
-
-def metadata(categories: List[Dict[str, Any]]) -> Dict[str, Any]:
-    """Detectron2's metadata of COCO's categories. A flip swaps left and right keypoints."""
-    found: Dict[str, Any] = {"thing_classes": [category["name"] for category in categories]}
-    names = categories[0].get("keypoints")
-    if names:
-        mirrored = [(name, name.replace("left", "right")) for name in names if "left" in name]
-        found["keypoint_names"] = names
-        found["keypoint_flip_map"] = [pair for pair in mirrored if pair[1] in names]
-        found["keypoint_connection_rules"] = []
-    return found

@@ -15,6 +15,7 @@ from .coco_json import read_coco
 from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
+LAZY_KEYS = {"coco", "num_classes_from_data"}
 FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
 HOW_TO_SET = {  # head -> the keys that set its number of classes
     "roi_heads": f"MODEL.ROI_HEADS.NUM_CLASSES (model.roi_heads.num_classes), {FROM_DATA}",
@@ -35,7 +36,14 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
     Raises:
         ConfigError: a key is wrong, a file is missing or is not in COCO's format.
     """
-    entries, count = own_data_of(cfg)
+    if isinstance(cfg, CfgNode):
+        entries, count = cfg.DATASETS.COCO, cfg.DATASETS.NUM_CLASSES_FROM_DATA
+    else:
+        node = cfg.get("datasets", {})
+        if not isinstance(node, Mapping) or set(node) - LAZY_KEYS:
+            known = ", ".join(sorted(LAZY_KEYS))
+            raise ConfigError(f"datasets: there are the keys {known}, got {node}")
+        entries, count = node.get("coco", []), node.get("num_classes_from_data", False)
     names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
     if splits or count:
         register_coco(entries, list(chain(*names.values())), names.get("TEST", ()))
@@ -52,33 +60,6 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
         cfg.datasets.num_classes_from_data = False
 
 
-def own_data_of(cfg) -> Tuple[List[Any], bool]:
-    """A config's entries of its own data, with keys in capitals, and whether to count classes.
-
-    Raises:
-        ConfigError: a key is unknown, or the entries are not a list.
-    """
-    if isinstance(cfg, CfgNode):
-        entries, count = cfg.DATASETS.COCO, cfg.DATASETS.NUM_CLASSES_FROM_DATA
-    else:
-        node = cfg.get("datasets", {})
-        known = {"coco", "num_classes_from_data"}
-        if not isinstance(node, Mapping) or set(node) - known:
-            raise ConfigError(
-                f"datasets: there are the keys {', '.join(sorted(known))}, got {node}"
-            )
-        entries, count = node.get("coco", []), node.get("num_classes_from_data", False)
-    if not isinstance(entries, Sequence) or isinstance(entries, str):
-        raise ConfigError(
-            f"DATASETS.COCO (.yaml) or datasets.coco (.py) must be a list, got {entries}"
-        )
-    upper = [
-        {str(k).upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
-        for entry in entries
-    ]
-    return upper, count
-
-
 def register_coco(
     entries: Sequence[Mapping[str, str]], names: Sequence[str], scored: Sequence[str] = ()
 ) -> None:
@@ -86,7 +67,7 @@ def register_coco(
 
     Args:
         entries (sequence[mapping]): NAME (for DATASETS.TRAIN and TEST), JSON (annotation file),
-            IMAGES (folder). One that is registered already is left alone.
+            IMAGES (folder), in capitals or not. One that is registered already is left alone.
         names (sequence[str]): the data sets that are used. Only their files are read.
         scored (sequence[str]): those on which detections are evaluated.
 
@@ -96,11 +77,12 @@ def register_coco(
     """
     key = "DATASETS.COCO"
     for entry in entries:
-        if not isinstance(entry, Mapping) or set(entry) != KEYS:
+        values = {str(k).upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else {}
+        if set(values) != KEYS:
             raise ConfigError(
                 f"{key}: an entry is a mapping of {', '.join(sorted(KEYS))}, got {entry!r}"
             )
-        name, json_file, images = (str(entry[k]) for k in ("NAME", "JSON", "IMAGES"))
+        name, json_file, images = (str(values[k]) for k in ("NAME", "JSON", "IMAGES"))
         if name not in names:
             continue
         if not os.path.isdir(images):
@@ -128,13 +110,9 @@ def check_datasets(names: Sequence[str], key: str) -> None:
                 f"{key}: no data set {name!r} is registered; DATASETS.COCO (.yaml) or "
                 "datasets.coco (.py) registers your own"
             )
-        if name.startswith(FOLDER):
-            continue  # It is drawn on first use.
-        metadata = MetadataCatalog.get(name)
-        paths = [metadata.get("json_file"), metadata.get("image_root")]
-        missing += [
-            path for path in paths if path and "://" not in path and not os.path.exists(path)
-        ]
+        if not name.startswith(FOLDER):  # The Shapes data is drawn on first use.
+            paths = [MetadataCatalog.get(name).get(key) for key in ("json_file", "image_root")]
+            missing += [p for p in paths if p and "://" not in p and not os.path.exists(p)]
     if missing:
         raise ConfigError(
             f"{key}: Detectron2 does not find the data, {' and '.join(missing)} do not exist; "
@@ -152,9 +130,7 @@ def count_classes(names: Sequence[str], key: str) -> int:
     check_datasets(names, key)
     classes = classes_of(names[0]) if names else []
     if not classes:
-        raise ConfigError(
-            f"{key}: no data set here names its classes, so that they cannot be counted"
-        )
+        raise ConfigError(f"{key}: no data set here names its classes, so they cannot be counted")
     return len(classes)
 
 
@@ -167,7 +143,7 @@ def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
     """Raises ConfigError unless all data sets have the same classes, as many as the heads predict.
 
     Args:
-        model (nn.Module): a detector. A head that does not tell its number of classes is left out.
+        model (nn.Module): a detector. A head whose number of classes is not known is left out.
         data (mapping[str, sequence[str]]): config key -> the data sets that it names.
     """
     things = "roi_heads" if hasattr(model, "roi_heads") else "model"

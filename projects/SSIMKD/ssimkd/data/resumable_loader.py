@@ -32,7 +32,7 @@ from .bad_images import BadImageError, NamingMapper
 
 logger = logging.getLogger(__name__)
 MAX_BAD_IN_A_ROW = 10  # With more unreadable images in a row the data or the disk is wrong.
-SKIPPED = "skipped"  # key of an item that replaces unreadable images: a line for each of them
+SKIPPED = "skipped"  # An item that replaces unreadable images has a line for each under this key.
 # Attributes of Detectron2's samplers that hold what they drew at random.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
 Position = Tuple[int, int]  # position in this process's stream, index in the data set
@@ -83,8 +83,8 @@ class ResumableLoader:
                 self.landscape = [record["width"] > record["height"] for record in dataset]
             except KeyError as error:
                 raise ConfigError(
-                    "DATALOADER.ASPECT_RATIO_GROUPING (.yaml) or aspect_ratio_grouping (.py): a "
-                    f"record of the data set has no {error}; set it to False"
+                    "set DATALOADER.ASPECT_RATIO_GROUPING (.yaml) or aspect_ratio_grouping (.py) "
+                    f"to False: a record of the data set has no {error}"
                 ) from error
         records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
         self.dataset = MapDataset(records, NamingMapper(mapper))
@@ -98,22 +98,13 @@ class ResumableLoader:
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
                 "or total_batch_size (.py)"
             )
-        self.options = {
-            "collate_fn": trivial_batch_collator,
-            "num_workers": num_workers,
-            **options,
-        }
+        self.options = dict(collate_fn=trivial_batch_collator, num_workers=num_workers, **options)
         self.batches = 0  # given so far
 
     def __iter__(self) -> Iterator[List[Dict]]:
         with preserve_random_state():
-            loader = iter(
-                DataLoader(
-                    self._seeded(),
-                    batch_sampler=self._positions(),  # type: ignore[arg-type]
-                    **self.options,
-                )
-            )
+            positions: Any = self._positions()
+            loader = iter(DataLoader(self._seeded(), batch_sampler=positions, **self.options))
         while True:
             with preserve_random_state():
                 batch = next(loader)
@@ -131,8 +122,7 @@ class ResumableLoader:
 
     def _count_skipped(self, item: Any) -> None:
         """Removes from an item the list of images that it replaces, and warns once of each."""
-        lines = item.pop(SKIPPED, ()) if isinstance(item, dict) else ()
-        for line in lines:
+        for line in item.pop(SKIPPED, ()) if isinstance(item, dict) else ():
             if line not in self.skipped:
                 logger.warning("Skipped: %s", line)
                 self.skipped.add(line)
@@ -148,9 +138,8 @@ class ResumableLoader:
 
     def _positions(self) -> Iterator[List[Position]]:
         """Batches of positions that have not been given yet."""
-        return islice(
-            group_batches(self.sampler, self.batch_size, self.landscape), self.batches, None
-        )
+        batches = group_batches(self.sampler, self.batch_size, self.landscape)
+        return islice(batches, self.batches, None)
 
     def state_dict(self) -> Dict[str, Any]:
         """What the sampler drew when it was built, and the number of batches given so far."""
@@ -164,20 +153,10 @@ class ResumableLoader:
 
 
 class SeededDataset(Dataset):
-    """A data set whose random augmentation depends on the seed and the position alone.
-
-    Args:
-        dataset (Dataset): items by index.
-        seed (int): any integer.
-        skip_bad_images (bool), landscape (list[bool] or None): see :class:`ResumableLoader`.
-    """
+    """A data set whose random augmentation depends on the seed and the position alone."""
 
     def __init__(
-        self,
-        dataset: MapDataset,
-        seed: int,
-        skip_bad_images: bool = False,
-        landscape: Optional[List[bool]] = None,
+        self, dataset: MapDataset, seed: int, skip_bad_images: bool, landscape: Optional[List[bool]]
     ) -> None:
         self.dataset, self.skip_bad_images, self.landscape = dataset, skip_bad_images, landscape
         self.seed = (seed % 2**64, 0)  # Detectron2's -1 means no seed.
@@ -187,8 +166,8 @@ class SeededDataset(Dataset):
         position, index = where
         shared = position * self.processes + self.rank  # position in the stream of all processes
         words = np.random.SeedSequence((*self.seed, shared)).generate_state(3)
-        bad = []
-        for candidate in self._candidates(index):
+        bad: List[str] = []
+        for candidate in islice(self._candidates(index), MAX_BAD_IN_A_ROW + 1):
             random.seed(int(words[0]))
             np.random.seed(words[1])
             torch.manual_seed(int(words[2]))
@@ -198,12 +177,10 @@ class SeededDataset(Dataset):
                 if not self.skip_bad_images:
                     raise
                 bad.append(str(error))
-                if len(bad) > MAX_BAD_IN_A_ROW:
-                    break
-                continue
-            if bad:
-                item[SKIPPED] = bad
-            return item
+            else:
+                if bad:
+                    item[SKIPPED] = bad
+                return item
         raise ConfigError(
             f"--skip-bad-images: {len(bad)} images in a row cannot be read, so that none replaces "
             f"them; {bad[0]}"
@@ -222,13 +199,7 @@ def group_batches(
 ) -> Iterator[List[Position]]:
     """Batches of an endless sampler, in the order of Detectron2's AspectRatioGroupedDataset.
 
-    Args:
-        sampler (Sampler): indices of images.
-        batch_size (int): images in a batch.
-        landscape (list[bool] or None): whether each image is wider than high. None is no grouping.
-
-    Yields:
-        list[Position]: a batch.
+    `landscape` says of each image whether it is wider than high. With None nothing is grouped.
     """
     waiting: Dict[bool, List[Position]] = defaultdict(list)
     for position, index in enumerate(sampler):

@@ -60,10 +60,8 @@ def draw_mask(
     """
     height, width = size
     radius = np.exp(rng.uniform(np.log(9.0), np.log(30.0)))
-    center = rng.uniform(
-        [0.5 * radius, 0.5 * radius], [width - 0.5 * radius, height - 0.5 * radius]
-    )
-    middle = (round(center[0]), round(center[1]))
+    inset = 0.5 * radius
+    center = rng.uniform([inset, inset], [width - inset, height - inset])
     mask = np.zeros(size, np.uint8)
     scale = 1 << FINEST
     if name in ("disk", "ring"):
@@ -71,12 +69,12 @@ def draw_mask(
         cv2.circle(mask, where, int(radius * scale), 255, -1, cv2.LINE_AA, FINEST)
         if name == "ring":
             cv2.circle(mask, where, int(0.55 * radius * scale), 0, -1, cv2.LINE_AA, FINEST)
-        return mask, middle
-    turn = rng.uniform(0, 2 * np.pi)
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    points = outline(name, radius) @ rotation.T + center
-    cv2.fillPoly(mask, [np.rint(points * scale).astype(np.int32)], 255, cv2.LINE_AA, FINEST)
-    return mask, middle
+    else:
+        turn = rng.uniform(0, 2 * np.pi)
+        rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        points = outline(name, radius) @ rotation.T + center
+        cv2.fillPoly(mask, [np.rint(points * scale).astype(np.int32)], 255, cv2.LINE_AA, FINEST)
+    return mask, (round(center[0]), round(center[1]))
 
 
 def draw_texture(rng: np.random.Generator, size: Tuple[int, int], contrast: float) -> np.ndarray:
@@ -111,11 +109,9 @@ def draw_background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarr
         cv2.fillPoly(patch, [corners.astype(np.int32)], 255)
         image = blend(image, draw_texture(rng, size, BACKGROUND_CONTRAST), patch)
     for _ in range(rng.integers(0, 5)):
-        ends = rng.uniform(0, [width, height], (2, 2)).astype(int)
+        start, end = rng.uniform(0, [width, height], (2, 2)).astype(int).tolist()
         colour = tuple(rng.uniform(0, 255, 3))
-        cv2.line(
-            image, tuple(ends[0].tolist()), tuple(ends[1].tolist()), colour, int(rng.integers(1, 4))
-        )
+        cv2.line(image, tuple(start), tuple(end), colour, int(rng.integers(1, 4)))
     return image
 
 
@@ -126,10 +122,7 @@ def blend(image: np.ndarray, paint: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def draw_image(seed: Tuple[int, ...]) -> Tuple[np.ndarray, np.ndarray, List[DrawnObject]]:
-    """One image and its objects.
-
-    Args:
-        seed (tuple[int]): the same seed draws the same image.
+    """One image and its objects. The same seed draws the same image.
 
     Returns:
         (H, W, 3) uint8 image; (H, W) uint8 owner of each pixel, see shapes_annotations.py; objects.
@@ -159,9 +152,7 @@ def write_split(folder: str, split: str, count: int) -> None:
     pictures, sem_seg, panoptic = (os.path.join(folder, kind + split) for kind in kinds)
     for path in (pictures, sem_seg, panoptic):
         os.makedirs(path)
-    images: List[Dict] = []
-    annotations: List[Dict] = []
-    panoptics: List[Dict] = []
+    images, annotations, panoptics = [], [], []  # type: List[Dict], List[Dict], List[Dict]
     for index in range(count):
         image, owner, objects = draw_image((list(SPLITS).index(split), index))
         jpg, png = f"{index:06d}.jpg", f"{index:06d}.png"
@@ -182,15 +173,13 @@ def write_split(folder: str, split: str, count: int) -> None:
         for i, name in enumerate(CLASSES)
     ]
     stuff = [{"id": BACKGROUND, "name": STUFF[1], "isthing": 0}]
-    write_coco(os.path.join(folder, f"instances_{split}.json"), images, annotations, things)
-    write_coco(os.path.join(folder, f"panoptic_{split}.json"), images, panoptics, things + stuff)
-
-
-def write_coco(path: str, images: List[Dict], annotations: List[Dict], categories: List) -> None:
-    """Writes the three lists of COCO's formats."""
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    with open(path, "w") as f:
-        f.write(json.dumps(content))  # several times faster than json.dump
+    for kind, entries, categories in (
+        ("instances", annotations, things),
+        ("panoptic", panoptics, things + stuff),
+    ):
+        content = {"images": images, "annotations": entries, "categories": categories}
+        with open(os.path.join(folder, f"{kind}_{split}.json"), "w") as f:
+            f.write(json.dumps(content))  # several times faster than json.dump
 
 
 def ensure_shapes(root: str) -> None:
@@ -221,20 +210,18 @@ def register_shapes() -> None:
     """
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), FOLDER)
 
-    def load(name: str) -> List[Dict]:
+    def load(name: str, panoptic: bool = False) -> List[Dict]:
         ensure_shapes(root)
         metadata = MetadataCatalog.get(name)
-        return load_coco_json(metadata.json_file, metadata.image_root, name)
-
-    def load_panoptic(name: str) -> List[Dict]:
-        detections, metadata = load(name), MetadataCatalog.get(name)
-        stuff = load_sem_seg(metadata.sem_seg_root, metadata.image_root)
-        return merge_to_panoptic(detections, stuff)
+        records = load_coco_json(metadata.json_file, metadata.image_root, name)
+        if not panoptic:
+            return records
+        return merge_to_panoptic(records, load_sem_seg(metadata.sem_seg_root, metadata.image_root))
 
     for split in SPLITS:
         detection, panoptic = f"{FOLDER}_{split}", f"{FOLDER}_panoptic_{split}"
         DatasetCatalog.register(detection, lambda name=detection: load(name))
-        DatasetCatalog.register(panoptic, lambda name=panoptic: load_panoptic(name))
+        DatasetCatalog.register(panoptic, lambda name=panoptic: load(name, True))
         metadata = dict(
             json_file=os.path.join(root, f"instances_{split}.json"),
             image_root=os.path.join(root, split),

@@ -17,7 +17,7 @@ class DrawnObject(NamedTuple):
 
     Attributes:
         label (int): class index.
-        box (list[int]): [x, y, w, h] in pixels, of all of it inside the image, covered or not.
+        box (list[int]): [x, y, w, h] in pixels of the part inside the image, covered or not.
         center (tuple[int, int]): x, y of the pixel that the outline was drawn around.
     """
 
@@ -89,23 +89,14 @@ def instances(owner: np.ndarray, objects: Sequence[DrawnObject]) -> List[Dict[st
     annotations = []
     for index, (label, box, center) in enumerate(objects):
         points = keypoints(owner, index, center)
-        annotations.append(
-            {
-                "category_id": label + 1,
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-                "segmentation": polygons((owner == index + 1).astype(np.uint8)),
-                "keypoints": points,
-                "num_keypoints": sum(v > 0 for v in points[2::3]),
-            }
-        )
+        annotation = dict(category_id=label + 1, bbox=box, area=box[2] * box[3], iscrowd=0)
+        annotation["segmentation"] = polygons((owner == index + 1).astype(np.uint8))
+        annotation.update(keypoints=points, num_keypoints=sum(v > 0 for v in points[2::3]))
+        annotations.append(annotation)
     return annotations
 
 
-def segments(
-    owner: np.ndarray, objects: Sequence[DrawnObject], background: int
-) -> List[Dict[str, Any]]:
+def segments(owner: np.ndarray, objects: Sequence[DrawnObject], background: int) -> List[Dict]:
     """COCO's panoptic segments of an image's visible parts.
 
     A segment's id is the owner's number plus one, since 0 stands for pixels without a label.
@@ -115,13 +106,6 @@ def segments(
     for number, category in enumerate([background, *(item.label + 1 for item in objects)]):
         mask = (owner == number).astype(np.uint8)
         if mask.any():
-            found.append(
-                {
-                    "id": number + 1,
-                    "category_id": category,
-                    "area": cv2.countNonZero(mask),
-                    "bbox": list(cv2.boundingRect(mask)),
-                    "iscrowd": 0,
-                }
-            )
+            area, box = cv2.countNonZero(mask), list(cv2.boundingRect(mask))
+            found.append(dict(id=number + 1, category_id=category, area=area, bbox=box, iscrowd=0))
     return found

@@ -11,7 +11,7 @@ from typing import Any, Dict
 
 from detectron2.config import instantiate
 from detectron2.data.build import build_detection_train_loader
-from detectron2.engine import hooks
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
@@ -28,7 +28,7 @@ from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.compat import create_ddp_model, unwrap
-from ssimkd.utils.config_keys import datasets_of, names_of, target_of
+from ssimkd.utils.config_keys import datasets_of, names_of, target_of, without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -38,7 +38,7 @@ from .preflight import prepare
 from .run_record import describe_run
 from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import build_writers, wandb_run
+from .writers import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
 def _train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
-    student = build_model(cfg)
+    student = build_model(without_pretraining(cfg) if cfg.train.init_checkpoint else cfg)
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
@@ -92,7 +92,6 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
-    batch_size = OmegaConf.select(cfg, "dataloader.train.total_batch_size") or 0
     with as_config_error("train.checkpointer", TypeError):  # an argument that does not exist
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
     trainer.register_hooks(
@@ -105,7 +104,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export=exporting,
             test=test,
             eval_period=cfg.train.eval_period,
-            build_writers=lambda: build_writers(folder, cfg.train.max_iter, batch_size),
+            build_writers=lambda: default_writers(folder, cfg.train.max_iter),
             log_period=cfg.train.log_period,
             pictures=build_pictures(
                 student, names_of(cfg, "TEST"), lambda: instantiate(cfg.dataloader.test).dataset
@@ -164,7 +163,7 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
 
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
-    cfg = copy.deepcopy(cfg)
+    cfg = without_pretraining(cfg)
     if "distiller" in cfg.model:
         cfg.model.distiller = None
     model = build_model(cfg)

@@ -26,6 +26,7 @@ from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.utils.compat import create_ddp_model, unwrap
+from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -35,7 +36,7 @@ from .preflight import prepare
 from .run_record import describe_run
 from .settings import read_settings
 from .tensorboard_images import build_pictures
-from .writers import build_writers, wandb_run
+from .writers import wandb_run
 
 logger = logging.getLogger(__name__)
 LOG_PERIOD = 20  # iterations, as DefaultTrainer's
@@ -170,10 +171,6 @@ class DistillTrainer(DefaultTrainer):
         number = cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
 
-    def build_writers(self):
-        """Detectron2's, and what a terminal shows."""
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH)
-
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
         resumed = resume and self.checkpointer.has_checkpoint()
@@ -225,8 +222,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
 
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `MODEL.WEIGHTS` (or the last checkpoint) of a YAML config; no teacher is built."""
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = without_pretraining(cfg)
     cfg.MODEL.DISTILL.LOSSES = ()
     with as_setting_error("MODEL"):
         model = build_model(cfg)

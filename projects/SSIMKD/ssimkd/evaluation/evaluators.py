@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -47,18 +47,22 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
         "coco_panoptic_seg": [sem_seg, coco, panoptic],
         "sem_seg": [sem_seg],
         "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
-        "pascal_voc": [lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)],
-        "cityscapes_instance": [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
-        "cityscapes_sem_seg": [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
+        "pascal_voc": [lambda cfg, name, _: PascalVOCDetectionEvaluator(name)],
+        "cityscapes_instance": [lambda cfg, name, _: CityscapesInstanceEvaluator(name)],
+        "cityscapes_sem_seg": [lambda cfg, name, _: CityscapesSemSegEvaluator(name)],
     }
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind not in kinds:
-        known = ", ".join(kinds)
         raise ConfigError(
-            f"DATASETS.TEST: {dataset_name} has the evaluator_type {kind!r}; known are {known}"
+            f"DATASETS.TEST: {dataset_name} has the evaluator_type {kind!r}; known are "
+            + ", ".join(kinds)
         )
     evaluators = [build(cfg, dataset_name, folder) for build in kinds[kind]]
-    evaluators = [evaluator for evaluator in evaluators if evaluator is not None]
+    return joined([evaluator for evaluator in evaluators if evaluator is not None])
+
+
+def joined(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
+    """One evaluator for several."""
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
@@ -66,8 +70,8 @@ def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
     """The evaluator of a LazyConfig's `dataloader.evaluator`, a node or a list of nodes.
 
     Args:
-        node (DictConfig or ListConfig): a COCOEvaluator's `use_fast_impl` and `output_dir` are set
-            where they are not.
+        node (DictConfig or ListConfig): a COCOEvaluator without `use_fast_impl` or `output_dir`
+            gets them.
         folder (str): where detections are written.
     """
     evaluators = []
@@ -78,7 +82,7 @@ def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
             each.setdefault("output_dir", folder)
         if target is not COCOPanopticEvaluator or has_panopticapi():
             evaluators.append(instantiate(each))
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return joined(evaluators)
 
 
 def coco(cfg, name: str, folder: str) -> DatasetEvaluator:
@@ -97,12 +101,12 @@ def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
 
 
 def panoptic(cfg, name: str, folder: str) -> Optional[DatasetEvaluator]:
-    """Panoptic segmentation, if COCO's panopticapi is installed, which no package index has."""
+    """Panoptic segmentation, or None without COCO's panopticapi. No package index has that."""
     return COCOPanopticEvaluator(name, folder) if has_panopticapi() else None
 
 
 def has_panopticapi() -> bool:
-    """Whether COCO's panopticapi is installed. Warns of what is not measured without it."""
+    """Whether COCO's panopticapi is installed. Warns if it is not."""
     found = importlib.util.find_spec("panopticapi") is not None
     if not found:
         logger.warning("The panoptic quality is not measured: panopticapi is not installed")
@@ -110,14 +114,14 @@ def has_panopticapi() -> bool:
 
 
 def save_results(results: Dict[str, Any], folder: str) -> None:
-    """Writes the metrics of an evaluation to `results.json`, on the main process."""
+    """Writes the metrics of an evaluation to `results.json` in the main process."""
     if comm.is_main_process() and results:
         with atomic_write(os.path.join(folder, "results.json"), "w") as f:
             json.dump(without_nan(results), f, indent=2)
 
 
 def without_nan(value: Any) -> Any:
-    """Nested metrics with None for NaN, which JSON does not have. AP without objects is NaN."""
+    """Nested metrics with None for NaN, which JSON lacks. The AP of no objects is NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

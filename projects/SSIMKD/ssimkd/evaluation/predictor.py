@@ -1,5 +1,6 @@
-"""Using a trained detector: loading it, reading images as its config says, drawing detections."""
+"""Loading a trained detector, reading images as its config says, and drawing detections."""
 
+from contextlib import suppress
 from typing import Any, Callable, Dict
 
 import cv2
@@ -23,14 +24,14 @@ READABLE = 480  # pixels. In smaller images the labels cover the objects.
 
 
 def load_detector(cfg, weights: str = "") -> nn.Module:
-    """The plain detector of a config with its weights, in evaluation mode; no teacher is built.
+    """The plain detector of a config with its weights, in evaluation mode. No teacher is built.
 
     Args:
         cfg (CfgNode or DictConfig): of a student or of a plain detector.
         weights (str): path or URL of a checkpoint. "" is the config's own.
 
     Returns:
-        nn.Module: on the config's device, or on the CPU where there is no GPU.
+        nn.Module: on the device of :func:`device_of`.
 
     Raises:
         ConfigError: no checkpoint is named, it cannot be read, or it lacks a tensor.
@@ -38,11 +39,10 @@ def load_detector(cfg, weights: str = "") -> nn.Module:
     weights = weights or setting(cfg, "weights")
     if not weights:
         raise ConfigError("--weights: name the detector's checkpoint; its config has none")
-    with torch.random.fork_rng(devices=[]):
-        model = build_plain(plain_config(cfg, weights))
+    model = build_plain(plain_config(cfg, weights))
     absent = load_teacher(model, weights, "--weights")
     if absent:
-        raise ConfigError(f"--weights: {weights} does not hold {absent[0]} as this config has it")
+        raise ConfigError(f"--weights: {weights} does not hold {absent[0]} in this config's shape")
     return model.eval().requires_grad_(False).to(device_of(cfg))
 
 
@@ -54,10 +54,9 @@ def device_of(cfg) -> torch.device:
 def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
     """A function that reads an image file and prepares it as an evaluation of the config does.
 
-    It raises ConfigError for a file that is not an image.
-
     Raises:
-        ConfigError: a LazyConfig has no `dataloader`.
+        ConfigError: a LazyConfig has no `dataloader`. When the function is called: a file is not an
+            image.
     """
     if isinstance(cfg, CfgNode):
         mapper = DatasetMapper(cfg, is_train=False)
@@ -84,14 +83,14 @@ def draw_detections(
 ) -> np.ndarray:
     """Draws boxes, masks and keypoints on an image with Detectron2's Visualizer.
 
-    A small image is enlarged, so that its labels can be read. A class has the same colour in every
-    image. The random generators are not changed.
+    A class has the same colour in every image. The random generators are not changed.
 
     Args:
         file_name (str): the image.
         detections (Instances): in its pixels.
-        metadata (Metadata): names the classes.
-        width (int): of the picture in pixels; 0 gives a short side of at least READABLE pixels.
+        metadata (Metadata): of the data set, with the names of the classes.
+        width (int): of the picture in pixels. With 0 a small image is enlarged until its short
+            side has READABLE pixels.
 
     Returns:
         ndarray: (H, W, 3) uint8, RGB.
@@ -116,9 +115,8 @@ def write_image(path: str, image: np.ndarray) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    try:
+    written = False
+    with suppress(cv2.error):
         written = cv2.imwrite(path, image[..., ::-1])
-    except cv2.error as error:
-        raise ConfigError(f"--output: cannot write {path}") from error
     if not written:
         raise ConfigError(f"--output: cannot write {path}")

@@ -1,4 +1,4 @@
-"""Maps of where in an image a student's features differ from its teacher's, for each level.
+"""Maps that show, for each level, where a student's features differ from its teacher's.
 
     l, c, s      luminance, contrast and structure, the three factors of SSIM
     SSIM         as in the run's loss, with its exponents
@@ -6,7 +6,7 @@
     (S-T)^2      its square
 
 Each is averaged over the channels of a level. The features are normalised as in the run's SSIM
-loss, or as in that loss with its defaults if the run has none.
+loss. A run without that loss gets its defaults.
 """
 
 from typing import Any, Dict, Iterator, Mapping, NamedTuple, Tuple
@@ -52,8 +52,8 @@ def normalized_pairs(model: Any, x: Mapping[str, Any]) -> Iterator[Tuple[str, Pa
     """The normalised maps of one image, by level, with the model in evaluation mode.
 
     Args:
-        model (nn.Module): a student. For a plain detector nothing is yielded.
-        x (mapping): what the model takes: "image" is (3, height, width) in [0, 255].
+        model (nn.Module): a student. A plain detector has no pairs.
+        x (mapping): the model's input; "image" is (3, height, width) in [0, 255].
 
     Yields:
         (str, Pair): a level such as "p3", or "<teacher>/p3" with several teachers.
@@ -83,64 +83,52 @@ def cell_maps(pair: Pair) -> Dict[str, Tensor]:
     With border "valid" the cells at the edge are NaN, since no complete window covers them.
     """
     s, t, _, options = pair
-    exponents = {**SIMILARITIES, "SSIM": options["exponents"]}
-    ret = {
-        name: fill(ssim_map(s, t, **{**options, "exponents": e}), s)[0]
-        for name, e in exponents.items()
-    }
+    ret = {}
+    for name, exponents in {**SIMILARITIES, "SSIM": options["exponents"]}.items():
+        found = ssim_map(s, t, **{**options, "exponents": exponents})[0]
+        down, across = ((a - b) // 2 for a, b in zip(s.shape[-2:], found.shape[-2:]))
+        ret[name] = F.pad(found, (across, across, down, down), value=float("nan"))
     ret.update(zip(DISTANCES, ((s - t).abs()[0], ((s - t) ** 2)[0])))
     return ret
 
 
-def fill(x: Tensor, like: Tensor) -> Tensor:
-    """Puts x (..., h, w) into the middle of NaNs of the size (H, W) of `like`."""
-    down, across = ((a - b) // 2 for a, b in zip(like.shape[-2:], x.shape[-2:]))
-    return F.pad(x, (across, across, down, down), value=float("nan"))
-
-
 def similarity_maps(model: Any, x: Mapping[str, Any]) -> Dict[str, Dict[str, np.ndarray]]:
-    """The maps of one image.
-
-    Args:
-        model, x: as in :func:`normalized_pairs`.
+    """The maps of one image. The arguments are those of :func:`normalized_pairs`.
 
     Returns:
         dict: level -> name of NAMES -> (H, W) float32, for each pixel the value of its cell.
     """
     height, width = x["image"].shape[-2:]
-    ret = {}
+    ret: Dict[str, Dict[str, np.ndarray]] = {}
     for level, pair in normalized_pairs(model, x):
-        means = {name: m.mean(dim=0).cpu().numpy() for name, m in cell_maps(pair).items()}
-        ret[level] = {
-            name: m.repeat(pair.stride, 0).repeat(pair.stride, 1)[:height, :width]
-            for name, m in means.items()
-        }
+        ret[level] = {}
+        for name, cells in cell_maps(pair).items():
+            pixels = cells.mean(dim=0).cpu().numpy().repeat(pair.stride, 0).repeat(pair.stride, 1)
+            ret[level][name] = pixels[:height, :width]
     return ret
 
 
 def scales(maps: Mapping[str, Mapping[str, np.ndarray]]) -> Dict[str, Tuple[float, float]]:
     """The values that get the first and the last colour, by name of a map.
 
-    The first colour means equal. A similarity goes from 1 to 0, and values below 0 are shown as 0.
-    A distance goes from 0 to its largest value in all levels.
+    The first colour means equal. It stands for 1 in a similarity, whose last colour stands for 0
+    and less, and for 0 in a distance, whose last colour stands for its maximum over all levels.
     """
-    return {
-        name: (0.0, max(float(np.nanmax(m[name])) for m in maps.values()) or 1.0)
-        if name in DISTANCES
-        else (1.0, 0.0)
-        for name in NAMES
-    }
+    ret = dict.fromkeys(NAMES, (1.0, 0.0))
+    for name in DISTANCES:
+        ret[name] = (0.0, max(float(np.nanmax(m[name])) for m in maps.values()) or 1.0)
+    return ret
 
 
 def in_colour(values: np.ndarray, scale: Tuple[float, float]) -> np.ndarray:
-    """Colours a map: dark cells are alike, bright cells differ.
+    """Colours a map: dark cells are alike, bright cells differ, NaN is grey.
 
     Args:
-        values (np.ndarray): (H, W). NaN becomes grey.
+        values (ndarray): (H, W).
         scale (float, float): values of the first and the last colour.
 
     Returns:
-        np.ndarray: (H, W, 3) uint8, RGB.
+        ndarray: (H, W, 3) uint8, RGB.
     """
     first, last = scale
     share = np.clip(np.nan_to_num((values - first) / (last - first)), 0, 1)
@@ -154,11 +142,11 @@ def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> n
     A bar below each column shows its colours and the values of the first and the last.
 
     Args:
-        maps (mapping): what :func:`similarity_maps` returned.
-        image (np.ndarray): (., ., 3) uint8, RGB, the image of these maps in any size.
+        maps (mapping): from :func:`similarity_maps`.
+        image (ndarray): (., ., 3) uint8, RGB, the image of these maps in any size.
 
     Returns:
-        np.ndarray: (h, w, 3) uint8, RGB; each map is TILE pixels wide.
+        ndarray: (h, w, 3) uint8, RGB; each map is TILE pixels wide.
     """
     scale = scales(maps)
     rows = []
@@ -176,10 +164,10 @@ def render(maps: Mapping[str, Mapping[str, np.ndarray]], image: np.ndarray) -> n
     return np.vstack(rows)
 
 
-def tile(image: np.ndarray, text: str, width: int = TILE) -> np.ndarray:
-    """An image (H, W, 3) of the given width, with a white margin, below a line of text."""
-    width = width - 4
-    size = width, max(1, round(image.shape[0] * width / image.shape[1]))
+def tile(image: np.ndarray, text: str) -> np.ndarray:
+    """An image (H, W, 3), scaled to the width TILE with a white margin, below a line of text."""
+    width = TILE - 4
+    size = (width, max(1, round(image.shape[0] * width / image.shape[1])))
     kind = cv2.INTER_AREA if image.shape[1] > width else cv2.INTER_NEAREST
     small = cv2.resize(image, size, interpolation=kind)
     ret = cv2.copyMakeBorder(small, HEAD, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))

@@ -2,6 +2,7 @@
 
 Every module of this folder is imported here, and each loss class registers itself. A new loss is
 therefore one new file. `from ssimkd.losses import SSIMLoss` works for every registered class.
+A constructor raises ValueError with the name of an option whose value is out of its range.
 """
 
 from importlib import import_module
@@ -13,14 +14,7 @@ from ssimkd.registry import KD_LOSS_REGISTRY, register_loss
 from .base import Context, KDLoss, MapLoss
 from .build import build_loss
 
-__all__ = [
-    "KD_LOSS_REGISTRY",
-    "Context",
-    "KDLoss",
-    "MapLoss",
-    "build_loss",
-    "register_loss",
-]
+__all__ = ["KD_LOSS_REGISTRY", "Context", "KDLoss", "MapLoss", "build_loss", "register_loss"]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

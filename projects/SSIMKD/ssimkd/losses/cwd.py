@@ -21,14 +21,11 @@ class CWDLoss(MapLoss):
     Args:
         weight (float): lambda.
         tau (float): temperature, in feature units.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
         self,
-        # [MMRazor: on p2 to p6; the code that the authors link to: 5, on p3 to p6 of RetinaNet]
+        # [MMRazor: on p2 to p6]; the code that the authors link to has 5 on RetinaNet's p3 to p6
         weight: float = 10.0,
         tau: float = 1.0,  # [authors]
     ) -> None:

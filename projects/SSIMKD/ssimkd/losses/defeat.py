@@ -31,9 +31,6 @@ class DeFeatLoss(KDLoss):
     Args:
         weight (float): lambda.
         foreground_weight, background_weight (float): a and b, >= 0.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -49,11 +46,7 @@ class DeFeatLoss(KDLoss):
         self.background_weight = background_weight
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """Level -> scalar >= 0.
-
-        Raises:
-            ValueError: the batch has no ground truth.
-        """
+        """Level -> scalar >= 0; raises ConfigError without ground truth."""
         targets = context.require_targets(self.name)
         device = next(iter(student.values())).device
         images = [x.gt_boxes.tensor.to(device, non_blocking=True) for x in targets]
@@ -79,14 +72,11 @@ class DeFeatLoss(KDLoss):
 
 
 def level_ranks(boxes: Tensor, levels: int) -> Tensor:
-    """The level of each box, 0 for the finest of `levels`.
+    """Rank of the level of each box, (B,), 0 for the finest of `levels`.
 
     Args:
         boxes (Tensor): (B, 4), x0, y0, x1, y1 in pixels.
         levels (int): number of levels.
-
-    Returns:
-        Tensor: (B,), integers.
     """
     sides = boxes[:, 2:] - boxes[:, :2] + 1  # the pixels of both ends count [authors]
     # The tolerance is for sides that rounding leaves just below a limit [authors]
@@ -95,15 +85,12 @@ def level_ranks(boxes: Tensor, levels: int) -> Tensor:
 
 
 def box_cells(boxes: Tensor, use: Tensor, size: Sequence[int]) -> Tensor:
-    """The cells of one map that lie in a box.
+    """The cells of one map that lie in a box, (H, W).
 
     Args:
         boxes (Tensor): (B, 4), x0, y0, x1, y1 in cells; B may be 0.
         use (Tensor): (B,), false for boxes that do not count.
         size (sequence[int]): H, W.
-
-    Returns:
-        Tensor: (H, W), boolean.
     """
     rows, columns = (torch.arange(n, device=boxes.device) for n in size)
     left, top, right, bottom = boxes.long().T[:, :, None]  # (B, 1) each

@@ -49,18 +49,15 @@ class FGDLoss(KDLoss):
     is 1 / n on the n cells of the image that are in no box. G_S and G_T: one :class:`ContextBlock`
     each, both trained, as in the authors' code (github.com/yzd-v/FGD).
 
-    Where code and paper differ, the code is followed, with one exception: the code stretches the
-    boxes of a padded image to the padded map, here they stay in place. Most of the authors' configs
-    also start from the teacher's neck and head, see MODEL.DISTILL.INHERIT.
+    Where code and paper differ, the code is followed, with one exception: it stretches the boxes of
+    a padded image to the padded map, and here they stay in place. Most of the authors' configs also
+    start from the teacher's neck and head, see MODEL.DISTILL.INHERIT.
 
     Args:
         weight (float): factor of the whole loss.
         temperature (float): of the attention, > 0.
         foreground, background, attention, relation (float): the paper's alpha, beta, gamma and
             lambda, for sums over elements.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -90,11 +87,7 @@ class FGDLoss(KDLoss):
             self.teacher_context[level] = ContextBlock(width)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
-        """Level -> scalar >= 0.
-
-        Raises:
-            ValueError: the batch has no ground truth.
-        """
+        """Level -> scalar >= 0; raises ConfigError without ground truth."""
         targets = context.require_targets(self.name)
         like = next(iter(student.values()))
         images = [x.gt_boxes.tensor.to(like, non_blocking=True) for x in targets]
@@ -127,15 +120,12 @@ class FGDLoss(KDLoss):
 
 
 def foreground_mask(boxes: Tensor, size: Sequence[int]) -> Tensor:
-    """M_fg: 1 / area on the cells of a box, the largest where boxes overlap, 0 elsewhere.
+    """M_fg, (H, W): 1 / area on the cells of a box, the largest where boxes overlap, 0 elsewhere.
 
     Args:
         boxes (Tensor): (B, 4), x0, y0, x1, y1 in cells; B may be 0. As in the authors' code, a box
             covers the columns floor(x0) to ceil(x1), both included, and the rows likewise.
         size (sequence[int]): H, W.
-
-    Returns:
-        Tensor: (H, W).
     """
     if len(boxes) == 0:
         return boxes.new_zeros(tuple(size))

@@ -20,9 +20,9 @@ class NonLocal(nn.Module):
     shift of BN start at 0, so that the block starts as the identity.
 
     Args:
-        channels (int): C. Queries, keys and values have C / 4 channels where `pool_size` is above
-            2 and C / 2 otherwise [authors].
-        pool_size (int): cells per side of a pooling window; a smaller map is one window.
+        channels (int): C. Queries, keys and values have C / 4 channels if `pool_size` is above 2,
+            and C / 2 otherwise [authors].
+        pool_size (int): cells per side of a pooling window. A smaller map is one window.
     """
 
     def __init__(self, channels: int, pool_size: int) -> None:
@@ -72,9 +72,9 @@ class FKDLoss(KDLoss):
     trained, therefore equal maps cost something until these agree.
 
     The paper, and the authors' code for one-stage detectors, multiply A by the channel attention;
-    their code for two-stage detectors does not, see `channel_attention`. Where paper and code
-    differ in a number (issue 5 of the authors' repository), the default is the code's. The code was
-    read in copies of its OpenReview supplement.
+    their code for two-stage detectors does not. Where paper and code differ in a number (issue 5 of
+    the authors' repository), the default is the code's. The code was read in copies of its
+    OpenReview supplement.
 
     Args:
         weight (float): factor of the whole loss.
@@ -83,9 +83,6 @@ class FKDLoss(KDLoss):
         channel_attention (bool): whether A contains the channel attention.
         pool_sizes (sequence[int]): of :class:`NonLocal`, one per level in the order of IN_FEATURES;
             the last one is for all further levels.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -115,16 +112,15 @@ class FKDLoss(KDLoss):
         """Makes f, g, h, r, R_S and R_T, one of each per level."""
         for index, (level, width) in enumerate(channels.items()):
             pool_size = self.pool_sizes[min(index, len(self.pool_sizes) - 1)]
-            self.parts[level] = nn.ModuleDict(
-                dict(
-                    feature=nn.Conv2d(width, width, 1),
-                    channel=nn.Linear(width, width),
-                    spatial=nn.Conv2d(1, 1, 3, padding=1),
-                    student=NonLocal(width, pool_size),
-                    teacher=NonLocal(width, pool_size),
-                    relation=nn.Linear(width, width),  # a conv1x1, on (cells, C)
-                )
+            parts = dict(
+                feature=nn.Conv2d(width, width, 1),
+                channel=nn.Linear(width, width),
+                spatial=nn.Conv2d(1, 1, 3, padding=1),
+                student=NonLocal(width, pool_size),
+                teacher=NonLocal(width, pool_size),
+                relation=nn.Linear(width, width),  # a conv1x1, on (cells, C)
             )
+            self.parts[level] = nn.ModuleDict(parts)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar >= 0."""
@@ -151,9 +147,9 @@ class FKDLoss(KDLoss):
     @torch.no_grad()
     def root_attention(self, student: Tensor, teacher: Tensor) -> Tensor:
         """sqrt(A) of (n, C, h, w) maps: (n, 1, h, w), or (n, C, h, w) with channel attention."""
-        kinds = [spatial_attention, channel_attention][: 2 if self.channel_attention else 1]
-        attention = torch.ones_like(student[:, :1])
-        for kind in kinds:
-            both = kind(student, self.temperature) + kind(teacher, self.temperature)
-            attention = attention * both / 2
+        s, t = (spatial_attention(x, self.temperature) for x in (student, teacher))
+        attention = (s + t) / 2
+        if self.channel_attention:
+            s, t = (channel_attention(x, self.temperature) for x in (student, teacher))
+            attention = attention * (s + t) / 2
         return attention.sqrt()

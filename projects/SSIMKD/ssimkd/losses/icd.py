@@ -1,6 +1,6 @@
 """ICD: instance-conditional distillation (Kang et al., NeurIPS 2021).
 
-For each instance of an image, an attention learns which cells of the teacher's maps tell about it.
+For each instance of an image, an attention learns which cells of the teacher's maps describe it.
 
 C   channels of the maps             L   cells of one image, of all levels together
 M   heads of the attention           K   queries of one image: R real instances, then fake ones
@@ -78,15 +78,9 @@ class Queries:
 
 
 class Decoder(nn.Module):
-    """A transformer decoder layer without self-attention, and the head of the auxiliary task.
+    """A transformer decoder layer without self-attention, and the head of the auxiliary task."""
 
-    Args:
-        code_length (int): E.
-        channels (int): C.
-        heads (int): M.
-    """
-
-    def __init__(self, code_length: int, channels: int, heads: int) -> None:
+    def __init__(self, code_length: int, channels: int, heads: int) -> None:  # E, C, M
         super().__init__()
         self.heads = heads
         self.encoder = mlp(code_length, channels, channels)  # F_q
@@ -147,8 +141,8 @@ class ICDLoss(KDLoss):
     terms of L_aux are means over the queries and over the real instances of the batch. Differences
     from that code:
 
-    - For COCO it draws fake instances by statistics of each class. Here all classes are equally
-      likely, and sides are 0.2 +- 0.2 of the image's: its rule for other data.
+    - For COCO it draws fake instances by statistics of each class. Here its rule for other data
+      holds: all classes are equally likely, and sides are 0.2 +- 0.2 of the image's.
     - It trains the decoder and the student's projection by AdamW (rate 1e-4, cosine, gradient norm
       clipped to 0.01). Here the detector's optimizer trains them. At the learning rates of SGD,
       small boxes would saturate the box predictions for good; `aux_clip` prevents this.
@@ -156,13 +150,11 @@ class ICDLoss(KDLoss):
       the size is in pixels of the box's own image, and a side counts as at least one pixel.
     - Its strides are the padded image's size over the map's. Where a map was rounded up, it
       therefore counts up to one row and one column more as inside the image.
-    - Its decoder's `out` starts with the bias 0.
     - Its best results also start from the teacher's neck and head, see MODEL.DISTILL.INHERIT.
 
     The parts of the loss are L_distill by level, and "aux". Images are decoded one after another,
-    without their padding. Memory: an image of 800 x 1333 pixels has 89023 cells in p2 to p6. With
-    C = 256 and 100 queries it holds 1.0 GB, 1.8 GB at the peak in `clip`, and 0.3 GB until the
-    backward pass.
+    without their padding. An image of 800 x 1333 pixels needs 1.8 GB (p2 to p6, C = 256, 100
+    queries), of which 0.3 GB stay until the backward pass.
 
     Args:
         weight (float): lambda, for all parts.
@@ -174,9 +166,6 @@ class ICDLoss(KDLoss):
         jitter (float): a centre moves by up to this share of the box's width and height.
         detach_iters (int): first iterations, in which the student's maps get no gradient while
             decoder and projection learn.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -233,7 +222,7 @@ class ICDLoss(KDLoss):
         """Level -> scalar in [0, 4], and "aux" -> scalar >= 0.
 
         Raises:
-            ValueError: there is no ground truth, or it has a class that the student lacks.
+            ConfigError: there is no ground truth, or it has a class that the student lacks.
         """
         targets = context.require_targets(self.name)
         if context.iteration < self.detach_iters:
@@ -292,12 +281,9 @@ class ICDLoss(KDLoss):
 
         Args:
             target (Instances): ground truth of the image.
-            size (int, int): height and width in pixels.
+            size (int, int): height and width of the image in pixels.
             like (Tensor): gives the queries their type and device. The random numbers come from the
                 CPU's generator on every device.
-
-        Raises:
-            ConfigError: a class that the student lacks.
         """
         classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
         if ((classes < 0) | (classes >= self.num_classes)).any():
@@ -361,10 +347,5 @@ def projection(channels: int) -> nn.Linear:
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Three linear layers with ReLU between them."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, outputs),
-    )
+    first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, outputs))

@@ -14,9 +14,6 @@ class L1Loss(MapLoss):
     Args:
         weight (float): lambda.
         normalize, normalize_scope (str): see `ssim/normalize.py`; "none": raw features.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -34,15 +31,7 @@ class L1Loss(MapLoss):
 
 @register_loss("l2")
 class L2Loss(MapLoss):
-    """mean (S - T)^2 per level.
-
-    Args:
-        weight (float): lambda.
-        normalize, normalize_scope (str): see `ssim/normalize.py`; "none": raw features.
-
-    Raises:
-        ValueError: an option is out of its range.
-    """
+    """mean (S - T)^2 per level; the arguments are those of :class:`L1Loss`."""
 
     def __init__(
         self,

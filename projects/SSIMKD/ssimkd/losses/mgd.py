@@ -26,9 +26,6 @@ class MGDLoss(KDLoss):
         weight (float): factor of the whole loss.
         generation (float): the paper's alpha, for a sum over elements.
         mask_ratio (float): the paper's lambda, in [0, 1).
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -59,7 +56,7 @@ class MGDLoss(KDLoss):
         losses = {}
         for level, s in student.items():
             n, _, h, w = s.shape
-            # The mask covers the padding too, so that as many numbers are drawn for any image sizes
+            # The mask covers the padding too. So as many numbers are drawn for any image sizes
             kept = torch.rand((n, 1, h, w), device=s.device) >= self.mask_ratio
             crops = context.crops(level, s * kept, teacher[level])
             losses[level] = torch.stack(

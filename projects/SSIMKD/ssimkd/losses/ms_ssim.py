@@ -40,9 +40,6 @@ class MSSSIMLoss(MapLoss):
         normalize, normalize_scope (str): see `normalize.py`; SSIM's dynamic range L follows.
         border, window_size, sigma, k1, k2: see :func:`ssimkd.ssim.ssim_map`.
         scale_exponents (sequence[float]): one per scale, the finest first; > 0.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(

@@ -16,8 +16,8 @@ class PKDLoss(KDLoss):
 
     Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
     Coefficient", NeurIPS 2022. r is taken over the cells of all images of the batch together, so
-    a large image has a large share. Scale and offset of a channel do not matter. A channel that is
-    constant in one of the maps costs 1/2, in both 0, without gradient.
+    a large image has a large share. Scale and offset of a channel do not matter. A channel costs
+    1/2 where one of its maps is constant, and 0 where both are; it then has no gradient.
 
     With z = (x - mean) / deviation, the loss is mean (z_S - z_T)^2 / 2, the paper's form. It equals
     1 - r for the biased deviation. The authors' code divides by n - 1 in place of n cells, so that
@@ -25,9 +25,6 @@ class PKDLoss(KDLoss):
 
     Args:
         weight (float): lambda.
-
-    Raises:
-        ValueError: the weight is out of its range.
     """
 
     def __init__(

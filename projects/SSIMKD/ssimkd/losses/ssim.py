@@ -21,9 +21,6 @@ class SSIMLoss(MapLoss):
         normalize, normalize_scope (str): see `ssim/normalize.py`; SSIM's dynamic range L follows.
         border, window_size, sigma, k1, k2, exponents: see :func:`ssimkd.ssim.ssim_map`.
         backend (str): what computes it; see :func:`ssimkd.ssim.ssim_loss`.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
     def __init__(

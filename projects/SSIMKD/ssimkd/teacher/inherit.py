@@ -78,7 +78,7 @@ def tensors_of(detector: nn.Module, module: str) -> Dict[str, Tensor]:
 
 
 def differences(student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> List[str]:
-    """A text for each tensor that only one of them has, or that has two shapes."""
+    """A text for each tensor that only one of them has, or whose shapes differ."""
 
     def shape(tensors: Dict[str, Tensor], name: str) -> str:
         return str(tuple(tensors[name].shape)) if name in tensors else "absent"

@@ -14,12 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ssimkd.errors import as_config_error
 
-PRECISIONS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-# In evaluation these are an affine map per channel. A subclass of them may do something else.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# In evaluation each of these is an affine map per channel. A subclass may do something else
 FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
@@ -48,16 +44,13 @@ class TeacherNetwork:
         self.run = torch.compile(backbone) if compiled else backbone
 
     def __call__(self, images: Tensor) -> Dict[str, Tensor]:
-        """Maps of a batch.
+        """Maps of a batch: level -> (N, C, H', W') in float32, contiguous.
 
         Args:
             images (Tensor): (N, 3, H, W), normalised and padded, in float32.
 
-        Returns:
-            dict[str, Tensor]: level -> (N, C, H', W') in float32, contiguous.
-
         Raises:
-            ConfigError: torch.compile fails here.
+            ConfigError: torch.compile fails.
         """
         failure = (
             "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
@@ -74,9 +67,8 @@ class TeacherNetwork:
 def fold_norms(network: nn.Module) -> None:
     """Folds the batch norm of each Conv2d of Detectron2 into its weights, in place.
 
-    The function stays the same except for rounding. Other norms (GN, LN) stay as they are, and so
-    do the norms of other layers, such as deformable convolutions or a subclass of Conv2d, whose
-    forward may be another one.
+    The outputs stay the same except for rounding. Other norms (GN, LN) stay, and so do the norms of
+    other layers: a deformable convolution or a subclass of Conv2d may have another forward.
     """
     layers: Iterable[Any] = network.modules()
     for conv in layers:
@@ -85,13 +77,6 @@ def fold_norms(network: nn.Module) -> None:
         norm = conv.norm
         if norm.running_mean is None:  # it normalises by the batch, even in evaluation
             continue
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
+        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
         conv.norm = None

@@ -10,7 +10,7 @@ from ssimkd.errors import ConfigError
 
 
 class Preprocessing(NamedTuple):
-    """The settings of one detector; teacher and student share a batch where theirs are equal.
+    """The settings of one detector. Teacher and student share a batch if theirs are equal.
 
     Attributes:
         input_format (str): channel order, "BGR" or "RGB", or another format of Detectron2's images.
@@ -29,36 +29,30 @@ class Preprocessing(NamedTuple):
 def preprocessing_of(detector: Any, input_format: str) -> Preprocessing:
     """The preprocessing of a detector whose images come in `input_format`.
 
-    Of a detector without `pixel_mean` and `pixel_std` only the format is known. So its
-    preprocessing never equals a teacher's.
+    Only the format is known if the detector has no `pixel_mean` and `pixel_std`. Its preprocessing
+    then never equals a teacher's.
     """
     if not (hasattr(detector, "pixel_mean") and hasattr(detector, "pixel_std")):
         return Preprocessing(input_format)
-    backbone = detector.backbone  # it need not be a Backbone of Detectron2
-    padding = [
-        getattr(backbone, name, None) for name in ("size_divisibility", "padding_constraints")
-    ]
+    padding = ("size_divisibility", "padding_constraints")  # a user's backbone may lack them
     return Preprocessing(
         input_format,
         getattr(type(detector), "preprocess_image", None),
         tuple(detector.pixel_mean.flatten().tolist()),
         tuple(detector.pixel_std.flatten().tolist()),
-        tuple(padding),
+        tuple(getattr(detector.backbone, name, None) for name in padding),
     )
 
 
 def training_image_format(cfg, model: nn.Module) -> str:
-    """The format of the images that a detector was trained on.
-
-    Args:
-        cfg (CfgNode or DictConfig): the detector's config.
-        model (nn.Module): the detector.
+    """The format of the images that a detector was trained on, from its config.
 
     Raises:
-        ConfigError: its config does not say.
+        ConfigError: the config does not name it.
     """
+    found: Optional[str]
     if isinstance(cfg, CfgNode):
-        found: Optional[str] = cfg.INPUT.FORMAT
+        found = cfg.INPUT.FORMAT
     else:
         found = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
         found = found or getattr(model, "input_format", None)
@@ -87,9 +81,9 @@ def convert_channel_order(images: List[Tensor], given: str, wanted: str) -> List
 
 
 def image_format_of(detector: Any) -> str:
-    """The channel order of the images that a detector takes: "BGR" where the detector has none.
+    """The channel order of the images that a detector takes; "BGR" if it names none.
 
-    Most of Detectron2's detectors keep it as `input_format`; the other students as `image_format`.
+    Most of Detectron2's detectors have an `input_format`. All students have an `image_format`.
     """
     found: Any = getattr(detector, "input_format", None)
     return found or getattr(detector, "image_format", "BGR")

@@ -16,6 +16,7 @@ from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, find_shipped, load_config
+from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.validate import check_switches
 
 from .network import PRECISIONS
@@ -69,7 +70,7 @@ class TeacherSpec:
         with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
             cfg = load_config(path, self.opts)
             use_own_data(cfg, ())  # its number of classes may be that of its data
-        return cfg
+        return without_pretraining(cfg)  # the checkpoint holds all of its weights
 
     def find_weights(self) -> str:
         """Local path of the checkpoint. A checkpoint at a URL is downloaded once.
@@ -102,12 +103,11 @@ class TeacherSpec:
             return instantiate(cfg.model).to(device)
 
     def load(self, device: torch.device) -> Tuple[Any, Any, List[str]]:
-        """The whole detector with its weights.
+        """The whole detector with its weights, frozen.
 
         Returns:
-            nn.Module: the detector.
-            CfgNode or DictConfig: its config.
-            list[str]: tensors of the heads that the checkpoint does not hold.
+            (nn.Module, CfgNode or DictConfig, list[str]): the detector, its config, and the tensors
+            of the heads that the checkpoint does not hold.
 
         Raises:
             ConfigError: the config or the checkpoint cannot be read, or the checkpoint does not

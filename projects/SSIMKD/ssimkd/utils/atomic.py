@@ -7,7 +7,7 @@ from typing import IO, Iterator
 
 @contextmanager
 def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file, which replaces `path` after its content is safely on the disk.
+    """Opens a temporary file. It replaces `path` when its content is safely on the disk.
 
     A crash or an exception at any moment leaves the earlier content of `path`.
     """

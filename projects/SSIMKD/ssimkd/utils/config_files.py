@@ -22,14 +22,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "configs", PACKAGE.parents[2] / "configs")
 SUFFIXES = (".yaml", ".py")
 
-# Detectron2's RetinaNet configs hold their anchors as code. Its value is read instead.
+# Detectron2's RetinaNet configs hold the sizes of their anchors as this code. The value of the
+# code is read in its place.
 ANCHORS = re.compile(
     r'!!python/object/apply:eval \["\[\[x, x \* 2\*\*\(1\.0/3\), x \* 2\*\*\(2\.0/3\) \] '
     r'for x in \[32, 64, 128, 256, 512 \]\]"\]'
 )
 ANCHOR_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]]
 
-# What yacs raises for a key or value that does not belong into a config.
+# yacs raises these for a key or value that does not fit a config.
 WRONG_SETTING = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
 INTEGER_FOR_FLOAT = "Type mismatch (<class 'float'> vs. <class 'int'>)"
 
@@ -47,28 +48,29 @@ def find_config(name: str) -> str:
     """
     if name and PathManager.isfile(name):
         return PathManager.get_local_path(name)
-    own = name[len("configs/") :] if name.startswith("configs/") else name
-    paths = [str(folder / (own + suffix)) for folder in FOLDERS for suffix in ("", *SUFFIXES)]
+    inside = name[len("configs/") :] if name.startswith("configs/") else name
+    paths = [str(folder / (inside + suffix)) for folder in FOLDERS for suffix in ("", *SUFFIXES)]
     for suffix in ("", *SUFFIXES):
-        try:
+        with suppress(RuntimeError):  # The zoo has no such config.
             paths.append(model_zoo.get_config_file(name + suffix))
-        except RuntimeError:  # The zoo has no such config.
-            continue
-    found = next((path for path in paths if path.endswith(SUFFIXES) and os.path.isfile(path)), None)
-    if not name or found is None:
-        raise ConfigError(
-            f"{name or 'the name is empty: it'} is neither a .yaml or .py file, nor the name of a "
-            "config of this project or of Detectron2's zoo"
-        )
-    return found
+    for path in paths:
+        if path.endswith(SUFFIXES) and os.path.isfile(path):
+            return path
+    raise ConfigError(
+        f"{name!r} is neither a .yaml or .py file, nor the name of a config of this project or of "
+        "Detectron2's zoo"
+    )
 
 
 def find_shipped(path: str) -> str:
-    """A path such as "configs/shapes/teacher.pth"; in another folder, the project's file of it."""
-    inside = path[len("configs/") :] if path.startswith("configs/") else None
-    if inside is None or os.path.exists(path):
+    """The project's own file for a path such as "configs/shapes/teacher.pth" that does not exist.
+
+    Any other path is returned unchanged.
+    """
+    if os.path.exists(path) or not path.startswith("configs/"):
         return path
-    return next((str(f / inside) for f in FOLDERS if (f / inside).is_file()), path)
+    files = [folder.parent / path for folder in FOLDERS]
+    return next((str(file) for file in files if file.is_file()), path)
 
 
 def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
@@ -83,12 +85,11 @@ def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfi
 
     Raises:
         ConfigError: there is no such config, a `.yaml` is malformed or holds code, or an override
-            does not apply. What a `.py` config raises is raised as it is.
+            does not apply. Errors in the code of a `.py` config are raised unchanged.
     """
     path = find_config(name)
     if path.endswith(".py"):
-        cfg = LazyConfig.load(path)
-        return apply_lazy_overrides(cfg, [str(override) for override in overrides])
+        return apply_lazy_overrides(LazyConfig.load(path), list(map(str, overrides)))
     if not path.endswith((".yaml", ".yml")):
         raise ConfigError(f"{path} must end in .yaml or .py")
     cfg = get_cfg()
@@ -99,9 +100,9 @@ def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfi
 
 
 class _YamlFile(CfgNode):
-    """Reads a YAML file and its `_BASE_` files, with the anchors' code replaced by its value.
+    """Reads a YAML file and its `_BASE_` files, and replaces the code of ANCHORS by its value.
 
-    `_BASE_` is a file beside this one, as in Detectron2, or the name of a config of this project.
+    `_BASE_` is a file in the same folder, as in Detectron2, or the name of this project's config.
     """
 
     @classmethod
@@ -128,12 +129,11 @@ def merge_yaml(cfg: CfgNode, path: str) -> None:
         ConfigError: it is malformed, holds code, or does not fit the config's keys and types.
     """
     try:
-        content = _YamlFile.load_yaml_with_base(path, allow_unsafe=False)
-        content = CfgNode(content)
+        content = CfgNode(_YamlFile.load_yaml_with_base(path, allow_unsafe=False))
     except yaml.MarkedYAMLError as error:
         problem = error.problem
         if isinstance(error, yaml.constructor.ConstructorError):
-            problem = f"code in a .yaml is not run: {problem}; write its value, or a .py config"
+            problem = f"code in a .yaml is not run: {problem}; write its value, or use a .py config"
         mark: Any = error.problem_mark
         raise ConfigError(f"{mark.name}, line {mark.line + 1}: {problem}") from error
     except (AttributeError, TypeError) as error:  # It is empty, a list, or text.
@@ -148,7 +148,7 @@ def merge_yaml(cfg: CfgNode, path: str) -> None:
 
 
 def merge_overrides(cfg: CfgNode, overrides: Sequence) -> None:
-    """Merges "KEY", value, ... into a config, in place. An integer is taken for a float."""
+    """Merges "KEY", value, ... into a config, in place. A key of a float also takes an integer."""
     values = list(overrides)
     for i in range(1, len(values), 2):
         node: Any = cfg
@@ -164,8 +164,8 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
     """A copy of a LazyConfig with overrides "key=value".
 
     Raises:
-        ConfigError: an override is malformed, or names a key that does not exist. Arguments of
-            what a node calls are not checked here: the call checks them.
+        ConfigError: an override is malformed, or names a key that does not exist. Below a node with
+            `_target_` any key is accepted, since the call checks its arguments.
     """
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -178,6 +178,6 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
                 known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
                 raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
             node = OmegaConf.select(node, part)
-    # Hydra's parser, OmegaConf and Detectron2 raise many types here, and all blame the overrides.
+    # Hydra's parser, OmegaConf and Detectron2 raise many types of errors for a wrong override.
     with as_config_error(" ".join(overrides), Exception):
         return LazyConfig.apply_overrides(cfg, overrides)

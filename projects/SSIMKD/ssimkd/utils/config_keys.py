@@ -1,5 +1,6 @@
 """One setting in both kinds of config: its key in a `.yaml` and in a `.py`."""
 
+import copy
 from typing import Any, Dict, List
 
 from detectron2.config import CfgNode
@@ -16,6 +17,9 @@ KEYS = {  # name -> key in a CfgNode, and in a DictConfig
     "TRAIN": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
 }
+# Backbones that load weights of their library: nodes of a CfgNode, classes of a DictConfig.
+LIBRARIES = ("TORCHVISION", "TIMM")
+BACKBONES = ("TorchvisionBackbone", "TimmBackbone")
 
 
 def key_of(cfg: Any, name: str) -> str:
@@ -49,5 +53,33 @@ def value_of(cfg: Any, key: str, default: Any = None) -> Any:
 
 
 def target_of(node: Any) -> Any:
-    """What a lazy node calls. A config that was saved names it by a string."""
+    """The function or class that a lazy node calls. A saved config holds its name as text."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_
+
+
+def without_pretraining(cfg: Any) -> Any:
+    """A copy of a config whose backbone of torchvision or timm starts with random weights.
+
+    For a detector that gets all of its weights from a checkpoint: nothing is downloaded in vain.
+
+    Args:
+        cfg (CfgNode or DictConfig): of either kind; with `model` in a DictConfig.
+    """
+    cfg = copy.deepcopy(cfg)
+    if isinstance(cfg, CfgNode):
+        cfg.defrost()
+        for library in LIBRARIES:
+            if library in cfg.MODEL:
+                cfg.MODEL[library].WEIGHTS = ""
+        return cfg
+    nodes = [cfg.model]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ListConfig):
+            nodes += [item for item in node if OmegaConf.is_config(item)]
+            continue
+        target = node.get("_target_", "")
+        if getattr(target, "__name__", str(target)).endswith(BACKBONES):
+            node.weights = ""
+        nodes += [item for item in node.values() if OmegaConf.is_config(item)]
+    return cfg

@@ -1,4 +1,4 @@
-"""Measuring times, and tables of what is measured."""
+"""Measuring times, and writing the results as tables."""
 
 import argparse
 import statistics
@@ -19,7 +19,10 @@ def positive(text: str) -> int:
 
 
 def clock_of(device: Union[str, torch.device], cpu_time: bool = False) -> Callable[[], float]:
-    """A clock in seconds: of the CPU or of the wall; on a GPU it waits for all work to be done."""
+    """A clock in seconds of real time or, with `cpu_time`, of CPU time.
+
+    On a GPU it waits until all work is done.
+    """
     if torch.device(device).type == "cpu":
         return time.process_time if cpu_time else time.perf_counter
 

@@ -9,7 +9,7 @@ import torch
 
 
 def get_random_state() -> Dict[str, Any]:
-    """The state of every generator, as tensors and plain containers (for weights_only loading)."""
+    """The state of every generator. torch can load it with weights_only."""
     kind, keys, *rest = cast(Tuple, np.random.get_state())
     state = {
         "python": random.getstate(),
@@ -34,7 +34,7 @@ def set_random_state(state: Dict[str, Any]) -> None:
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Whatever the block draws, the generators are afterwards as before."""
+    """After the block every generator has the state that it had before."""
     state = get_random_state()
     try:
         yield

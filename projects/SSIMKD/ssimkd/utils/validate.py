@@ -8,7 +8,7 @@ from ssimkd.errors import ConfigError
 
 
 def check_switches(**options: Any) -> None:
-    """Raises ConfigError unless every option is True or False; the text "no" would be true."""
+    """Raises ConfigError unless every option is True or False. Python takes "no" for true."""
     for name, value in options.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, got {value!r}")
@@ -21,20 +21,14 @@ def check_integers(least: int = 0, /, **options: Any) -> None:
             raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def check_coefficients(**options: Any) -> None:
+def check_coefficients(sign: str = ">=", /, **options: Any) -> None:
     """Raises ConfigError unless every option is a finite number >= 0."""
     for name, value in options.items():
-        if not (is_finite(value) and value >= 0):
-            raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (sign == ">" and value == 0):
+            raise ConfigError(f"{name} must be a finite number {sign} 0, got {value!r}")
 
 
 def check_positive(**options: Any) -> None:
     """Raises ConfigError unless every option is a finite number > 0."""
-    for name, value in options.items():
-        if not (is_finite(value) and value > 0):
-            raise ConfigError(f"{name} must be a finite number > 0, got {value!r}")
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value is a number, and neither infinite nor NaN."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    check_coefficients(">", **options)

@@ -1,0 +1,362 @@
+"""Classification networks of torchvision and timm as Detectron2 backbones, for small students.
+
+    feature   stride   shape
+    res2      4        (N, C2, H / 4, W / 4)
+    res3      8        (N, C3, H / 8, W / 8)
+    res4      16       (N, C4, H / 16, W / 16)
+    res5      32       (N, C5, H / 32, W / 32)
+
+The feature of a stride is the last one that a network computes at it. A run of the network finds
+these features, so that no network is listed here. A new kind of backbone is one class like
+TorchvisionBackbone, and one function like :func:`build_torchvision_fpn_backbone`.
+"""
+
+import os
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+import torch
+import torchvision
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from ssimkd.errors import ConfigError, one_line
+
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+COARSEST = 32
+PROBE = (224, 320)  # height and width of the image that finds the features; the sides differ
+NORMS = ("FrozenBN", "BN", "SyncBN")
+
+
+class TorchvisionBackbone(Backbone):
+    """A classification network of torchvision without its classifier.
+
+    The parameters keep torchvision's names, below `body.`.
+
+    Args:
+        name (str): in `torchvision.models`, such as "mobilenet_v2" or "resnet18".
+        weights (str): "DEFAULT" for the library's own ImageNet weights, which are downloaded; a
+            file that holds a state dict of the network; "" for random weights.
+        norm (str): of the batch norms. "FrozenBN": statistics, scale and shift stay as they are.
+            "BN": they are trained. "SyncBN": they are trained, with statistics of all processes.
+        freeze_at (int): 0: all parameters are trained; 2 to 5: those that the features up to res2,
+            res3, res4 or res5 need stay as they are.
+        out_features (sequence[str]): of STRIDES.
+
+    Raises:
+        ConfigError: there is no such network, its features do not have these strides, or the
+            weights cannot be loaded.
+    """
+
+    key = "MODEL.TORCHVISION"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weights: str = "",
+        norm: str = "FrozenBN",
+        freeze_at: int = 0,
+        out_features: Sequence[str] = tuple(STRIDES),
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ConfigError(f"{self.key}.NORM: {norm!r} is none of {', '.join(NORMS)}")
+        if not out_features or not set(out_features) <= set(STRIDES):
+            raise ConfigError(f"{self.key}: out_features must be some of {', '.join(STRIDES)}")
+        self._out_features = [feature for feature in STRIDES if feature in out_features]
+        self._out_feature_strides = {feature: STRIDES[feature] for feature in self._out_features}
+        # up to the coarsest: beyond it there would be parameters without gradient
+        self.features = list(STRIDES)[: list(STRIDES).index(self._out_features[-1]) + 1]
+        if freeze_at and f"res{freeze_at}" not in self.features:
+            raise ConfigError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: it must be 0, or the number of one of "
+                f"{', '.join(self.features)}"
+            )
+        try:
+            self.body, self._out_feature_channels = self.build(name, weights)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{self.key}.NAME: {name}: {one_line(error)}") from error
+        if freeze_at:
+            self.freeze(f"res{freeze_at}")
+        if norm == "FrozenBN":
+            self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
+        elif norm == "SyncBN":
+            self.body = nn.SyncBatchNorm.convert_sync_batchnorm(self.body)
+
+    def build(self, name: str, weights: str) -> Tuple[nn.Module, Dict[str, int]]:
+        """The network, which returns a dict of `features`, and their channels.
+
+        Raises:
+            ValueError: the network does not have these features.
+        """
+        if name not in torchvision.models.list_models(module=torchvision.models):
+            raise ConfigError(f"{self.key}.NAME: torchvision has no network {name!r}")
+        network = torchvision.models.get_model(name, weights=None)
+        if weights:
+            load_torchvision_weights(network, name, weights)
+        modules, channels = find_features(network)
+        wanted = {modules[feature]: feature for feature in self.features}
+        return create_feature_extractor(network, wanted), channels
+
+    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+        """Feature -> (N, C, H / stride, W / stride), for images (N, 3, H, W)."""
+        maps = self.body(images)
+        return {feature: maps[feature] for feature in self._out_features}
+
+    def freeze(self, last: str) -> None:
+        """Stops the training of all parameters that the features up to `last` depend on.
+
+        Their batch norms become FrozenBatchNorm2d, as in Detectron2's ResNet.
+        """
+        named = [(name, p) for name, p in self.body.named_parameters() if p.requires_grad]
+        training = self.body.training
+        self.body.eval()
+        with torch.enable_grad():
+            maps = self.body(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))
+            total = maps[last].sum()
+            gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        self.body.train(training)
+        for (name, parameter), gradient in zip(named, gradients):
+            if gradient is None:
+                continue
+            parameter.requires_grad_(False)
+            path, _, _ = name.rpartition(".")
+            module = self.body.get_submodule(path)
+            if isinstance(module, nn.BatchNorm2d):
+                parent, _, child = path.rpartition(".")
+                norm = FrozenBatchNorm2d.convert_frozen_batchnorm(module)
+                setattr(self.body.get_submodule(parent), child, norm)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of it, since some networks round odd sizes down."""
+        return COARSEST
+
+
+class TimmBackbone(TorchvisionBackbone):
+    """A network of timm, where timm is installed; see :class:`TorchvisionBackbone`.
+
+    Args:
+        name (str): as in `timm.create_model`, which gets `features_only=True`.
+        weights (str): "DEFAULT": timm's own; a file of timm's; "": random.
+    """
+
+    key = "MODEL.TIMM"
+
+    def build(self, name: str, weights: str) -> Tuple[nn.Module, Dict[str, int]]:
+        """See :meth:`TorchvisionBackbone.build`."""
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(f"{self.key}: timm is not installed: pip install timm") from error
+        file = {} if weights in ("", "DEFAULT") else {"pretrained_cfg_overlay": {"file": weights}}
+        options: Dict[str, Any] = dict(features_only=True, pretrained=bool(weights), **file)
+        try:
+            network = timm.create_model(name, **options)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.key}: {name}, weights {weights!r}: {one_line(error)}"
+            ) from error
+        return TimmFeatures(network, self.features), {
+            feature: network.feature_info.channels()[index]
+            for feature, index in timm_indices(network).items()
+        }
+
+
+class TimmFeatures(nn.Module):
+    """Turns the list of maps that timm's networks return into a dict of features.
+
+    Args:
+        network (nn.Module): of timm, with `features_only`.
+        features (sequence[str]): of STRIDES.
+
+    Raises:
+        ValueError: it does not have these strides, or not the layout (N, C, H, W).
+    """
+
+    def __init__(self, network: Any, features: Sequence[str]) -> None:
+        super().__init__()
+        indices = timm_indices(network)
+        missing = [feature for feature in features if feature not in indices]
+        if missing:
+            raise ValueError(f"it has no feature of stride {STRIDES[missing[0]]}")
+        layout = getattr(network, "output_fmt", "NCHW")
+        if str(getattr(layout, "value", layout)) != "NCHW":
+            raise ValueError("its features do not have the layout (N, C, H, W)")
+        self.network = network
+        self.indices = {feature: indices[feature] for feature in features}
+
+    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+        """Feature -> map."""
+        maps = self.network(images)
+        return {feature: maps[index] for feature, index in self.indices.items()}
+
+
+def timm_indices(network: Any) -> Dict[str, int]:
+    """Feature of STRIDES -> its place in the list that a timm network returns."""
+    reductions = network.feature_info.reduction()
+    return {f: reductions.index(stride) for f, stride in STRIDES.items() if stride in reductions}
+
+
+@torch.no_grad()
+def find_features(network: nn.Module) -> Tuple[Dict[str, str], Dict[str, int]]:
+    """Where a network computes the features of STRIDES.
+
+    A module that halves the resolution of its input ends a stride: its input is the feature. The
+    feature of the coarsest stride is the last output that has it.
+
+    Args:
+        network (nn.Module): takes (N, 3, H, W).
+
+    Returns:
+        dict[str, str]: feature -> the name of the module that returns it.
+        dict[str, int]: feature -> its channels.
+
+    Raises:
+        ValueError: the network has no feature of one of the strides in the layout (N, C, H, W).
+    """
+    module_of: Dict[int, str] = {}  # id of a tensor -> the outermost module that returned it
+    outputs: List[Tensor] = []  # keeps the tensors alive, so that their ids stay theirs
+    by_stride: Dict[int, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+            before, after = stride_of(inputs[0]) if inputs else 0, stride_of(output)
+            if after:
+                outputs.append(output)
+                module_of[id(output)] = name  # inner modules come first
+            if before and after == 2 * before:
+                by_stride[before] = inputs[0]
+            if after == COARSEST:
+                by_stride[COARSEST] = output
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name)) for name, module in network.named_modules() if name
+    ]
+    training = network.training
+    network.eval()
+    try:
+        network(torch.zeros(1, 3, *PROBE))
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    modules, channels = {}, {}
+    for feature, stride in STRIDES.items():
+        tensor = by_stride.get(stride)
+        if tensor is None or id(tensor) not in module_of:
+            raise ValueError(f"it has no feature of stride {stride} in the layout (N, C, H, W)")
+        modules[feature] = module_of[id(tensor)]
+        channels[feature] = tensor.shape[1]
+    return modules, channels
+
+
+def stride_of(x: Any) -> int:
+    """Pixels per cell of a map (N, C, H, W) of the image PROBE; 0 for anything else."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return 0
+    stride = PROBE[0] // x.shape[2] if x.shape[2] else 0
+    return stride if stride and tuple(x.shape[2:]) == tuple(n // stride for n in PROBE) else 0
+
+
+def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> None:
+    """Loads weights of torchvision, all of them, into a network.
+
+    Args:
+        network (nn.Module): of torchvision.
+        name (str): of the network in torchvision.
+        weights (str): "DEFAULT", or a file.
+
+    Raises:
+        ConfigError: they cannot be downloaded or read, or are those of another network.
+    """
+    key = "MODEL.TORCHVISION.WEIGHTS"
+    if weights == "DEFAULT":
+        entry = torchvision.models.get_model_weights(name).DEFAULT
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        file = os.path.join(folder, os.path.basename(entry.url))
+        try:
+            state = entry.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"{key}: cannot fetch {entry.url} ({one_line(error)}); put the file at {file}, or "
+                "name it here"
+            ) from error
+    else:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # a file that is no checkpoint can raise anything
+            raise ConfigError(f"{key}: {weights} cannot be read: {one_line(error)}") from error
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{key}: {weights} does not fit {name}: {text}") from error
+
+
+def build_fpn(cfg, bottom_up: TorchvisionBackbone, dense: bool) -> FPN:
+    """Detectron2's FPN on a backbone, by the keys of `cfg.MODEL.FPN`.
+
+    Args:
+        cfg (CfgNode): the config.
+        bottom_up (TorchvisionBackbone): of which FPN.IN_FEATURES are used.
+        dense (bool): add p6 and p7 by convolutions of res5, as RetinaNet does; otherwise p6 is
+            subsampled from p5, as in Faster R-CNN.
+    """
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top: nn.Module = LastLevelMaxPool()
+    if dense:
+        top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, channels)
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def options_of(cfg, node) -> Dict[str, Any]:
+    """Arguments of a backbone from its config node, `cfg.MODEL.TORCHVISION` or `.TIMM`.
+
+    The library's weights are not fetched where a checkpoint, MODEL.WEIGHTS, replaces them.
+    """
+    return dict(
+        name=node.NAME,
+        weights="" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
+        norm=node.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """p2 to p6 of a network of torchvision, `cfg.MODEL.TORCHVISION`."""
+    return build_fpn(cfg, TorchvisionBackbone(**options_of(cfg, cfg.MODEL.TORCHVISION)), False)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """p3 to p7 of a network of torchvision, `cfg.MODEL.TORCHVISION`."""
+    return build_fpn(cfg, TorchvisionBackbone(**options_of(cfg, cfg.MODEL.TORCHVISION)), True)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """p2 to p6 of a network of timm, `cfg.MODEL.TIMM`."""
+    return build_fpn(cfg, TimmBackbone(**options_of(cfg, cfg.MODEL.TIMM)), False)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """p3 to p7 of a network of timm, `cfg.MODEL.TIMM`."""
+    return build_fpn(cfg, TimmBackbone(**options_of(cfg, cfg.MODEL.TIMM)), True)

@@ -1,0 +1,193 @@
+"""Networks of torchvision and timm as backbones: their features, weights, norms, and a step."""
+
+import pytest
+import torch
+import torchvision
+from conftest import image_batch, save_teacher, shapes_cfg
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from ssimkd import ConfigError, add_ssimkd_config
+from ssimkd.engine import yaml_driver
+from ssimkd.modeling.backbones import STRIDES, TimmBackbone, TorchvisionBackbone
+from torch import nn
+
+NETWORKS = {  # -> channels of res2 to res5, by the papers and torchvision's sources
+    "convnext_tiny": (96, 192, 384, 768),
+    "densenet121": (256, 512, 1024, 1024),
+    "efficientnet_b0": (24, 40, 112, 1280),
+    "efficientnet_v2_s": (48, 64, 160, 1280),
+    "googlenet": (192, 480, 832, 1024),
+    "mnasnet0_5": (16, 24, 48, 1280),
+    "mobilenet_v2": (24, 32, 96, 1280),
+    "mobilenet_v3_large": (24, 40, 112, 960),
+    "mobilenet_v3_small": (16, 24, 48, 576),
+    "regnet_x_400mf": (32, 64, 160, 400),
+    "regnet_y_400mf": (48, 104, 208, 440),
+    "resnet18": (64, 128, 256, 512),
+    "resnet34": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    "shufflenet_v2_x1_0": (24, 116, 232, 1024),
+}
+SMALL = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone", "MODEL.WEIGHTS", "")
+RESNET18 = ("MODEL.TORCHVISION.NAME", "resnet18", "MODEL.TORCHVISION.WEIGHTS", "")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_strides_and_channels_are_those_of_the_maps(name):
+    backbone = TorchvisionBackbone(name).eval()
+    shapes = backbone.output_shape()
+    assert tuple(shape.channels for shape in shapes.values()) == NETWORKS[name]
+    for size in ((64, 96), (96, 32)):
+        maps = backbone(torch.rand(1, 3, *size))
+        for feature, stride in STRIDES.items():
+            assert shapes[feature].stride == stride
+            assert maps[feature].shape == (
+                1,
+                shapes[feature].channels,
+                *(n // stride for n in size),
+            )
+
+
+@torch.no_grad()
+def test_odd_images_are_padded_so_that_every_network_gives_whole_cells():
+    cfg = shapes_cfg("vanilla", *SMALL, "MODEL.TORCHVISION.NAME", "convnext_tiny")
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    model = build_model(cfg).eval()
+    images = model.preprocess_image(image_batch((75, 101)))
+    assert tuple(images.tensor.shape[-2:]) == (96, 128)
+    maps = model.backbone(images.tensor)
+    assert {level: tuple(m.shape[-2:]) for level, m in maps.items()}["p2"] == (24, 32)
+
+
+@torch.no_grad()
+def test_resnet18_gives_the_maps_of_torchvisions_own():
+    own = torchvision.models.resnet18(weights=None).eval()
+    backbone = TorchvisionBackbone("resnet18", norm="BN").eval()
+    backbone.body.load_state_dict({k: v for k, v in own.state_dict().items() if "fc." not in k})
+    images = torch.rand(2, 3, 64, 96)
+    expected = own.maxpool(own.relu(own.bn1(own.conv1(images))))
+    maps = backbone(images)
+    for feature, layer in zip(STRIDES, (own.layer1, own.layer2, own.layer3, own.layer4)):
+        expected = layer(expected)
+        assert torch.equal(maps[feature], expected)
+
+
+def test_a_file_of_the_library_is_loaded_completely(tmp_path):
+    own, path = torchvision.models.mobilenet_v3_small(weights=None), str(tmp_path / "own.pth")
+    torch.save(own.state_dict(), path)
+    state = TorchvisionBackbone("mobilenet_v3_small", weights=path).body.state_dict()
+    assert state and all(torch.equal(value, own.state_dict()[key]) for key, value in state.items())
+    with pytest.raises(
+        ConfigError, match=r"MODEL.TORCHVISION.WEIGHTS: .*own.pth does not fit resn"
+    ):
+        TorchvisionBackbone("resnet18", weights=path)
+    with pytest.raises(ConfigError, match=r"WEIGHTS: .*none.pth cannot be read"):
+        TorchvisionBackbone("resnet18", weights=str(tmp_path / "none.pth"))
+
+
+def test_without_a_network_the_error_says_where_the_file_goes(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"cannot fetch https://.*put the file at {tmp_path}"):
+        TorchvisionBackbone("resnet18", weights="DEFAULT")
+
+
+def test_norms_and_frozen_stages():
+    frozen = TorchvisionBackbone("mobilenet_v3_small", freeze_at=3)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+    trained = TorchvisionBackbone("mobilenet_v3_small", norm="BN", freeze_at=3)
+    still = {name for name, p in trained.named_parameters() if not p.requires_grad}
+    # features.0 to features.3 lead to res3, and features.4 halves the resolution
+    assert {name.split(".")[2] for name in still} == {"0", "1", "2", "3"}
+    moving = {name for name, p in trained.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in moving}.isdisjoint({"0", "1", "2", "3"})
+    kinds = {type(m) for name, m in trained.named_modules() if name.startswith("body.features.2.")}
+    assert FrozenBatchNorm2d in kinds and nn.BatchNorm2d not in kinds
+    synced = TorchvisionBackbone("mobilenet_v3_small", norm="SyncBN")
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(name="no_such"), "torchvision has no network 'no_such'"),
+        (dict(name="squeezenet1_1"), "no feature of stride 4"),
+        (dict(name="vit_b_16"), "vit_b_16"),
+        (dict(name="resnet18", norm="LN"), "MODEL.TORCHVISION.NORM"),
+        (dict(name="resnet18", freeze_at=1), "MODEL.BACKBONE.FREEZE_AT"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_that_names_the_key(options, words):
+    with pytest.raises(ConfigError, match=words):
+        TorchvisionBackbone(**options)
+
+
+def test_timm(monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is an optional package")
+    backbone = TimmBackbone("resnet18", norm="BN").eval()
+    own = timm.create_model("resnet18", features_only=True, pretrained=False).eval()
+    own.load_state_dict(backbone.body.network.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for mine, theirs in zip(backbone(images).values(), own(images)[1:]):
+            assert torch.equal(mine, theirs)
+
+
+def test_without_timm_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ConfigError, match="pip install timm"):
+        TimmBackbone("resnet18")
+
+
+@pytest.mark.parametrize("library_teacher", [False, True])
+def test_a_student_learns_from_a_teacher_of_any_backbone(library_teacher, tmp_path, teacher_file):
+    """Its channels meet the teacher's in the FPN; a network of torchvision can teach as well."""
+    opts = [*SMALL, *RESNET18, "MODEL.BACKBONE.FREEZE_AT", 2]
+    if library_teacher:
+        teacher_file = save_teacher(shapes_cfg("vanilla", *opts), tmp_path / "teacher.pth")
+        opts += ["MODEL.DISTILL.TEACHER.CONFIG", "shapes/vanilla.yaml"]
+        opts += ["MODEL.DISTILL.TEACHER.OPTS", list(opts[:8])]
+    cfg = shapes_cfg("ssimkd", *opts, "MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file)
+    model = build_model(cfg).train()
+    with EventStorage():
+        losses = model(image_batch((96, 96)))
+    losses["ssim_kd_loss"].backward()
+    moved = {n for n, p in model.backbone.named_parameters() if p.grad is not None}
+    assert any(".layer2." in n for n in moved) and not any(".layer1." in n for n in moved)
+
+
+def test_a_student_is_exported_evaluated_and_resumed_without_a_download(
+    monkeypatch, tmp_path, few_names, teacher_file
+):
+    """Weights "DEFAULT" are fetched when training starts from them, and never after that."""
+    own, fetched = torchvision.models.resnet18(weights=None).state_dict(), []
+
+    def fetch(url, *args, **kwargs):
+        fetched.append(url)
+        return own
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fetch)
+    opts = [*SMALL, "MODEL.TORCHVISION.NAME", "resnet18", "OUTPUT_DIR", str(tmp_path)]
+    opts += ["DATASETS.TRAIN", few_names[:1], "DATASETS.TEST", few_names[1:], "SOLVER.STEPS", ()]
+    opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "SOLVER.MAX_ITER", 2]
+    cfg = shapes_cfg("ssimkd", *opts, "SOLVER.IMS_PER_BATCH", 2, "MODEL.DISTILL.CHECK_IMAGES", 0)
+    yaml_driver.train(cfg, resume=False)
+    assert len(fetched) == 1
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    assert "bbox" in yaml_driver.evaluate(cfg, resume=False)
+    text = (tmp_path / "student.yaml").read_text()
+    assert text.startswith("# The backbone comes with the package ssimkd")
+    plain = get_cfg()
+    add_ssimkd_config(plain)
+    plain.merge_from_file(str(tmp_path / "student.yaml"))
+    model = build_model(plain)
+    saved = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
+    assert model.load_state_dict(saved) and type(model).__name__ == "GeneralizedRCNN"
+    assert len(fetched) == 1
