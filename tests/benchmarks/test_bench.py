@@ -129,7 +129,7 @@ def test_growth_is_written_as_a_table_and_measures_a_point_once(monkeypatch, tmp
 
 def test_two_processes_take_a_step_together():
     arguments = ["--growth", "--config", SHAPES, "--growth-size", "64", "64"]
-    args = bench.parse([*arguments, "--growth-repeats", "1"])
+    args = bench.parse([*arguments, "--step-repeats", "1"])
     seconds = bench_growth.measure_point(args, dict(size=(64, 64), images=1, processes=2))
     assert set(seconds) == {"loss", "student alone", "distilled step"}
     assert all(value > 0 for value in seconds.values())
