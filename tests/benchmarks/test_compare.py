@@ -79,6 +79,12 @@ def test_a_row_per_method_the_best_first():
 # --- methods ---
 
 
+def test_every_loss_that_fits_the_student_is_compared():
+    names = {m.name for m in compare.select(compare.parse_args([]))}
+    assert {"ssim", "kd", "dkd", "dist"} < names
+    assert not {"bckd", "crosskd"} & names  # of dense heads
+
+
 def test_a_method_is_a_loss_with_changes():
     method = parse_method("ssim:SSIM.BORDER=zero:*0.5:WARMUP_ITERS=100")
     assert method.loss == "ssim" and method.factor == 0.5
