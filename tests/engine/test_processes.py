@@ -1,4 +1,4 @@
-"""Several processes train as one with the whole batch; which losses a batch can be cut for."""
+"""Several processes train as one process with the whole batch does."""
 
 import math
 
@@ -28,7 +28,7 @@ NOTHING_DRAWN = (
 
 
 def share_of(batch):
-    """What Detectron2's samplers give to this process."""
+    """The images that Detectron2's samplers give to this process."""
     return batch[comm.get_rank() :: comm.get_world_size()]
 
 
@@ -96,8 +96,8 @@ def test_processes_train_as_one_with_the_whole_batch(alone, count):
 def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
     losses = ("fkd", "fgd", "mgd", "icd")
     opts = ("MODEL.DISTILL.LOSSES", losses, "MODEL.DISTILL.ADAPTER", "conv1x1")
-    # a second step raises where a parameter took no part in the first; without
-    # find_unused_parameters, and though the second process has no objects at all
+    # DistributedDataParallel would raise in the second step if a parameter had no gradient in the
+    # first one; the second process has no objects at all
     first, second = in_processes(2, train, teacher_file, 2, *opts)
     assert not first["unloaded_tensors"] and not second["unloaded_tensors"]
     trained = [k for k in first["after"] if k.startswith("distiller.")]
@@ -180,7 +180,7 @@ SPANS = {
 }
 
 
-def test_every_loss_is_known_to_split_or_not():
+def test_every_loss_is_in_one_of_the_two_lists():
     assert {*CUT, *SPANS} == {name for name, _ in KD_LOSS_REGISTRY} | {"ssim (scope batch)"}
 
 
