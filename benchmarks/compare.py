@@ -193,13 +193,18 @@ def origin_of(record: Dict[str, Any]) -> Dict[str, str]:
     return {key: record[key] for key in ("commit", "machine")}
 
 
+def fits(loss: type) -> bool:
+    """Whether the student, a Faster R-CNN, has what a loss compares with its defaults."""
+    return bool({"maps", "rpn", "roi"} & set(loss().compares))
+
+
 def select(args: argparse.Namespace) -> List[Method]:
     """The methods of the command line.
 
     Raises:
         ConfigError: there is no such method.
     """
-    every = [PLAIN, HEADS, *sorted(name for name, _ in KD_LOSS_REGISTRY)]
+    every = [PLAIN, HEADS, *sorted(name for name, cls in KD_LOSS_REGISTRY if fits(cls))]
     names = args.methods or ([PLAIN, REFERENCE] if args.ablation else every)
     methods = [parse_method(name) for name in names]
     for group in args.ablation:

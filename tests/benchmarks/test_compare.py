@@ -89,6 +89,12 @@ def test_a_rival_that_wins_is_named():
 # --- methods ---
 
 
+def test_every_loss_that_fits_the_student_is_compared():
+    names = {m.name for m in compare.select(compare.parse_args([]))}
+    assert {"ssim", "kd", "dkd", "dist"} < names
+    assert not {"bckd", "crosskd"} & names  # of dense heads
+
+
 def test_every_ablation_changes_the_config():
     args = compare.parse_args(["--ablation", *ABLATIONS])
     plain = load_config("configs/shapes/ssimkd.yaml", []).MODEL.DISTILL

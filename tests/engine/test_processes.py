@@ -95,7 +95,8 @@ def test_processes_train_as_one_with_the_whole_batch(alone, count):
 
 def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
     losses = ("fkd", "fgd", "mgd", "icd")
-    opts = ("MODEL.DISTILL.LOSSES", losses, "MODEL.DISTILL.ADAPTER", "conv1x1")
+    compared = (*losses, "kd", "dist", "dkd")
+    opts = ("MODEL.DISTILL.LOSSES", compared, "MODEL.DISTILL.ADAPTER", "conv1x1")
     # DistributedDataParallel would raise in the second step if a parameter had no gradient in the
     # first one; the second process has no objects at all
     first, second = in_processes(2, train, teacher_file, 2, *opts)
@@ -180,8 +181,9 @@ SPANS = {
 }
 
 
-def test_every_loss_is_in_one_of_the_two_lists():
-    assert {*CUT, *SPANS} == {name for name, _ in KD_LOSS_REGISTRY} | {"ssim (scope batch)"}
+def test_every_loss_of_maps_is_in_one_of_the_two_lists():
+    of_maps = {name for name, cls in KD_LOSS_REGISTRY if "maps" in cls().compares}
+    assert {*CUT, *SPANS} == of_maps | {"ssim (scope batch)"}
 
 
 @pytest.mark.parametrize("name", [*CUT, *SPANS])

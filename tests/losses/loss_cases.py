@@ -1,11 +1,14 @@
-"""Batches of maps and losses for them, shared by the tests of this folder."""
+"""Batches of maps, answers of heads, and losses for them, shared by the tests of this folder."""
 
 import math
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import torch
+from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
+from ssimkd.losses.responses import AnchorAnswers, ProposalAnswers
 
 STRIDES = {"p3": 8, "p5": 32}
 SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96
@@ -54,6 +57,79 @@ def batch(sizes=SIZES, counts=COUNTS, strides=STRIDES, channels=CHANNELS):
     student = {level: x.requires_grad_() for level, x in student.items()}
     context = Context(list(sizes), strides, targets(sizes, counts), iteration=10**6)
     return student, teacher, context
+
+
+def random_boxes(generator, *shape):
+    """(..., 4) boxes within 64 pixels, at least 4 pixels wide and high."""
+    low, size = (60 * torch.rand(*shape, 2, generator=generator).double() for _ in range(2))
+    return torch.cat([low, low + 4 + size], dim=-1)
+
+
+def random_answers(seed, sizes=SIZES, proposals=(4, 3, 0, 5), anchors=2, classes=CLASSES):
+    """What heads of every kind answer, in double precision; so many proposals of each image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def dense(stride):
+        cells = sum(math.ceil(h / stride) * math.ceil(w / stride) for h, w in sizes)
+        shape = (cells, anchors)
+        boxes, centerness = random_boxes(generator, *shape), normal(*shape)
+        return AnchorAnswers(normal(*shape, classes), None, boxes, centerness, positives=3.0)
+
+    def rpn(stride):
+        answers = dense(stride)
+        return AnchorAnswers(answers.logits[..., :1].clone(), normal(*answers.boxes.shape))
+
+    same = torch.Generator().manual_seed(11)  # student and teacher see the same proposals
+    boxes = [Boxes(random_boxes(same, n).float()) for n in proposals[: len(sizes)]]
+    count = sum(map(len, boxes))
+    matcher = Matcher([0.2], [0, 1])
+    return {
+        "rpn": {level: rpn(s) for level, s in STRIDES.items()},
+        "dense": {level: dense(s) for level, s in STRIDES.items()},
+        "cross": {level: dense(s) for level, s in STRIDES.items()},
+        "roi": [
+            ProposalAnswers(normal(count, classes + 1), normal(count, classes, 4), boxes, matcher)
+        ],
+    }
+
+
+def changed(side, function):
+    """One side of a comparison, maps or answers, with a function applied to each tensor."""
+    if isinstance(side, torch.Tensor):
+        return function(side)
+    if isinstance(side, dict):
+        return {key: changed(value, function) for key, value in side.items()}
+    if isinstance(side, list):
+        return [changed(value, function) for value in side]
+    if is_dataclass(side):
+        values = {
+            field.name: changed(getattr(side, field.name), function) for field in fields(side)
+        }
+        return replace(side, **values)
+    return side
+
+
+def tensors_of(side):
+    """The tensors of one side of a comparison."""
+    found = []
+    changed(side, found.append)
+    return found
+
+
+def batch_for(name, sizes=SIZES, counts=COUNTS, proposals=(4, 3, 0, 5)):
+    """What a loss is called with: as :func:`batch`, or the answers that it compares."""
+    student, teacher, context = batch(sizes, counts)
+    kinds = KD_LOSS_REGISTRY.get(name)().compares
+    if "maps" in kinds:
+        return student, teacher, context
+    student, teacher = (
+        {k: x for k, x in random_answers(seed, sizes, proposals).items() if k in kinds}
+        for seed in (0, 1)
+    )
+    return changed(student, lambda x: x.requires_grad_()), teacher, context
 
 
 def alone(student, teacher, context, image):

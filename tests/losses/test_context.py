@@ -1,4 +1,3 @@
-import pytest
 import torch
 from ssimkd.losses import Context
 
@@ -19,21 +18,9 @@ def test_inside_marks_the_cells_of_each_image():
     expected[0, 0, :3, :5] = True  # 17 / 8 -> 3, 40 / 8 = 5
     expected[1, 0, :3, :2] = True  # 24 / 8 = 3, 9 / 8 -> 2
     assert torch.equal(context.inside("p3", torch.zeros(2, 7, 4, 5)), expected)
+    assert context.inside("p3", torch.zeros(2, 7, 3, 2)) is None  # images fill the map
     context.mask_padding = False
     assert context.inside("p3", torch.zeros(2, 7, 4, 5)) is None
-
-
-@pytest.mark.parametrize(
-    ("image_sizes", "stride", "map_size"),
-    [
-        ([(31, 33), (25, 40)], 8, (4, 5)),  # both round up to 4 x 5 cells
-        ([(20, 30), (64, 5)], 64, (1, 1)),
-        ([(100, 100)], 8, (4, 5)),
-    ],
-)
-def test_inside_is_none_where_images_fill_the_map(image_sizes, stride, map_size):
-    maps = torch.zeros(len(image_sizes), 2, *map_size)
-    assert Context(image_sizes, {"p": stride}).inside("p", maps) is None
 
 
 def test_crops_group_images_of_equal_cells():

@@ -97,12 +97,3 @@ def test_levels_of_boxes():
     assert level_ranks(boxes, 2).tolist() == [0, 0, 1, 1, 1, 1, 1]
     assert level_ranks(boxes, 1).tolist() == [0] * 7
     assert level_ranks(boxes[:0], 5).tolist() == []
-
-
-def test_a_side_that_rounding_leaves_below_its_limit_has_reached_it():
-    corners = 100 * torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
-    boxes = torch.cat([corners, corners + 111], dim=1)  # 112 pixels, but for rounding
-    sides = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=1).sqrt()
-    assert (sides < 112).any() and (sides > 112).any()
-    owners = level_ranks(boxes, 5).tolist()
-    assert owners == [reference_owner(box, 5) for box in boxes.tolist()] == [1] * 500

@@ -7,12 +7,25 @@ import torch
 from any_maps import EXAMPLES, LAYOUTS, layouts, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import CHANNELS, SIZES, STRIDES, batch, make_loss, mean_over_images, run, targets
+from loss_cases import (
+    CHANNELS,
+    SIZES,
+    STRIDES,
+    batch,
+    batch_for,
+    changed,
+    make_loss,
+    mean_over_images,
+    run,
+    targets,
+    tensors_of,
+)
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, MapLoss
 from ssimkd.registry import loss_defaults
 
 NAMES = sorted(name for name, _ in KD_LOSS_REGISTRY)
 PLAIN = [name for name in NAMES if not list(make_loss(name).parameters())]
+OF_HEADS = [name for name in NAMES if "maps" not in KD_LOSS_REGISTRY.get(name)().compares]
 OF_MAPS = [name for name in NAMES if issubclass(KD_LOSS_REGISTRY.get(name), MapLoss)]
 WRONG = {  # type of a default -> values that no option takes
     float: [-1.0, math.nan, math.inf],
@@ -24,48 +37,60 @@ WRONG = {  # type of a default -> values that no option takes
 
 few = settings(max_examples=6, **EXAMPLES)
 every_loss = pytest.mark.parametrize("name", NAMES)
+loss_of_maps = pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_HEADS])
 
 
-def gradients_of(parts, *maps):
-    wanted = [x for whose in maps for x in whose.values()]
-    return torch.autograd.grad(sum(parts.values()), wanted, retain_graph=True)
+def gradients_of(parts, *sides):
+    wanted = [x for side in sides for x in tensors_of(side)]
+    options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(sum(parts.values()), wanted, **options)
+
+
+def class_scores(answers):
+    """The logits through which the losses of heads reach a student."""
+    heads = [answers["cross"]] if "cross" in answers else list(answers.values())
+    return [x.logits for head in heads for x in (head.values() if isinstance(head, dict) else head)]
 
 
 # --- values and gradients ---
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_equal_maps_cost_nothing(name):
-    student, _, context = batch()
-    teacher = {level: x.detach().clone() for level, x in student.items()}
+def test_equal_maps_or_answers_cost_nothing(name):
+    student, teacher, context = batch_for(name)
+    if "cross" in student:
+        student["cross"] = student["dense"]
+    teacher = changed(student, lambda x: x.detach().clone())
     parts = make_loss(name)(student, teacher, context)
     for value in (*parts.values(), *gradients_of(parts, student)):
         torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-10)
 
 
 @every_loss
-def test_a_gradient_reaches_every_level_and_no_map_is_changed(name):
-    maps, copies = batch(), batch()
-    parts = run(make_loss(name), *maps)
-    assert set(STRIDES) <= set(parts) and all(value > 0 for value in parts.values())
-    assert all(gradient.any() for gradient in gradients_of(parts, maps[0]))
-    for whose in (0, 1):
-        assert all(torch.equal(maps[whose][level], copies[whose][level]) for level in STRIDES)
+def test_a_gradient_reaches_every_level_and_nothing_is_changed(name):
+    given, copies = batch_for(name), batch_for(name)
+    parts = run(make_loss(name), *given)
+    assert all(value > 0 for value in parts.values())
+    assert name in OF_HEADS or set(STRIDES) <= set(parts)
+    compared = given[0] if name not in OF_HEADS else class_scores(given[0])
+    assert all(gradient.any() for gradient in gradients_of(parts, compared))
+    for side, copy in zip(given[:2], copies):
+        assert all(map(torch.equal, tensors_of(side), tensors_of(copy)))
 
 
 @every_loss
 def test_the_weight_is_left_to_the_caller(name):
     heavy, light = make_loss(name, weight=7), make_loss(name, weight=0)
     assert heavy.weight == 7.0
-    torch.testing.assert_close(run(heavy, *batch()), run(light, *batch()))
+    torch.testing.assert_close(run(heavy, *batch_for(name)), run(light, *batch_for(name)))
 
 
 @every_loss
 def test_single_precision_agrees_with_double_precision(name):
-    student, teacher, context = batch()
+    student, teacher, context = batch_for(name)
     loss = make_loss(name)
     expected = run(loss, student, teacher, context)
-    single = [{k: x.detach().float() for k, x in maps.items()} for maps in (student, teacher)]
+    single = [changed(side, lambda x: x.detach().float()) for side in (student, teacher)]
     for part, value in run(loss.float(), *single, context).items():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(expected[part].item(), rel=1e-3)
@@ -83,7 +108,7 @@ def test_levels_of_a_map_loss_are_independent(name):
 # --- images that differ in size ---
 
 
-@every_loss
+@loss_of_maps
 def test_padding_matters_only_without_the_mask(name):
     student, teacher, context = batch()
     loss = make_loss(name)
@@ -110,7 +135,7 @@ def test_a_batch_is_the_mean_of_its_images_for_a_map_loss(name):
 # --- ground truth and small images ---
 
 
-@every_loss
+@loss_of_maps
 @pytest.mark.parametrize(
     ("sizes", "counts"),
     [
@@ -133,9 +158,31 @@ def test_every_parameter_takes_part_in_every_step(name, sizes, counts):
             assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", OF_HEADS)
+@pytest.mark.parametrize(
+    ("counts", "proposals"), [([0, 0, 0, 0], (4, 3, 0, 5)), ([2, 1, 0, 3], (0, 0, 0, 0))], ids=str
+)
+def test_images_without_objects_or_proposals_keep_a_loss_of_heads_finite(name, counts, proposals):
+    student, teacher, context = batch_for(name, SIZES, counts, proposals)
+    parts = run(make_loss(name), student, teacher, context)
+    scores = torch.autograd.grad(sum(parts.values()), class_scores(student))  # raises for a missing
+    assert all(torch.isfinite(x).all() for x in (*parts.values(), *scores))
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
+@pytest.mark.parametrize("factor", [120, -120, 0])
+def test_extreme_class_scores_keep_a_loss_of_heads_finite(name, factor):
+    student, teacher, context = batch_for(name)
+    student = changed(student, lambda x: x.detach().float().mul(factor).requires_grad_())
+    teacher = changed(teacher, lambda x: x.float() * factor)
+    parts = run(make_loss(name).float(), student, teacher, context)
+    gradients = gradients_of(parts, student)
+    assert all(torch.isfinite(x).all() for x in (*parts.values(), *gradients))
+
+
 @every_loss
 def test_a_loss_works_without_ground_truth_or_says_that_it_needs_it(name):
-    student, teacher, context = batch()
+    student, teacher, context = batch_for(name)
     expected = run(make_loss(name), student, teacher, context)
     context.targets = None
     try:
@@ -183,7 +230,7 @@ def value_and_gradient(loss, student, teacher, layout="dense"):
     return total.detach(), student.grad
 
 
-@every_loss
+@loss_of_maps
 @few
 @given(pair=pairs(shape=shapes, largest=6e4))  # what half precision can hold
 def test_value_and_gradient_are_finite(name, pair):
@@ -191,7 +238,7 @@ def test_value_and_gradient_are_finite(name, pair):
     assert value >= -1e-6 and torch.isfinite(value) and torch.isfinite(gradient).all()
 
 
-@every_loss
+@loss_of_maps
 @few
 @given(pair=pairs(shape=shapes, largest=10.0), layout=layouts)
 def test_the_memory_layout_does_not_matter(name, pair, layout):

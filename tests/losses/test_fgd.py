@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_cases import assert_every_parameter_learns, batch, boxes_as_targets, make_loss, softmax
-from ssimkd.losses.attention import channel_attention, spatial_attention
 
 P3, STRIDE = {"p3": 8}, 8
 SIZES = [(32, 40), (17, 24), (32, 40), (25, 9)]  # pixels; 4 x 5, 3 x 3, 4 x 5 and 4 x 2 cells
@@ -118,15 +117,6 @@ def test_equal_maps_cost_nothing_at_the_start():
     value = make(trained=False, **COEFFICIENTS)(student, teacher, context)["p3"]
     (gradient,) = torch.autograd.grad(value, student["p3"])
     assert value == 0 and gradient.abs().max() < 1e-12
-
-
-def test_attention_has_mean_one_and_is_largest_at_the_active_cell():
-    active = torch.zeros(1, 2, 2, 2, dtype=torch.float64)
-    active[0, 1, 0, 1] = -2 * math.log(3)  # mean over channels log 3, over cells log(3) / 2
-    expected = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64) * 4 / 6
-    torch.testing.assert_close(spatial_attention(active, 1.0), expected[None, None])
-    expected = torch.tensor([1.0, 3.0], dtype=torch.float64) * 2 / 4
-    torch.testing.assert_close(channel_attention(active, 0.5).flatten(), expected)
 
 
 def test_every_parameter_learns():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import image_batch
 from detectron2.utils.events import EventStorage
+from ssimkd.modeling.responses import capture_heads
 
 BATCH = image_batch((96, 96), (96, 128))
 LEVELS = ("p2", "p3", "p4", "p5")
@@ -58,3 +59,25 @@ def test_it_is_logged_once_in_so_many_iterations(student):
             sum(model(BATCH).values()).backward()
             storage.step()
     assert [it for _, it in storage.history("gradient_ratio").values()] == [0, 2]
+
+
+@pytest.mark.parametrize("losses", [("kd",), ("kd", "l2")])
+def test_the_ratio_of_answers_is_that_of_separate_gradients_at_the_heads(student, losses):
+    model = student("MODEL.DISTILL.LOG_GRADIENTS", 1, "MODEL.DISTILL.LOSSES", losses)
+    values, logged = step(model)
+    model.log_gradients = 0
+    torch.manual_seed(5)
+    with EventStorage(0), capture_heads(model, ["rpn", "roi"]) as outputs:
+        values = model(BATCH)
+    logits, deltas = outputs.anchors["rpn"]
+    for kind, given in (("rpn", [*logits, *deltas]), ("roi", outputs.predictions[0])):
+        ours = torch.autograd.grad(values["kd_kd_loss"], given, retain_graph=True)
+        own = sum(value for name, value in values.items() if "kd" not in name)
+        theirs = torch.autograd.grad(
+            own, given, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        squares = [sum(x.square().sum() for x in side) for side in (ours, theirs)]
+        expected = float((squares[0] / squares[1]) ** 0.5)
+        assert logged[f"gradient_ratio/{kind}"] == pytest.approx(expected, rel=1e-3)
+    assert ("gradient_ratio/p2" in logged) == ("l2" in losses)
+    assert logged["gradient_ratio"] > 0

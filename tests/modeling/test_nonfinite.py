@@ -32,6 +32,15 @@ def test_the_loss_the_level_and_the_map_are_named(student, whose):
     assert text == f"ssim_kd/p3 is nan, because the {whose}'s p3 holds NaN or infinity"
 
 
+def test_the_head_is_named_whose_answers_are_not_finite(student):
+    model = student("MODEL.DISTILL.LOSSES", ("dist",))
+    model.distiller.build_teacher(model.device)
+    with torch.no_grad():
+        model.distiller.teacher.model.roi_heads.box_predictor.cls_score.bias.fill_(math.nan)
+    text = explain_nonfinite(model, BATCH)
+    assert "dist_kd/roi_inter is nan, because the teacher's roi head holds NaN or infinity" in text
+
+
 def test_the_distiller_itself_returns_nan(student):
     model = student()
     model.distiller.build_teacher(model.device)

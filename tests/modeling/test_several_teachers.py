@@ -5,8 +5,7 @@ import torch
 from conftest import image_batch, save_teacher, shapes_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from ssimkd import ConfigError, Distiller, Distillers
-from ssimkd.losses import SSIMLoss
+from ssimkd import ConfigError
 
 KEY = "MODEL.DISTILL"
 CONFIG = "configs/shapes/teacher.yaml"
@@ -77,30 +76,6 @@ def test_one_key_switches_all_of_them_off(files):
     assert losses.keys() == expected.keys()
     assert all(torch.equal(losses[name], value) for name, value in expected.items())
     assert not any(name.startswith("distiller.") for name in model.state_dict())
-
-
-def test_an_option_is_that_of_one_teacher(files, student):
-    """The same teacher twice, from Python."""
-    options = dict(mask_padding=False, warmup_iters=4, level_weights=[0.0, 1.0, 2.0, 3.0])
-    both = {
-        name: Distiller(
-            teacher=dict(config=CONFIG, weights=files[0]),
-            losses=[SSIMLoss(weight=16.0)],
-            in_features=LEVELS,
-            **own,
-        )
-        for name, own in (("a", {}), ("b", options))
-    }
-    model = build([], f"{KEY}.LOSSES", ())
-    model.distiller = Distillers(**both)
-    model.distiller.attach(model.backbone.output_shape())
-    losses, _ = run(model)
-    assert all(vars(distiller).get("name") is None for distiller in both.values())
-    opts = [x for key, value in options.items() for x in (f"{KEY}.{key.upper()}", value)]
-    for name, own in (("a", ()), ("b", opts)):
-        alone, _ = run(student(f"{KEY}.TEACHER.WEIGHTS", files[0], *own))
-        assert torch.equal(losses[f"ssim_kd_loss_{name}"], alone["ssim_kd_loss"])
-    assert losses["ssim_kd_loss_a"] != losses["ssim_kd_loss_b"]
 
 
 def test_an_error_names_the_teacher(files):

@@ -1,4 +1,4 @@
-"""The teacher: where it comes from, what it must hold, how it sees the images."""
+"""Where a teacher comes from, which weights it must have, and how it prepares images."""
 
 import pickle
 
@@ -40,17 +40,13 @@ def test_it_is_the_detectors_own_backbone(teacher_file, state):
     detector.load_state_dict(state)
     expected = detector.eval().backbone(detector.preprocess_image(BATCH).tensor)
     teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
+    assert [name for name, _ in teacher.model.named_children()] == ["backbone"]  # no heads
     found, padded = teacher(BATCH, NOTHING, Preprocessing("BGR"))
     assert padded == (96, 128)
     for level, value in expected.items():
         value = value.detach()  # equal but for rounding: its batch norms are folded
         torch.testing.assert_close(found[level], value, rtol=0, atol=1e-5 * float(value.max()))
         assert found[level].is_contiguous() and not found[level].requires_grad
-
-
-def test_the_heads_are_gone(teacher_file):
-    teacher = Teacher(TeacherSpec(CONFIG, teacher_file), CPU)
-    assert [name for name, _ in teacher.model.named_children()] == ["backbone"]
 
 
 def test_a_teacher_is_named_as_in_the_zoo_or_as_this_projects_configs():
@@ -60,26 +56,11 @@ def test_a_teacher_is_named_as_in_the_zoo_or_as_this_projects_configs():
     assert TeacherSpec("shapes/teacher").load_config() == TeacherSpec(CONFIG).load_config()
 
 
-def test_a_lazy_teacher_from_the_zoo(tmp_path):
-    name = "COCO-Detection/retinanet_R_50_FPN_1x.py"
-    opts = ["model.backbone.bottom_up.stages.norm=BN", "model.pixel_std=[2,2,2]"]
-    cfg = TeacherSpec(name, "", opts).load_config()
-    from detectron2.config import instantiate
-
-    path = save(tmp_path / "lazy.pth", instantiate(cfg.model).state_dict())
-    teacher = Teacher(TeacherSpec(name, path, opts), CPU)
-    assert {name: shape.stride for name, shape in teacher.shapes.items()} == {
-        "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128
-    }  # fmt: skip
-    assert teacher.preprocessing.input_format == "BGR" and float(teacher.model.pixel_std[0]) == 2
-    assert maps_of(teacher)["p3"].shape == (2, 256, 12, 16)
-
-
 @pytest.mark.parametrize(
     "spec, message",
     [
         (TeacherSpec(""), f"{KEY}.CONFIG is empty"),
-        (TeacherSpec("COCO-Detection/no_such"), f"{KEY}.CONFIG: COCO-Detection/no_such is neither"),
+        (TeacherSpec("COCO-Detection/no_such"), f"{KEY}.CONFIG: .*/no_such' is neither"),
         (TeacherSpec(CONFIG), f"{KEY}.WEIGHTS is empty and .* {CONFIG}"),
         (TeacherSpec(CONFIG, "no/such.pth"), f"{KEY}.WEIGHTS: there is no file no/such.pth"),
         (TeacherSpec(CONFIG, "x.pth", ["NO.KEY", 1]), f"{KEY}.CONFIG or .OPTS: .*NO.KEY"),

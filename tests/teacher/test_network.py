@@ -1,4 +1,4 @@
-"""The teacher made cheap: what must not change its maps, and by how much the rest may."""
+"""How a teacher is made faster, and by how much this may change its maps."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_half_precision_changes_the_structure_little(precision, bound):
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ConfigError, match=f"{KEY}.PRECISION: 'half' is none of float32, bf"):
+    with pytest.raises(ConfigError, match=f"{KEY}.PRECISION must be one of float32, bf"):
         build_model(shapes_cfg("ssimkd", f"{KEY}.PRECISION", "half"))
 
 

@@ -25,7 +25,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
-from ssimkd.data.datasets import check_classes
+from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import argument_parser, check_config, load_config
 from ssimkd.engine.writers import LOGGERS
@@ -79,7 +79,7 @@ def build(cfg) -> Any:
     )
     if lazy:
         lazy_driver.check_image_format(cfg, model, "train", "test")
-        build_teachers(model)
+        build_teachers(model, training_classes(cfg))
     if not any(distiller.enabled for _, distiller in distillers_of(model)):
         raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))

@@ -171,6 +171,17 @@ def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
                     )
 
 
+def training_classes(cfg) -> List[str]:
+    """The class names of a config's first training data set; [] if they are not known."""
+    names = names_of(cfg, "TRAIN")[:1]
+    known = MetadataCatalog.list()
+    return (
+        list(MetadataCatalog.get(names[0]).get("thing_classes", ()))
+        if names and names[0] in known
+        else []
+    )
+
+
 def classes_in(head: Any) -> int:
     """Number of classes that a head predicts; 0 where it is not known."""
     found = getattr(head, "num_classes", None)

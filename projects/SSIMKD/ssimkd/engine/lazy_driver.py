@@ -20,7 +20,7 @@ from torch import nn
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes
+from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
@@ -65,7 +65,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
     check_image_format(cfg, student, "train", "test")
-    build_teachers(student)
+    build_teachers(student, training_classes(cfg))
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)

@@ -98,7 +98,8 @@ def check_pair(
     who = f"The teacher {name}".rstrip()
     with naming_teacher(name):
         shapes = check_maps(model, distiller, batches[0])
-    logger.info("%s and student agree cell by cell: %s", f"Teacher {name}".rstrip(), shapes)
+    if shapes:
+        logger.info("%s and student agree cell by cell: %s", f"Teacher {name}".rstrip(), shapes)
     if absent:
         logger.warning(
             "%s's detections cannot be checked: its checkpoint does not hold %s in the shape that "

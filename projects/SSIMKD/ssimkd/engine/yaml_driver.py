@@ -19,7 +19,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes
+from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
@@ -87,7 +87,7 @@ class DistillTrainer(DefaultTrainer):
                 f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
                 "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
             )
-        build_teachers(model)
+        build_teachers(model, training_classes(cfg))
         return model
 
     @classmethod

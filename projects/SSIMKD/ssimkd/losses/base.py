@@ -7,6 +7,10 @@ A loss is called with the maps of student and teacher, and returns its parts:
     context   Context             what else is known about the batch
     returns   Dict[str, Tensor]   part -> scalar, without the loss's weight. The loss is the sum of
                                   its parts. The part of a level has the level's name.
+
+A loss whose `compares` names kinds of heads is called with what they answer in place of the maps:
+
+    student, teacher   Dict[str, Any]   kind of head -> its answers, see `responses.py`
 """
 
 import math
@@ -120,6 +124,8 @@ class KDLoss(nn.Module):
     """
 
     name: str  # set by `register_loss`
+    compares: Tuple[str, ...] = ("maps",)  # or the kinds of heads that the loss can compare
+    layer: int = 0  # for the kind "cross": see `crosskd.py`
 
     def __init__(self, weight: float) -> None:
         super().__init__()

@@ -226,7 +226,7 @@ class ICDLoss(KDLoss):
         """
         targets = context.require_targets(self.name)
         if context.iteration < self.detach_iters:
-            # DistributedDataParallel waits for the adapters' gradients: they are 0, not missing
+            # DistributedDataParallel waits for the adapters' gradients, so these become 0
             student = {level: maps.detach() + 0 * maps for level, maps in student.items()}
         distilled: Dict[str, List[Tensor]] = {level: [] for level in student}
         logits, labels, box_errors, instances = [], [], [], 0

@@ -1,4 +1,4 @@
-"""Compares a student's maps with its teacher's: levels, adapters, losses, weights.
+"""Compares a student with its teacher: levels, adapters, what heads answer, losses, weights.
 
 The values in the order in which they are computed:
 
@@ -8,6 +8,7 @@ The values in the order in which they are computed:
 """
 
 import math
+from contextlib import nullcontext, suppress
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -19,11 +20,21 @@ from torch import Tensor, nn
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from ssimkd.teacher.frozen import Teacher
+from ssimkd.teacher.heads import (
+    CHANNELS,
+    NAMES,
+    Facts,
+    check_class_names,
+    check_has,
+    check_heads,
+    describe_heads,
+)
 from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.validate import check_coefficients, check_integers
 
 from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
+from .responses import Answers, HeadOutputs, pair_answers
 
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
 OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
@@ -83,6 +94,9 @@ class Distiller(nn.Module):
         self.warmup_iters = warmup_iters
         self.loss_weight = float(loss_weight)
         self.adapters = nn.ModuleDict()
+        self.of_maps = not losses or any("maps" in loss.compares for loss in losses)
+        self.student_heads: Dict[str, Facts] = {}
+        self.strides: Dict[str, int] = {}  # of all levels of the student
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher
         self.teacher: Optional[Teacher] = None
@@ -109,19 +123,45 @@ class Distiller(nn.Module):
         """Whether there is anything to distil."""
         return len(self.losses) > 0
 
-    def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
+    @property
+    def kinds(self) -> List[str]:
+        """The kinds of the student's heads whose answers the losses compare."""
+        wanted = [kind for loss in self.losses.values() for kind in loss.compares]
+        return [kind for kind in dict.fromkeys(wanted) if kind in self.student_heads]
+
+    @property
+    def layer(self) -> int:
+        """After which convolution of the student's head its features go into the teacher's."""
+        return max((loss.layer for loss in self.losses.values()), default=0)
+
+    def attach(
+        self,
+        student_shapes: Dict[str, ShapeSpec],
+        num_classes: int = 0,
+        detector: Any = None,
+    ) -> None:
         """Makes the adapters and the trainable parts of the losses.
 
         Args:
             student_shapes (dict[str, ShapeSpec]): the levels of the student's backbone.
             num_classes (int): object classes that the student's head predicts; 0: not known.
+            detector (nn.Module or None): the student, for losses that compare its heads.
 
         Raises:
-            ConfigError: the student lacks a level.
+            ConfigError: the student lacks a level, or a head that a loss compares.
         """
         if not self.enabled:
             return
-        self.student_shapes = select_levels(student_shapes, self.in_features)
+        if any(loss.compares != ("maps",) for loss in self.losses.values()):
+            self.student_heads = describe_heads(detector)
+        self.strides = {level: shape.stride for level, shape in student_shapes.items()}
+        for loss in self.losses.values():
+            check_compared(loss, self.student_heads)
+        # without a loss of maps they are compared for pictures alone
+        with nullcontext() if self.of_maps else suppress(ConfigError):
+            self.student_shapes = select_levels(student_shapes, self.in_features)
+        if not self.of_maps:
+            return
         channels = {level: shape.channels for level, shape in self.student_shapes.items()}
         with torch.random.fork_rng(devices=[]):  # the detector's random numbers stay the same
             if self.adapter != "none":
@@ -136,24 +176,39 @@ class Distiller(nn.Module):
             for loss in self.losses.values():
                 loss.attach(channels, num_classes)
 
-    def build_teacher(self, device: torch.device) -> None:
+    def build_teacher(self, device: torch.device, class_names: Sequence[str] = ()) -> None:
         """Builds and loads the teacher.
 
+        Args:
+            device (torch.device): where it starts.
+            class_names (sequence[str]): those of the student's training data; (): not known.
+
         Raises:
-            ConfigError: it cannot be built, or its levels do not fit the student's.
+            ConfigError: it cannot be built, or its levels or heads do not fit the student's.
         """
         if not self.enabled:
             return
-        teacher = Teacher(self.spec, device)
+        teacher = Teacher(self.spec, device, self.kinds)
+        for loss in self.losses.values():
+            kinds = [kind for kind in loss.compares if kind in self.student_heads]
+            check_heads(loss.name, kinds, self.student_heads, teacher.heads)
+            names = class_names, teacher.class_names
+            check_class_names(loss.name, kinds, self.student_heads, names)
+        with nullcontext() if self.of_maps else suppress(ConfigError):
+            self.teacher_levels = self._match_levels(teacher)
+        self.teacher = teacher
+
+    def _match_levels(self, teacher: Teacher) -> Dict[str, str]:
+        """Level of the student -> level of the teacher; ConfigError if they cannot be compared."""
         if self.adapter != "none" and not self.adapters:
             raise ConfigError(
                 "MODEL.DISTILL.TEACHER.CONFIG could not be read when the student was built, so it "
                 "has no adapters: build the student again"
             )
-        self.teacher_levels = match_levels(self.student_shapes, teacher.shapes)
+        matched = match_levels(self.student_shapes, teacher.shapes)
         if self.adapter == "none":
-            check_channels(self.student_shapes, teacher.shapes, self.teacher_levels)
-        self.teacher = teacher
+            check_channels(self.student_shapes, teacher.shapes, matched)
+        return matched
 
     def forward(
         self,
@@ -161,6 +216,7 @@ class Distiller(nn.Module):
         student_maps: Maps,
         images: Tensor,
         preprocessing: Preprocessing,
+        outputs: Optional[HeadOutputs] = None,
     ) -> Dict[str, Tensor]:
         """The weighted losses of one batch. Their values by level go to the event storage.
 
@@ -169,6 +225,7 @@ class Distiller(nn.Module):
             student_maps (dict[str, Tensor]): level -> (N, C, H, W), what its backbone returned.
             images (Tensor): (N, 3, H, W), what its backbone was given.
             preprocessing (Preprocessing): how the student made `images` of `batched_inputs`.
+            outputs (HeadOutputs or None): of its heads, for the losses that compare them.
 
         Returns:
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
@@ -177,8 +234,10 @@ class Distiller(nn.Module):
             ConfigError: see :meth:`build_teacher` and :meth:`match_maps`.
         """
         iteration = get_event_storage().iter
-        student, teacher = self.match_maps(batched_inputs, student_maps, images, preprocessing)
-        terms = self.compare(student, teacher, batched_inputs, iteration)
+        student, teacher, *answers = self.match(
+            batched_inputs, student_maps, images, preprocessing, outputs
+        )
+        terms = self.compare(student, teacher, batched_inputs, iteration, answers)
         log_terms(terms)
         ramp = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
         losses = {}
@@ -196,11 +255,23 @@ class Distiller(nn.Module):
         images: Tensor,
         preprocessing: Preprocessing,
     ) -> Tuple[Maps, Maps]:
+        """The maps of :meth:`match`."""
+        return self.match(batched_inputs, student_maps, images, preprocessing)[:2]
+
+    def match(
+        self,
+        batched_inputs: List[Dict],
+        student_maps: Maps,
+        images: Tensor,
+        preprocessing: Preprocessing,
+        outputs: Optional[HeadOutputs] = None,
+    ) -> Tuple[Maps, Maps, Answers, Answers]:
         """Runs the teacher and the adapters; the arguments are those of :meth:`forward`.
 
         Returns:
             (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
             equal shapes, in float32 or float64.
+            (dict, dict): what their heads answer; see :func:`pair_answers`.
 
         Raises:
             ConfigError: a map does not have one cell per stride.
@@ -212,6 +283,7 @@ class Distiller(nn.Module):
             teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
             height, width = images.shape[-2:]
             student, teacher = {}, {}
+            answers: Tuple[Answers, Answers] = {}, {}
             for level, name in self.teacher_levels.items():
                 student[level], teacher[level] = match_cells(
                     (level, student_maps[level], (height, width)),
@@ -220,10 +292,31 @@ class Distiller(nn.Module):
                 )
                 if level in self.adapters:
                     student[level] = self.adapters[level](student[level])
-        return student, teacher
+            if outputs is not None and self.kinds:
+                context = self.context(batched_inputs)
+                answers = pair_answers(
+                    outputs, self.teacher.model, teacher_maps, self.kinds, context, self.layer
+                )
+        return (student, teacher, *answers)
+
+    def context(self, batched_inputs: List[Dict], iteration: int = 0) -> Context:
+        """What the losses know of a batch besides its maps."""
+        has_targets = "instances" in batched_inputs[0]
+        return Context(
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            strides=self.strides,
+            targets=[x["instances"] for x in batched_inputs] if has_targets else None,
+            mask_padding=self.mask_padding,
+            iteration=iteration,
+        )
 
     def compare(
-        self, student: Maps, teacher: Maps, batched_inputs: List[Dict], iteration: int = 0
+        self,
+        student: Maps,
+        teacher: Maps,
+        batched_inputs: List[Dict],
+        iteration: int = 0,
+        answers: Sequence[Answers] = (),
     ) -> Terms:
         """Each loss by level, not weighted.
 
@@ -231,18 +324,39 @@ class Distiller(nn.Module):
             student, teacher (dict[str, Tensor]): what :meth:`match_maps` returns.
             batched_inputs (list[dict]): the batch that they belong to.
             iteration (int): of the training, from 0.
+            answers (sequence[dict]): those of student and teacher, as :meth:`match` returns them;
+                (): the losses of maps alone.
         """
-        has_targets = "instances" in batched_inputs[0]
-        context = Context(
-            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
-            strides={level: shape.stride for level, shape in self.student_shapes.items()},
-            targets=[x["instances"] for x in batched_inputs] if has_targets else None,
-            mask_padding=self.mask_padding,
-            iteration=iteration,
+        context = self.context(batched_inputs, iteration)
+        assert self.teacher is not None
+        terms = {}
+        with torch.autocast(self.teacher.model.pixel_mean.device.type, enabled=False):
+            for loss in self.losses.values():
+                if "maps" in loss.compares:
+                    terms[loss.name] = loss(student, teacher, context)
+                elif answers:
+                    terms[loss.name] = loss(*answers, context)
+        return terms
+
+
+def check_compared(loss: KDLoss, heads: Dict[str, Facts]) -> None:
+    """Raises ConfigError if a student has no head that a loss compares, or not enough layers."""
+    if "maps" in loss.compares:
+        return
+    if not set(loss.compares) & set(heads):
+        wanted = " or ".join(dict.fromkeys(NAMES[kind] for kind in loss.compares))
+        raise ConfigError(
+            f"MODEL.DISTILL.LOSSES: {loss.name} compares what {wanted} answers, and the student "
+            "has none"
         )
-        device = next(iter(student.values())).device
-        with torch.autocast(device.type, enabled=False):
-            return {loss.name: loss(student, teacher, context) for loss in self.losses.values()}
+    for kind in set(loss.compares) & set(heads):
+        check_has(loss.name, kind, "student", heads)
+    convolutions = len(heads.get("cross", {}).get(CHANNELS, ()))
+    if loss.layer > convolutions and "cross" in loss.compares:
+        raise ConfigError(
+            f"MODEL.DISTILL.{loss.name.upper()}.LAYER is {loss.layer}, and the student's head has "
+            f"{convolutions} convolutions"
+        )
 
 
 def log_terms(terms: Terms) -> None:

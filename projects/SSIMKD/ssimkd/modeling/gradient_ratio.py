@@ -4,51 +4,62 @@ The values of losses do not show how strongly each acts on the student: of two l
 value, one can have a gradient that is 1000 times as long. Weights are chosen by this ratio.
 """
 
+from collections import defaultdict
 from functools import partial
-from typing import Dict
+from typing import Any, Dict, Set, Tuple
 
 import torch
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-Maps = Dict[str, Tensor]
-
 
 class GradientRatio:
-    """Measures two gradients at the same maps in the one backward pass of a training step.
+    """Measures two gradients at the same tensors in the one backward pass of a training step.
 
-    Detector and distiller get views of the maps. After the backward pass the event storage gets
-    "gradient_ratio", the Euclidean norm of the distillation's gradient, with its weights, divided
-    by the norm of the detector's, over all maps together. It also gets "gradient_ratio/<level>" for
-    each level that both reach.
-
-    Args:
-        maps (dict[str, Tensor]): level -> (N, C, H, W), what a backbone returns.
+    Detector and distiller get views of what a backbone returns and of what those heads answer whose
+    answers a loss compares. After the backward pass the event storage gets "gradient_ratio", the
+    Euclidean norm of the distillation's gradient, with its weights, divided by the norm of the
+    detector's, over all maps together, or over all answers if no loss compares maps. It also gets
+    "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for each that both reach. What a
+    loss of answers sends on to the maps counts as the detector's gradient there.
     """
 
-    def __init__(self, maps: Maps) -> None:
-        self.maps, self.storage = maps, get_event_storage()
-        self.squares: Dict[str, Maps] = {}  # side -> level -> squared norm
+    def __init__(self) -> None:
+        self.storage = get_event_storage()
+        self.maps: Set[str] = set()  # names
+        self.squares: Dict[str, Dict[str, Any]] = {}  # side -> name -> squared norm
 
-    def view(self, side: str) -> Maps:
-        """The maps for one side, "detector" or "distiller"."""
-        views = {level: maps.view_as(maps) for level, maps in self.maps.items()}
-        for level, maps in views.items():
-            if maps.requires_grad:
-                maps.register_hook(partial(self._measure, side, level))
+    def split_maps(self, maps: Dict[str, Tensor]) -> Tuple[Any, Any]:
+        """Views of the maps (N, C, H, W) by level, for the detector and for the distiller."""
+        self.maps |= set(maps)
+        pairs = {level: self.split(level, x) for level, x in maps.items()}
+        return {k: own for k, (own, _) in pairs.items()}, {k: kd for k, (_, kd) in pairs.items()}
+
+    def split(self, name: str, output: Any) -> Tuple[Any, Any]:
+        """Views of a tensor, or of those in nested lists, for the detector and the distiller."""
+        if not isinstance(output, Tensor):
+            pairs = [self.split(name, x) for x in output]
+            return tuple(type(output)(side) for side in zip(*pairs))
+        views = output.view_as(output), output.view_as(output)
+        for side, view in zip(("detector", "distiller"), views):
+            if view.requires_grad:
+                view.register_hook(partial(self._measure, side, name))
         return views
 
-    def _measure(self, side: str, level: str, gradient: Tensor) -> None:
+    def _measure(self, side: str, name: str, gradient: Tensor) -> None:
         if not self.squares:
             torch.autograd.Variable._execution_engine.queue_callback(self._log)
-        self.squares.setdefault(side, {})[level] = gradient.float().square().sum()
+        squares = self.squares.setdefault(side, defaultdict(float))
+        squares[name] = squares[name] + gradient.float().square().sum()
 
     def _log(self) -> None:
         detector, distiller = (self.squares.get(side, {}) for side in ("detector", "distiller"))
         if not (detector and distiller):  # the backward pass of one side alone
             return
-        total = sum(distiller.values()) / sum(detector.values())
+        names = self.maps if self.maps & set(distiller) else set(distiller)
+        total = sum(distiller[name] for name in names & set(distiller))
+        total = total / sum(detector[name] for name in names & set(detector))
         self.storage.put_scalar("gradient_ratio", float(total**0.5))
-        for level in detector.keys() & distiller.keys():
-            ratio = float((distiller[level] / detector[level]) ** 0.5)
-            self.storage.put_scalar(f"gradient_ratio/{level}", ratio)
+        for name in detector.keys() & distiller.keys():
+            ratio = float((distiller[name] / detector[name]) ** 0.5)
+            self.storage.put_scalar(f"gradient_ratio/{name}", ratio)

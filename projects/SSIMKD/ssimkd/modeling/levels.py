@@ -105,6 +105,11 @@ def match_cells(
                 f"cells for images of {size} pixels, but stride {stride} gives {expected}: teacher "
                 "and student would not be compared cell by cell"
             )
-    s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for _, x, _ in (student, teacher))
+    s, t = (as_float(x) for _, x, _ in (student, teacher))
     height, width = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
     return s[..., :height, :width], t[..., :height, :width]
+
+
+def as_float(x: Tensor) -> Tensor:
+    """x in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

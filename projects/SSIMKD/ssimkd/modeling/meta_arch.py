@@ -27,6 +27,7 @@ from ssimkd.utils.compat import FCOS
 
 from .distiller import Distiller
 from .gradient_ratio import GradientRatio
+from .responses import capture_heads
 from .several_teachers import Distillers, build_distiller, build_teachers, distillers_of
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class DistillMixin:
         super().__init__(**kwargs)
         if distiller is not None:
             num_classes = classes_in(getattr(self, "roi_heads", self))
-            distiller.attach(self.backbone.output_shape(), num_classes)
+            distiller.attach(self.backbone.output_shape(), num_classes, self)
         self.distiller = distiller
         self.log_gradients = log_gradients
         self.image_format = image_format
@@ -101,10 +102,13 @@ class DistillMixin:
             return super().forward(batched_inputs)
         self._build_missing_teachers()
         log_gradients = self.log_gradients and get_event_storage().iter % self.log_gradients == 0
-        with capture_backbone(self.backbone, log_gradients) as captured:
+        ratio = GradientRatio() if log_gradients else None
+        kinds = [kind for _, one in distillers_of(self) for kind in one.kinds]
+        maps, heads = capture_backbone(self.backbone, ratio), capture_heads(self, kinds, ratio)
+        with maps as captured, heads as outputs:
             losses = super().forward(batched_inputs)
         kd_losses = distiller(
-            batched_inputs, captured["maps"], captured["images"], self.preprocessing
+            batched_inputs, captured["maps"], captured["images"], self.preprocessing, outputs
         )
         return {**losses, **kd_losses}
 
@@ -119,12 +123,14 @@ class DistillMixin:
 
 
 @contextmanager
-def capture_backbone(backbone: nn.Module, log_gradients: bool = False) -> Iterator[Dict[str, Any]]:
+def capture_backbone(
+    backbone: nn.Module, ratio: Optional[GradientRatio] = None
+) -> Iterator[Dict[str, Any]]:
     """Keeps what a backbone is given and returns while the block runs.
 
     Args:
         backbone (nn.Module): of the student. Its hook is removed after the block.
-        log_gradients (bool): compare the two gradients at the maps, see :class:`GradientRatio`.
+        ratio (GradientRatio or None): measures the two gradients at the maps.
 
     Yields:
         dict: once the backbone has run, "images", (N, 3, H, W), and "maps", level -> (N, C, H, W).
@@ -133,10 +139,8 @@ def capture_backbone(backbone: nn.Module, log_gradients: bool = False) -> Iterat
 
     def keep(module, inputs, maps):
         captured.update(images=inputs[0], maps=maps)
-        if log_gradients:
-            ratio = GradientRatio(maps)
-            captured["maps"] = ratio.view("distiller")
-            return ratio.view("detector")
+        if ratio is not None:
+            maps, captured["maps"] = ratio.split_maps(maps)
         return maps
 
     handle = backbone.register_forward_hook(keep)

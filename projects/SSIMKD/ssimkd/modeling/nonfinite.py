@@ -1,14 +1,15 @@
 """Finds out where NaN or infinity in a distillation loss comes from."""
 
+from dataclasses import is_dataclass
 from typing import Any, Dict, Iterator, List
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssimkd.utils.random_state import preserve_random_state
 
 from .distiller import Distiller
-from .paired_maps import evaluation_mode, paired_maps
+from .paired_maps import evaluation_mode, pair
 from .several_teachers import distillers_of
 
 
@@ -37,12 +38,30 @@ def explain_nonfinite(model: nn.Module, batch: List[Dict]) -> str:
 
 def nonfinite_terms(model: Any, distiller: Distiller, batch: List[Dict]) -> Iterator[str]:
     """A text for each loss and level of one teacher that is not finite."""
-    student, teacher = paired_maps(model, distiller, batch)
-    for loss, terms in distiller.compare(student, teacher, batch).items():
+    student, teacher, *answers = pair(model, distiller, batch)
+    spoilt = {}  # level, or kind of head -> whose it is
+    for whose, maps, answered in zip(("student", "teacher"), (student, teacher), answers):
+        for name, given in (*maps.items(), *answered.items()):
+            if not all(torch.isfinite(x).all() for x in tensors_in(given)):
+                spoilt[name] = whose
+    for loss, terms in distiller.compare(student, teacher, batch, 0, answers).items():
         for level, value in terms.items():
             if not torch.isfinite(value):
-                reason = "though both maps are finite"
-                for whose, maps in (("student", student), ("teacher", teacher)):
-                    if level in maps and not torch.isfinite(maps[level]).all():
-                        reason = f"because the {whose}'s {level} holds NaN or infinity"
+                reason = "though both sides are finite"
+                for name in (level, *distiller.losses[loss].compares):
+                    if name in spoilt:
+                        what = name if name in student else f"{name} head"
+                        reason = f"because the {spoilt[name]}'s {what} holds NaN or infinity"
                 yield f"{loss}_kd/{level} is {value.item()}, {reason}"
+
+
+def tensors_in(given: Any) -> Iterator[Tensor]:
+    """The tensors of a map, or of what heads answer."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, (list, dict)):
+        for value in given.values() if isinstance(given, dict) else given:
+            yield from tensors_in(value)
+    elif is_dataclass(given):
+        for value in vars(given).values():
+            yield from tensors_in(value)

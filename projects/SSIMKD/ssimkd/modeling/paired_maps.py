@@ -1,4 +1,4 @@
-"""The maps of student and teacher for a batch, outside of training."""
+"""The maps of student and teacher, and what their heads answer, outside of training."""
 
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Tuple
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .meta_arch import capture_backbone
+from .responses import Answers, capture_heads
 
 
-@torch.no_grad()
 def paired_maps(
     model: Any, distiller: Distiller, batch: List[Dict]
 ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
@@ -24,12 +24,20 @@ def paired_maps(
     Returns:
         (dict, dict): see :meth:`Distiller.match_maps`.
     """
+    return pair(model, distiller, batch)[:2]
+
+
+@torch.no_grad()
+def pair(
+    model: Any, distiller: Distiller, batch: List[Dict]
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Answers, Answers]:
+    """As :func:`paired_maps`, with the answers of both detectors' heads to the detections."""
     with evaluation_mode(model):
-        with capture_backbone(model.backbone) as captured:
+        backbone, heads = capture_backbone(model.backbone), capture_heads(model, distiller.kinds)
+        with backbone as captured, heads as outputs:
             model(batch)
-        return distiller.match_maps(
-            batch, captured["maps"], captured["images"], model.preprocessing
-        )
+        maps, images = captured["maps"], captured["images"]
+        return distiller.match(batch, maps, images, model.preprocessing, outputs)
 
 
 @contextmanager

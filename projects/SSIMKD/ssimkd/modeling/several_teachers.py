@@ -1,6 +1,19 @@
 """Several teachers of one student: a Distiller for each."""
 
-from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Mapping, Tuple, Union, cast
+from typing import (
+    Any,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    cast,
+)
 
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
@@ -10,6 +23,7 @@ from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.teacher.preprocessing import Preprocessing
 
 from .distiller import Distiller
+from .responses import HeadOutputs
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold besides the keys of TEACHER and NAME.
 OWN_SETTINGS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
@@ -43,11 +57,16 @@ class Distillers(nn.ModuleDict):
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
 
-    def attach(self, student_shapes: Dict[str, ShapeSpec], num_classes: int = 0) -> None:
+    def attach(
+        self,
+        student_shapes: Dict[str, ShapeSpec],
+        num_classes: int = 0,
+        detector: Any = None,
+    ) -> None:
         """See :meth:`Distiller.attach`."""
         for name, distiller in self.named():
             with naming_teacher(name):
-                distiller.attach(student_shapes, num_classes)
+                distiller.attach(student_shapes, num_classes, detector)
 
     def forward(
         self,
@@ -55,13 +74,14 @@ class Distillers(nn.ModuleDict):
         student_maps: Dict[str, Tensor],
         images: Tensor,
         preprocessing: Preprocessing,
+        outputs: Optional[HeadOutputs] = None,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
                 with naming_teacher(name), get_event_storage().name_scope(name):
-                    own = distiller(batched_inputs, student_maps, images, preprocessing)
+                    own = distiller(batched_inputs, student_maps, images, preprocessing, outputs)
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 
@@ -79,15 +99,19 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
         yield "", distiller
 
 
-def build_teachers(model: Any) -> None:
+def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:
     """Builds every teacher of a student, so that a failure comes before the first step.
+
+    Args:
+        model (nn.Module): the student.
+        class_names (sequence[str]): those of its training data; (): not known.
 
     Raises:
         ConfigError: see :meth:`Distiller.build_teacher`.
     """
     for name, distiller in distillers_of(model):
         with naming_teacher(name):
-            distiller.build_teacher(model.device)
+            distiller.build_teacher(model.device, class_names)
 
 
 def naming_teacher(name: str) -> ContextManager[None]:

@@ -1,11 +1,15 @@
-"""The teacher: a frozen detector of which only backbone and neck run."""
+"""The teacher: a frozen detector of which backbone, neck and the heads that losses need run."""
 
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
+from ssimkd.data.datasets import training_classes
+from ssimkd.errors import ConfigError
+
+from .heads import describe_heads, keep_modules, modules_of
 from .network import TeacherNetwork
 from .preprocessing import (
     Preprocessing,
@@ -17,7 +21,7 @@ from .spec import TeacherSpec
 
 
 class Teacher:
-    """A detector that only gives its maps: it is never trained and never saved.
+    """A detector that gives its maps, and answers of its heads: never trained and never saved.
 
     It is not an nn.Module. So a student that holds it has none of its tensors in `parameters()`, in
     checkpoints or in the buckets of DistributedDataParallel, and `train()` does not reach it.
@@ -25,19 +29,31 @@ class Teacher:
     Args:
         spec (TeacherSpec): what to build and load.
         device (torch.device): where it starts. Later it moves to the device of its inputs.
+        kinds (sequence[str]): the kinds of its heads that are kept; see `heads.py`.
 
     Raises:
         ConfigError: the config or the checkpoint cannot be read, or the checkpoint does not hold
-            every tensor of the backbone with its shape and with finite values.
+            every tensor of the backbone and these heads with its shape and with finite values.
     """
 
-    def __init__(self, spec: TeacherSpec, device: torch.device) -> None:
-        model, cfg, _ = spec.load(device)
+    def __init__(self, spec: TeacherSpec, device: torch.device, kinds: Sequence[str] = ()) -> None:
+        model, cfg, absent = spec.load(device)
+        self.heads = describe_heads(model) if kinds else {}
+        self.class_names = training_classes(cfg)
+        modules = [
+            name for kind in kinds if self.heads.get(kind) for name in modules_of(model, kind)
+        ]
+        for name, tensor in model.state_dict().items():
+            if not name.startswith(tuple(f"{module}." for module in modules)):
+                continue
+            if name in absent or not torch.isfinite(tensor).all():
+                raise ConfigError(
+                    f"MODEL.DISTILL.TEACHER.WEIGHTS: a loss of MODEL.DISTILL.LOSSES needs {name}, "
+                    "which the checkpoint does not hold in its shape and with finite values"
+                )
         self.preprocessing = preprocessing_of(model, training_image_format(cfg, model))
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
-        for name, _ in list(model.named_children()):
-            if name != "backbone":
-                delattr(model, name)  # the heads never run, and their memory is needed
+        keep_modules(model, ["backbone", *modules])
         self.model = model
         self.network = TeacherNetwork(model.backbone, device, spec.precision, spec.compile)
 

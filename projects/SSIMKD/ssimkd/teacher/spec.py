@@ -49,8 +49,8 @@ class TeacherSpec:
             self.opts = cast(List, OmegaConf.to_container(self.opts))
         if self.precision not in PRECISIONS:
             raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.PRECISION: {self.precision!r} is none of "
-                f"{', '.join(PRECISIONS)}"
+                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join(PRECISIONS)}, "
+                f"got {self.precision!r}"
             )
         check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
 

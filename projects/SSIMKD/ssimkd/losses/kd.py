@@ -1,0 +1,141 @@
+"""Soft targets: a student's heads learn the answers of its teacher's (Hinton et al., 2015)."""
+
+from typing import Any, Dict, Tuple
+
+import torch
+from torch import Tensor
+
+from ssimkd.registry import register_loss
+from ssimkd.utils.validate import check_coefficients, check_positive
+
+from .base import Context, KDLoss
+from .responses import (
+    AnchorAnswers,
+    Answers,
+    ProposalAnswers,
+    binary_kl,
+    by_stage,
+    giou_cost,
+    softmax_kl,
+)
+
+
+@register_loss("kd")
+class SoftTargetLoss(KDLoss):
+    """Divergence of the class probabilities, and distance of the boxes where there is an object.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; for both stages of a
+    detector Chen et al., NeurIPS 2017. With p = softmax(z / T) or sigmoid(z / T), student S,
+    teacher T, and w the teacher's probability of an object:
+
+        roi_cls      T^2 / R sum_r KL(p_T || p_S), over all classes and the background
+        roi_box      1 / R sum_r w |d_S - d_T|, of the class that the teacher finds most probable
+        rpn_cls      T^2 / W sum_a KL(p_T || p_S) of "object or not", W = max(1, sum_a w)
+        rpn_box      1 / W sum_a w |d_S - d_T|
+        dense_cls    T^2 / P sum_a sum_k KL(p_T || p_S)
+        dense_box    1 / P sum_a w (1 - GIoU(b_S, b_T))
+        centerness   1 / P sum_a w KL(c_T || c_S), of FCOS
+
+    for R proposals, anchors a, box deltas d in the units of the student's own loss, boxes b in
+    pixels. P is the number of anchors with an object by which a dense detector divides its own
+    losses (running mean). The divergences have the gradients of cross-entropies with the teacher's
+    probabilities as targets, and are 0 where both agree. A box head of several stages has a value
+    for each, such as roi_cls_stage1. No ground truth is needed.
+
+    Args:
+        weight (float): lambda.
+        temperature (float): T.
+        rpn_cls, rpn_box, roi_cls, roi_box, dense_cls, dense_box, centerness (float): factor of
+            each part. A head both of whose factors are 0 is neither run nor compared.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 1.0,  # Chen et al., and others' detection settings
+        rpn_cls: float = 1.0,
+        rpn_box: float = 1.0,
+        roi_cls: float = 1.0,
+        roi_box: float = 1.0,
+        dense_cls: float = 1.0,
+        dense_box: float = 1.0,
+        centerness: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        check_positive(temperature=temperature)
+        self.temperature = temperature
+        self.factors = dict(
+            rpn_cls=rpn_cls,
+            rpn_box=rpn_box,
+            roi_cls=roi_cls,
+            roi_box=roi_box,
+            dense_cls=dense_cls,
+            dense_box=dense_box,
+            centerness=centerness,
+        )
+        check_coefficients(**self.factors)
+        used = {
+            "rpn": rpn_cls + rpn_box,
+            "roi": roi_cls + roi_box,
+            "roi_box": roi_box,
+            "dense": dense_cls + dense_box + centerness,
+        }
+        self.compares = tuple(kind for kind, factor in used.items() if factor)
+        if not self.compares:
+            raise ValueError("a factor must be above 0, or there is nothing to compare")
+
+    def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
+        """Part -> scalar >= 0."""
+        parts: Dict[str, Tensor] = {}
+        for kind in (k for k in ("rpn", "dense") if k in self.compares and k in student):
+            levels = [
+                self.compare_anchors(kind, answers, teacher[kind][level])
+                for level, answers in student[kind].items()
+            ]
+            divisor: Any = torch.stack([objects for objects, _ in levels]).sum().clamp(min=1)
+            if kind == "dense":
+                divisor = next(iter(student[kind].values())).positives
+            for part in levels[0][1]:
+                parts[part] = torch.stack([sums[part] for _, sums in levels]).sum() / divisor
+        if "roi" in self.compares:
+            for name, s, t in by_stage(student, teacher):
+                parts.update({f"{k}{name}": x for k, x in self.compare_proposals(s, t).items()})
+        return {k: self.factors[k.split("_stage")[0]] * x for k, x in parts.items()}
+
+    def compare_anchors(
+        self, kind: str, student: AnchorAnswers, teacher: AnchorAnswers
+    ) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Of one level, the sum of the teacher's probabilities and the sum of each part."""
+        objects = teacher.scores()
+        sums = {f"{kind}_cls": self.soften(binary_kl, student.logits, teacher.logits).sum()}
+        if kind == "rpn":
+            distance = (student.deltas - teacher.deltas).abs().sum(dim=2)
+        else:
+            distance = giou_cost(student.boxes, teacher.boxes)
+        sums[f"{kind}_box"] = (objects * distance).sum()
+        if student.centerness is not None:
+            centerness = self.soften(binary_kl, student.centerness, teacher.centerness)
+            sums["centerness"] = (objects * centerness).sum()
+        return objects.sum(), sums
+
+    def compare_proposals(
+        self, student: ProposalAnswers, teacher: ProposalAnswers
+    ) -> Dict[str, Tensor]:
+        """The parts of one stage of a box head."""
+        proposals = max(len(student.logits), 1)
+        parts = {"roi_cls": self.soften(softmax_kl, student.logits, teacher.logits).sum()}
+        if "roi_box" in self.compares:
+            probabilities = teacher.logits.softmax(dim=1)
+            classes = teacher.logits[:, :-1].argmax(dim=1)
+            distance = student.deltas_of(classes) - teacher.deltas_of(classes)
+            objects = 1 - probabilities[:, -1]
+            parts["roi_box"] = (objects * distance.abs().sum(dim=1)).sum()
+        return {part: value / proposals for part, value in parts.items()}
+
+    def soften(self, divergence: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        """T^2 times a divergence of logits divided by T."""
+        temperature = self.temperature
+        return temperature**2 * divergence(student / temperature, teacher / temperature)

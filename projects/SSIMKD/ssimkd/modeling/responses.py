@@ -1,0 +1,248 @@
+"""Takes what a student's heads answer, and lets its teacher's heads answer at the same places.
+
+An RPN and a dense head answer at every cell: the teacher's at the cells of its own maps. A box head
+answers to proposals: the teacher's gets those that the student sampled, and pools its own maps.
+`losses/responses.py` says in which form the answers reach a loss.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from ssimkd.losses import Context
+from ssimkd.losses.responses import AnchorAnswers, Answers, ProposalAnswers
+from ssimkd.teacher.heads import (
+    answer_anchors,
+    answer_proposals,
+    box_predictors,
+    continue_head,
+    levels_of,
+    split_subnet,
+)
+
+from .gradient_ratio import GradientRatio
+from .levels import as_float
+
+SUBNETS = ("cls_subnet", "bbox_subnet")  # of a dense head
+Cells = List[Tuple[int, int]]  # height and width of each image in cells
+
+
+@dataclass
+class HeadOutputs:
+    """What a student's heads took and gave in one forward.
+
+    Attributes:
+        detector (nn.Module): the student.
+        anchors (dict[str, sequence[list[Tensor]]]): "rpn", "dense" -> logits, deltas and, of FCOS,
+            centerness, each by level.
+        proposals (list[list[Boxes]]): stage of the box head -> image -> boxes that were pooled.
+        predictions (list[(Tensor, Tensor)]): stage of the box head -> logits and deltas.
+        features (dict[str, list[list[Tensor]]]): subnet of a dense head -> convolution -> what its
+            block gave, by level.
+    """
+
+    detector: Any
+    anchors: Dict[str, Sequence[List[Tensor]]] = field(default_factory=dict)
+    proposals: List[List[Boxes]] = field(default_factory=list)
+    predictions: List[Tuple[Tensor, Tensor]] = field(default_factory=list)
+    features: Dict[str, List[List[Tensor]]] = field(default_factory=dict)
+
+    def takers(self, kinds: Iterable[str]) -> Iterator[Tuple[str, nn.Module, Callable]]:
+        """Kinds, modules of the detector, and functions that take what these modules give."""
+        detector = self.detector
+        if "rpn" in kinds:
+            head = detector.proposal_generator.rpn_head
+            yield "rpn", head, lambda output: self.anchors.update(rpn=output)
+        if "dense" in kinds:
+            yield "dense", detector.head, lambda output: self.anchors.update(dense=output)
+        for predictor in box_predictors(detector) if "roi" in kinds else ():
+            yield "roi", predictor, self.predictions.append
+        for name in SUBNETS if "cross" in kinds else ():
+            subnet = getattr(detector.head, name)
+            blocks = sum(isinstance(x, nn.Conv2d) for x in subnet)
+            self.features[name] = [[] for _ in range(blocks)]
+            for number, levels in enumerate(self.features[name], start=1):
+                yield "cross", split_subnet(subnet, number)[0][-1], levels.append
+
+
+@contextmanager
+def capture_heads(
+    detector: Any, kinds: Iterable[str], ratio: Optional[GradientRatio] = None
+) -> Iterator[HeadOutputs]:
+    """Keeps what heads of these kinds take and give while the block runs.
+
+    Args:
+        detector (nn.Module): the student. The hooks are removed after the block.
+        kinds (iterable[str]): see `teacher/heads.py`; () registers no hook.
+        ratio (GradientRatio or None): measures the two gradients at what the heads give.
+    """
+    outputs = HeadOutputs(detector)
+    with ExitStack() as handles:
+        for kind, module, take in outputs.takers(kinds):
+
+            def hook(module, inputs, output, kind=kind, take=take):
+                kept = output
+                if ratio is not None:
+                    output, kept = ratio.split(kind, output)
+                take(kept)
+                return output
+
+            handles.callback(module.register_forward_hook(hook).remove)
+        if "roi" in kinds:
+            heads = detector.roi_heads
+            pooler = heads.pooler if hasattr(heads, "res5") else heads.box_pooler
+            handle = pooler.register_forward_pre_hook(
+                lambda module, inputs: outputs.proposals.append(inputs[1])
+            )
+            handles.callback(handle.remove)
+        yield outputs
+
+
+def pair_answers(
+    outputs: HeadOutputs,
+    teacher: Any,
+    teacher_maps: Dict[str, Tensor],
+    kinds: Iterable[str],
+    context: Context,
+    layer: int = 0,
+) -> Tuple[Answers, Answers]:
+    """The answers of student and teacher.
+
+    Args:
+        outputs (HeadOutputs): of the student.
+        teacher (nn.Module): the teacher's detector, with these kinds of heads.
+        teacher_maps (dict[str, Tensor]): level -> (N, C, H, W), of its backbone.
+        kinds (iterable[str]): see `teacher/heads.py`.
+        context (Context): of the batch, with the strides of all levels.
+        layer (int): of the kind "cross", the convolution after which the student's features go
+            into the teacher's head, from 1.
+
+    Returns:
+        (dict, dict): kind -> what `losses/responses.py` has for it, in float32 or float64.
+    """
+    student: Answers = {}
+    answered: Answers = {}
+    if "roi" in kinds:
+        student["roi"], answered["roi"] = pair_proposals(outputs, teacher, teacher_maps)
+    for kind in ("rpn", "dense"):
+        if kind not in kinds:
+            continue
+        mine = [list(map(as_float, levels)) for levels in outputs.anchors[kind]]
+        with torch.no_grad():
+            theirs, anchors = answer_anchors(teacher, kind, teacher_maps)
+        places = common_places(
+            levels_of(outputs.detector, kind), mine[0], theirs[0], anchors, context
+        )
+        student[kind] = read_anchors(outputs.detector, kind, mine, places)
+        answered[kind] = read_anchors(teacher, kind, theirs, places)
+        if kind == "rpn":  # the box deltas in the student's units
+            for answers in answered[kind].values():
+                answers.deltas *= unit_ratio(outputs.detector, teacher, kind, answers.deltas)
+            continue
+        if "cross" in kinds:
+            taken = [list(map(as_float, outputs.features[name][layer - 1])) for name in SUBNETS]
+            crossed = continue_head(teacher, taken, layer)
+            student["cross"] = read_anchors(teacher, kind, crossed, places)
+        # a detector that was never trained has no mean
+        positives = max(1.0, float(getattr(outputs.detector, "loss_normalizer", 1.0)))
+        for answers in chain(*(student.get(k, {}).values() for k in ("dense", "cross"))):
+            answers.positives = positives
+    return student, answered
+
+
+def pair_proposals(
+    outputs: HeadOutputs, teacher: Any, teacher_maps: Dict[str, Tensor]
+) -> Tuple[List[ProposalAnswers], List[ProposalAnswers]]:
+    """The answers of both box heads to the student's proposals, for the stages that both have."""
+    heads = outputs.detector.roi_heads
+    matchers = getattr(heads, "proposal_matchers", None) or [heads.proposal_matcher]
+    with torch.no_grad():
+        theirs = answer_proposals(teacher, teacher_maps, outputs.proposals)
+    student, answered = [], []
+    for stage, (mine, other) in enumerate(zip(outputs.predictions, theirs)):
+        boxes = outputs.proposals[stage]
+        logits, deltas = (as_float(x) for x in mine)
+        student.append(
+            ProposalAnswers(logits, deltas.unflatten(1, (-1, 4)), boxes, matchers[stage])
+        )
+        logits, deltas = (as_float(x) for x in other)
+        ratio = unit_ratio(outputs.detector, teacher, "roi", deltas, stage)
+        answered.append(ProposalAnswers(logits, deltas.unflatten(1, (-1, 4)) * ratio, boxes))
+    return student, answered
+
+
+def common_places(
+    levels: Sequence[str],
+    student: List[Tensor],
+    teacher: List[Tensor],
+    anchors: List[Boxes],
+    context: Context,
+) -> Dict[str, Tuple[Cells, Tensor]]:
+    """The cells that both detectors have and that belong to the images.
+
+    Args:
+        levels (sequence[str]): of the student's head.
+        student, teacher (list[Tensor]): (N, A K, H, W) by level, logits.
+        anchors (list[Boxes]): H W A by level, of the teacher's maps.
+        context (Context): of the batch.
+
+    Returns:
+        dict[str, (Cells, Tensor)]: level -> each image's size, and their (M, A, 4) anchors.
+    """
+    places = {}
+    for level, mine, other, boxes in zip(levels, student, teacher, anchors):
+        height, width = other.shape[-2:]
+        rows, columns = (min(a, b) for a, b in zip(mine.shape[-2:], other.shape[-2:]))
+        cells = context.cells(level, mine[..., :rows, :columns])
+        grid = boxes.tensor.view(height, width, -1, 4)
+        places[level] = cells, torch.cat([grid[:h, :w].flatten(0, 1) for h, w in cells])
+    return places
+
+
+def read_anchors(
+    detector: Any,
+    kind: str,
+    outputs: Sequence[List[Tensor]],
+    places: Dict[str, Tuple[Cells, Tensor]],
+) -> Dict[str, AnchorAnswers]:
+    """What an RPN or a dense head answers at these places, by level of the student.
+
+    Args:
+        detector (nn.Module): whose head answered.
+        kind (str): "rpn" or "dense".
+        outputs (sequence[list[Tensor]]): what it answered, see :class:`HeadOutputs`.
+        places (dict): see :func:`common_places`.
+    """
+    answers = {}
+    for index, (level, (cells, anchors)) in enumerate(places.items()):
+        logits, deltas, *rest = (at_cells(x[index], cells, anchors.shape[1]) for x in outputs)
+        if kind == "rpn":
+            answers[level] = AnchorAnswers(logits, deltas=deltas)
+            continue
+        transform = detector.box2box_transform
+        boxes = transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1))
+        centerness = rest[0].squeeze(2) if rest else None
+        answers[level] = AnchorAnswers(logits, boxes=boxes.view_as(anchors), centerness=centerness)
+    return answers
+
+
+def at_cells(outputs: Tensor, cells: Cells, anchors: int) -> Tensor:
+    """What a convolution gave at the cells of the images: (N, A K, H, W) -> (M, A, K)."""
+    images = [x[:, :h, :w].flatten(1) for x, (h, w) in zip(outputs, cells)]  # (A K, h w)
+    return torch.cat(images, dim=1).unflatten(0, (anchors, -1)).permute(2, 0, 1)
+
+
+def unit_ratio(student: Any, teacher: Any, kind: str, like: Tensor, stage: int = 0) -> Any:
+    """The factors, (4,) or 1, from the units of a teacher's box deltas to its student's."""
+    own, other = (
+        detector.proposal_generator.box2box_transform.weights
+        if kind == "rpn"
+        else box_predictors(detector)[stage].box2box_transform.weights
+        for detector in (student, teacher)
+    )
+    return 1.0 if own == other else like.new_tensor(own) / like.new_tensor(other)
