@@ -35,13 +35,6 @@ def images(files):
     return [torch.as_tensor(cv2.imread(path).transpose(2, 0, 1)) for path in files]
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(
-        sys, "argv", ["export_student.py", "--config-file", CONFIG, *map(str, args)]
-    )
-    export_student.main()
-
-
 # Programs that read a graph without importing Detectron2 or this package.
 READ = {
     "torchscript": """
@@ -65,11 +58,11 @@ numpy.savez(sys.argv[3], boxes=boxes, scores=scores, classes=classes)
 
 @NEEDS_EXPORT
 @pytest.mark.parametrize("kind", READ)
-def test_a_graph_finds_what_detectron2_finds(kind, files, images, tmp_path, monkeypatch, capsys):
+def test_a_graph_finds_what_detectron2_finds(kind, files, images, tmp_path, capsys):
     shapes = {tuple(image.shape) for image in images}
     assert len(shapes) > 1  # The graph is traced on one size.
-    args = ["--weights", WEIGHTS, "--out", tmp_path, "--format", kind, "--images", *files]
-    run(monkeypatch, *args)
+    words = ["--config-file", CONFIG, "--weights", WEIGHTS, "--out", str(tmp_path)]
+    export_student.main([*words, "--format", kind, "--images", *files])
     path = tmp_path / f"student{graph.SUFFIXES[kind]}"
     assert capsys.readouterr().out.endswith(f"{path}: agrees with the detector on 8 images\n")
     predictor = DefaultPredictor(shapes_cfg("teacher", "MODEL.WEIGHTS", WEIGHTS))

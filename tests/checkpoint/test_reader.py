@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: what they hold is read, what they would run is not."""
+"""Checkpoints of other people: their tensors are read, and code in them is not run."""
 
 import collections
 import fractions

@@ -29,7 +29,7 @@ def save(folder, value, iteration):
 
 
 def resume(folder):
-    """The iteration that a resume finds, with the weights of that iteration."""
+    """The iteration that a resume finds. Its weights have that value."""
     model = model_of(-1.0)
     found = RunCheckpointer(model, str(folder)).resume_or_load("")
     assert (model.weight == found["iteration"]).all()
@@ -37,7 +37,7 @@ def resume(folder):
 
 
 def crash(folder, number):
-    """kill -9 before the n-th opening or renaming of a file in a folder."""
+    """Saves, and kills the process before it opens or renames a file for the n-th time."""
     calls = iter(range(1, 1000))
 
     def hook(event, args):

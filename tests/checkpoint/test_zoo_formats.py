@@ -5,10 +5,8 @@ Every file is written here from a detector whose tensors are known.
 
 import functools
 import pickle
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import image_batch
@@ -35,11 +33,6 @@ NARROW = [
     "MODEL.ROI_BOX_HEAD.CONV_DIM", 32,
     "MODEL.ROI_MASK_HEAD.CONV_DIM", 32,
 ]  # fmt: skip
-
-BRANCHES = {  # Caffe2's names
-
-    "shortcut": "branch1", "conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c"
-}  # fmt: skip
 
 
 def arrays(state):
@@ -119,9 +112,14 @@ def assert_holds(model, expected):
 
 
 @pytest.mark.parametrize("config, file", ZOO)
-def test_a_teacher_is_the_detector_of_its_file(config, file, tmp_path):
+def test_teachers_and_students_get_the_tensors_of_the_file(config, file, tmp_path):
     model = original(config)
-    spec = TeacherSpec(config, file(model, tmp_path), NARROW)
+    path = file(model, tmp_path)
+    started = student(config, path)
+    assert_holds(started, model.state_dict())
+    more = started.state_dict().keys() - model.state_dict().keys()
+    assert all(name.startswith("distiller.") for name in more)
+    spec = TeacherSpec(config, path, NARROW)
     detector, _, _ = spec.load(CPU)
     assert detector.backbone.state_dict().keys() == model.backbone.state_dict().keys()
     assert_holds(detector.backbone, model.backbone.state_dict())
@@ -131,26 +129,9 @@ def test_a_teacher_is_the_detector_of_its_file(config, file, tmp_path):
         expected = model.backbone(images)
     found, _ = Teacher(spec, CPU)(batch, images, preprocessing_of(model, "BGR"))
     assert found.keys() == expected.keys()
-    for level, value in expected.items():  # its batch norms are folded: equal but for rounding
-        torch.testing.assert_close(
-            found[level], value, rtol=1e-4, atol=1e-4 * float(value.abs().max())
-        )
-
-
-@pytest.mark.parametrize("config, file", ZOO)
-def test_a_student_starts_from_the_file(config, file, tmp_path):
-    model = original(config)
-    found = student(config, file(model, tmp_path))
-    assert_holds(found, model.state_dict())
-    more = found.state_dict().keys() - model.state_dict().keys()
-    assert all(name.startswith("distiller.") for name in more)
-
-
-def read(path):
-    if path.endswith(".pkl"):
-        with open(path, "rb") as f:
-            return pickle.load(f)
-    return torch.load(path)
+    for level, value in expected.items():  # The teacher's batch norms are folded.
+        tolerance = 1e-4 * float(value.abs().max())
+        torch.testing.assert_close(found[level], value, rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +145,7 @@ def read(path):
 def test_a_tensor_that_the_file_lacks_is_named(file, name, damage, tmp_path):
     name = f"backbone.{name}"
     path = file(original(FASTER), tmp_path)
-    content = read(path)
+    content = pickle.load(open(path, "rb")) if path.endswith(".pkl") else torch.load(path)
     tensors = content.get("model", content)
     value = tensors.pop(name)
     if damage == "renamed":
@@ -186,36 +167,15 @@ def test_a_file_without_statistics_has_them_in_scale_and_bias(tmp_path):
     assert all((v - float(name.endswith("var"))).abs().max() < 1e-4 for name, v in found.items())
 
 
-def msra_file(bottom_up, folder):
-    """ImageNetPretrained/MSRA/R-50.pkl: Caffe2's names, batch norm with its statistics."""
-    leaves = {"norm.weight": "bn_gamma", "norm.bias": "bn_beta"}
-    blobs = {"conv1_b": np.zeros(32), "fc1000_w": np.zeros((9, 9)), "fc1000_b": np.zeros(9)}
-    for name, value in arrays(bottom_up).items():
-        module, norm, leaf = re.fullmatch(r"(.+?)\.(norm\.)?(\w+)", name).groups()
-        layer = re.sub(r"(res\d)\.(\d)\.(\w+)", lambda m: f"{m[1]}_{m[2]}_{BRANCHES[m[3]]}", module)
-        layer = layer.replace("stem.", "")
-        if not norm:
-            blobs[f"{layer}_w"] = value
-            continue
-        layer = "res_conv1" if layer == "conv1" else layer
-        blobs[f"{layer}_{leaves.get(norm + leaf, f'bn_{leaf}')}"] = value
-    return write(folder / "R-50.pkl", blobs)
-
-
-def torchvision_file(bottom_up, folder):
-    """ImageNetPretrained/torchvision/R-50.pkl."""
-    content = {"model": arrays(bottom_up), "__author__": "torchvision", "matching_heuristics": True}
-    return write(folder / "R-50.pkl", content)
-
-
 @pytest.mark.parametrize("config", [FASTER, RETINA])
-@pytest.mark.parametrize("file", [msra_file, torchvision_file])
-def test_a_student_starts_from_a_classifier(config, file, tmp_path):
-    bottom_up = original(config).backbone.bottom_up
-    path = file(bottom_up.state_dict(), tmp_path)
+def test_a_student_starts_from_a_classifier_and_a_teacher_does_not(config, tmp_path):
+    """The file is like ImageNetPretrained/torchvision/R-50.pkl."""
+    weights = original(config).backbone.bottom_up.state_dict()
+    content = {"model": arrays(weights), "__author__": "torchvision", "matching_heuristics": True}
+    path = write(tmp_path / "R-50.pkl", content)
     found = student(config, path)
-    assert_holds(found.backbone.bottom_up, bottom_up.state_dict())
-    untouched = student(config, "").state_dict()  # the same seed
+    assert_holds(found.backbone.bottom_up, weights)
+    untouched = student(config, "").state_dict()  # with the same seed
     rest = {k: v for k, v in untouched.items() if not k.startswith("backbone.bottom_up.")}
     assert_holds(found, rest)
     with pytest.raises(ConfigError, match=r"backbone.fpn_lateral\d.* is missing"):

@@ -75,23 +75,20 @@ def test_nothing_of_the_model_changes(student):
     model, x = student(), image_batch(SIZE)[0]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     maps = similarity_maps(model, x)
+    state = model.state_dict()
     assert model.training and all(
-        torch.equal(value, weights[name]) for name, value in model.state_dict().items()
+        torch.equal(state[name], value) for name, value in weights.items()
     )
     assert {m.shape for by_name in maps.values() for m in by_name.values()} == {SIZE}
     assert [list(by_name) for by_name in maps.values()] == [list(NAMES)] * len(maps)
 
 
-def test_several_teachers_are_told_apart(teacher_file, student):
+def test_several_teachers_are_named_and_none_gives_no_maps(teacher_file, student):
     teacher = {"CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": teacher_file}
     entries = [{"NAME": "one", **teacher}, {"LOSSES": ("l2",), "IN_FEATURES": ["p4"], **teacher}]
     model = student("MODEL.DISTILL.TEACHERS", entries, "MODEL.DISTILL.TEACHER.CONFIG", "")
-    assert list(similarity_maps(model, image_batch(SIZE)[0])) == [
-        "one/p2", "one/p3", "one/p4", "one/p5", "teacher2/p4",
-    ]  # fmt: skip
-
-
-def test_a_detector_without_teacher_has_no_maps(student):
+    found = list(similarity_maps(model, image_batch(SIZE)[0]))
+    assert found == ["one/p2", "one/p3", "one/p4", "one/p5", "teacher2/p4"]
     assert similarity_maps(student("MODEL.DISTILL.LOSSES", ()), image_batch(SIZE)[0]) == {}
 
 

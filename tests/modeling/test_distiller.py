@@ -34,7 +34,7 @@ def test_channels_that_differ_need_an_adapter(student):
     [
         ((f"{KEY}.LOSSES", ("sim",)), f"{KEY}.LOSSES: there is no loss 'sim'"),
         ((f"{KEY}.LOSSES", ("l1", "l1")), f"{KEY}.LOSSES names a loss twice"),
-        ((f"{KEY}.ADAPTER", "linear"), f"{KEY}.ADAPTER: 'linear' is none of none, conv1x1"),
+        ((f"{KEY}.ADAPTER", "linear"), f"{KEY}.ADAPTER must be none or conv1x1, got 'linear'"),
         ((f"{KEY}.L1.NORMALIZE", "max"), f"{KEY}.L1: normalize must be"),  # though ssim is used
         ((f"{KEY}.WARMUP_ITERS", -1), f"{KEY}.WARMUP_ITERS must be an integer >= 0"),
         ((f"{KEY}.TEACHER.LOSS_WEIGHT", -1.0), f"{KEY}.TEACHER.LOSS_WEIGHT must be a finite"),

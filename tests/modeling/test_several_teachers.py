@@ -101,10 +101,10 @@ def test_an_entry_without_weights_or_overrides_does_not_take_another_teachers(fi
         (["x.yaml"], "an entry is a mapping"),
         ([{"CONFIG": 3}], r"TEACHERS: Type mismatch .*TEACHER.CONFIG"),
         ([{"CONFIG": "a", "NAME": "x"}, {"CONFIG": "b", "NAME": "x"}], "the NAME x is there twice"),
-        ([{"CONFIG": "a", "NAME": "x.y"}], "a NAME cannot be used"),
-        ([{"CONFIG": "a", "NAME": "keys"}], "a NAME cannot be used"),
+        ([{"CONFIG": "a", "NAME": "x.y"}], "a NAME cannot be the name"),
+        ([{"CONFIG": "a", "NAME": "keys"}], "a NAME cannot be the name"),
         ([{"CONFIG": "a", "LOSSES": None}], f"{KEY}.TEACHERS: LOSSES is None: give it a value"),
-        ([{"NAME": "x", "ADAPTER": "y"}], f"{KEY}.TEACHERS: x: {KEY}.ADAPTER: 'y' is none of"),
+        ([{"NAME": "x", "ADAPTER": "y"}], f"{KEY}.TEACHERS: x: {KEY}.ADAPTER must be none or"),
     ],
 )
 def test_wrong_entries_are_named(change, message):

@@ -1,6 +1,5 @@
 """Exports a student for stock Detectron2: weights and config without the distillation."""
 
-import copy
 import logging
 import os
 from contextlib import suppress
@@ -109,26 +108,21 @@ def with_names(node: Any) -> Any:
 
 def plain_config(cfg, weights: str):
     """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`."""
-    cfg = without_pretraining(cfg)
-    if isinstance(cfg, CfgNode):
-        plain = cfg.clone()
-        plain.defrost()
-        name = cfg.MODEL.META_ARCHITECTURE
-        plain.MODEL.META_ARCHITECTURE = parent_of(META_ARCH_REGISTRY.get(name)).__name__
+    plain = without_pretraining(cfg)
+    if isinstance(plain, CfgNode):
+        architecture = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)
+        plain.MODEL.META_ARCHITECTURE = parent_of(architecture).__name__
         plain.MODEL.WEIGHTS = weights
         for node, key in OWN_KEYS:
-            used = key in LIBRARIES and plain[node].get(key, {}).get("NAME")
-            if not used:
+            if not (key in LIBRARIES and plain[node].get(key, {}).get("NAME")):
                 plain[node].pop(key, None)
         return plain
-    # The model is enough. Schedules and data can hold functions, which YAML cannot express.
-    plain = OmegaConf.create({"train": {}}, flags={"allow_objects": True})
-    plain.model = copy.deepcopy(cfg.model)
     plain.model._target_ = parent_of(target_of(plain.model))
     for argument in ("distiller", "log_gradients", "image_format"):  # of DistillMixin
         plain.model.pop(argument, None)
-    plain.train.init_checkpoint = weights
-    return plain
+    # The model is enough. Schedules and data can hold functions, which YAML cannot express.
+    content = {"model": plain.model, "train": {"init_checkpoint": weights}}
+    return OmegaConf.create(content, flags={"allow_objects": True})
 
 
 def parent_of(meta_arch: Any) -> Any:

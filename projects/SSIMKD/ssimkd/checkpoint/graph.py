@@ -37,14 +37,16 @@ def detect(model: Any, inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
 def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: str) -> str:
     """Writes `student.ts` or `student.onnx`.
 
+    An earlier file stays if the export fails.
+
     Args:
         model (nn.Module): in evaluation mode, on the CPU.
         images (sequence[Tensor]): (3, H, W) uint8. The first is traced, all are compared.
         kind (str): a key of SUFFIXES.
-        folder (str): where the file is written. An earlier one stays if the export fails.
+        folder (str): the folder of the file.
 
     Returns:
-        str: the file.
+        str: path of the file.
 
     Raises:
         ConfigError: the detector cannot be traced, the graph does not find what the detector

@@ -33,7 +33,7 @@ from .bad_images import BadImageError, NamingMapper
 logger = logging.getLogger(__name__)
 MAX_BAD_IN_A_ROW = 10  # With more unreadable images in a row the data or the disk is wrong.
 SKIPPED = "skipped"  # An item that replaces unreadable images has a line for each under this key.
-# Attributes of Detectron2's samplers that hold what they drew at random.
+# Detectron2's samplers keep in these attributes what they drew at random.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
 Position = Tuple[int, int]  # position in this process's stream, index in the data set
 
@@ -46,14 +46,14 @@ class ResumableLoader:
 
     Args:
         dataset (list[dict] or Dataset): records in Detectron2's format.
-        mapper (callable): record -> what the model takes.
+        mapper (callable): record -> item of a batch.
         sampler (Sampler or None): endless indices of this process. None is a TrainingSampler.
         total_batch_size (int): images per iteration in all processes together.
         aspect_ratio_grouping (bool): a batch holds landscape images or portrait images.
         num_workers (int): processes that load images.
-        skip_bad_images (bool): replace an image that cannot be read by the next one of the data
-            set that can, of the same orientation. The number of processes and a resume do not
-            change which one it is. More than ten in a row, or half of the data set, are an error.
+        skip_bad_images (bool): the next image of the data set with the same orientation replaces
+            one that cannot be read, for any number of processes and after a resume. More than ten
+            bad images in a row, or bad images in half of the data set, are an error.
         options: further arguments of torch's DataLoader.
 
     Raises:

@@ -137,7 +137,7 @@ def draw_image(seed: Tuple[int, ...]) -> Tuple[np.ndarray, np.ndarray, List[Draw
         mask, center = draw_mask(rng, CLASSES[label], size)
         inside = mask > 127
         if (inside & (owner > 0)).sum() > 0.2 * inside.sum():
-            continue  # A mostly hidden object would be noise in the annotation.
+            continue  # It would hide too much of other objects, whose annotations would be noise.
         image = blend(image, draw_texture(rng, size, OBJECT_CONTRAST), mask)
         box = list(cv2.boundingRect(inside.astype(np.uint8)))
         objects.append(DrawnObject(label, box, center))
@@ -205,8 +205,8 @@ def ensure_shapes(root: str) -> None:
 def register_shapes() -> None:
     """Registers `ssimkd_shapes_{train,val}` and `ssimkd_shapes_panoptic_{train,val}`.
 
-    The latter have semantic segmentation as well, "separated" as for the zoo's PanopticFPN. The
-    images are drawn when one of the data sets is first loaded.
+    The latter also have semantic segmentation, in which all objects are one class, as the zoo's
+    PanopticFPN needs it. The images are drawn when one of the data sets is first loaded.
     """
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), FOLDER)
 
@@ -248,7 +248,8 @@ def register_shapes() -> None:
 def register_search() -> None:
     """Registers `ssimkd_shapes_search_{train,val}`: the training images in two parts.
 
-    The latter has every fifth image. Settings are chosen on it, not on the validation set.
+    The second part has every fifth image. Settings are chosen on it, so that the validation set
+    stays unseen.
     """
 
     def load(held_out: bool) -> List[Dict]:
@@ -258,5 +259,5 @@ def register_search() -> None:
     for part in SPLITS:
         name = f"{FOLDER}_search_{part}"
         DatasetCatalog.register(name, lambda part=part: load(part == "val"))
-        # Detectron2's evaluator writes a json_file where there is none.
+        # Detectron2's evaluator writes a json_file itself if the metadata has none.
         MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=list(CLASSES))

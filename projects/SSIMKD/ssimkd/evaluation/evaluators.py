@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import os
-from typing import Any, Dict, List, Optional
+from functools import partial
+from typing import Any, Dict, List
 
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -42,23 +43,31 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
         ConfigError: the data set's `evaluator_type` is unknown.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    kinds = {
-        "coco": [coco],
-        "coco_panoptic_seg": [sem_seg, coco, panoptic],
-        "sem_seg": [sem_seg],
-        "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
-        "pascal_voc": [lambda cfg, name, _: PascalVOCDetectionEvaluator(name)],
-        "cityscapes_instance": [lambda cfg, name, _: CityscapesInstanceEvaluator(name)],
-        "cityscapes_sem_seg": [lambda cfg, name, _: CityscapesSemSegEvaluator(name)],
-    }
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    sem_seg = partial(SemSegEvaluator, distributed=True, output_dir=folder)
+    coco = partial(
+        COCOEvaluator,
+        output_dir=folder,
+        use_fast_impl=has_compiled_ops(),
+        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+    )
+    kinds: Dict[str, List[Any]] = {
+        "coco": [coco],
+        "coco_panoptic_seg": [sem_seg, coco],
+        "sem_seg": [sem_seg],
+        "lvis": [partial(LVISEvaluator, output_dir=folder)],
+        "pascal_voc": [PascalVOCDetectionEvaluator],
+        "cityscapes_instance": [CityscapesInstanceEvaluator],
+        "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
+    }
     if kind not in kinds:
         raise ConfigError(
             f"DATASETS.TEST: {dataset_name} has the evaluator_type {kind!r}; known are "
             + ", ".join(kinds)
         )
-    evaluators = [build(cfg, dataset_name, folder) for build in kinds[kind]]
-    return joined([evaluator for evaluator in evaluators if evaluator is not None])
+    if kind == "coco_panoptic_seg" and has_panopticapi():
+        kinds[kind].append(partial(COCOPanopticEvaluator, output_dir=folder))
+    return joined([build(dataset_name) for build in kinds[kind]])
 
 
 def joined(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
@@ -85,28 +94,8 @@ def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
     return joined(evaluators)
 
 
-def coco(cfg, name: str, folder: str) -> DatasetEvaluator:
-    """Boxes, masks and keypoints."""
-    return COCOEvaluator(
-        name,
-        output_dir=folder,
-        use_fast_impl=has_compiled_ops(),
-        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
-    )
-
-
-def sem_seg(cfg, name: str, folder: str) -> DatasetEvaluator:
-    """Semantic segmentation."""
-    return SemSegEvaluator(name, distributed=True, output_dir=folder)
-
-
-def panoptic(cfg, name: str, folder: str) -> Optional[DatasetEvaluator]:
-    """Panoptic segmentation, or None without COCO's panopticapi. No package index has that."""
-    return COCOPanopticEvaluator(name, folder) if has_panopticapi() else None
-
-
 def has_panopticapi() -> bool:
-    """Whether COCO's panopticapi is installed. Warns if it is not."""
+    """Whether COCO's panopticapi is installed, which no package index has. Warns if it is not."""
     found = importlib.util.find_spec("panopticapi") is not None
     if not found:
         logger.warning("The panoptic quality is not measured: panopticapi is not installed")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_integers, is_finite
+from ssimkd.utils.validate import check_coefficients, check_integers
 
 from .base import Context, KDLoss
 from .responses import Answers, binary_cross_entropy, giou_cost
@@ -52,9 +52,9 @@ class CrossKDLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         check_integers(1, layer=layer)
-        check_coefficients(cls=cls, box=box)
-        if not is_finite(exponent) or exponent < 1:
-            raise ValueError(f"exponent must be a finite number >= 1, got {exponent!r}")
+        check_coefficients(cls=cls, box=box, exponent=exponent)
+        if exponent < 1:
+            raise ValueError(f"exponent must be at least 1, got {exponent!r}")
         self.layer, self.exponent = layer, float(exponent)
         self.cls, self.box = float(cls), float(box)
 

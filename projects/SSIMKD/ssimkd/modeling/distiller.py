@@ -81,7 +81,7 @@ class Distiller(nn.Module):
         check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
         check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
         if adapter not in ("none", "conv1x1"):
-            raise ConfigError(f"MODEL.DISTILL.ADAPTER: {adapter!r} is none of none, conv1x1")
+            raise ConfigError(f"MODEL.DISTILL.ADAPTER must be none or conv1x1, got {adapter!r}")
         self.losses: Any = nn.ModuleDict({loss.name: loss for loss in losses})
         if len(self.losses) < len(losses):
             raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")

@@ -32,8 +32,8 @@ OWN_SETTINGS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
 class Distillers(nn.ModuleDict):
     """Computes the distillation losses of one student and several teachers.
 
-    A teacher called x gives "<loss>_kd_loss_x" and logs
-    `x/<loss>_kd/<level>`, and its trainable parts are below `distiller.x.`.
+    The losses of a teacher called x are "<loss>_kd_loss_x", and its log is `x/<loss>_kd/<level>`.
+    Its trainable parts are below `distiller.x.`.
 
     Args:
         distillers (Distiller): each under the name of its teacher.
@@ -49,7 +49,8 @@ class Distillers(nn.ModuleDict):
             super().__init__(distillers)
         except (KeyError, TypeError) as error:
             raise ConfigError(
-                f"MODEL.DISTILL.TEACHERS: a NAME cannot be used, or is no Distiller's: {error}"
+                "MODEL.DISTILL.TEACHERS: a NAME cannot be the name of a module, or it does not "
+                f"name a Distiller: {error}"
             ) from error
 
     @property

@@ -24,11 +24,15 @@ def check_integers(least: int = 0, /, **options: Any) -> None:
 def check_coefficients(sign: str = ">=", /, **options: Any) -> None:
     """Raises ConfigError unless every option is a finite number >= 0."""
     for name, value in options.items():
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (sign == ">" and value == 0):
+        if not is_finite(value) or value < 0 or (sign == ">" and value == 0):
             raise ConfigError(f"{name} must be a finite number {sign} 0, got {value!r}")
 
 
 def check_positive(**options: Any) -> None:
     """Raises ConfigError unless every option is a finite number > 0."""
     check_coefficients(">", **options)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, and neither infinite nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
