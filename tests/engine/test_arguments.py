@@ -60,7 +60,7 @@ CASES = [
     # the command line
     ([], "expected one argument"),
     ([""], "--config-file is missing"),
-    (["nowhere.yaml"], "--config-file: nowhere.yaml is neither"),
+    (["nowhere.yaml"], "--config-file: 'nowhere.yaml' is neither"),
     ([YAML, "--no-flag"], "unrecognized arguments: --no-flag"),
     ([YAML, "--num-gpus", "-1"], "--num-gpus is -1"),
     ([YAML, "--num-gpus", "2"], "--num-gpus is 2 and the device is cpu"),
