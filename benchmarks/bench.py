@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """Times what distillation costs, and compares it with other implementations.
 
-    python benchmarks/bench.py --loss --step --growth           # all parts
-    python benchmarks/bench.py --loss --cpu-time                # on a machine that others use, too
-    python benchmarks/bench.py --loss --size 480 640 --levels p3 p4 p5 --repeats 9
-    python benchmarks/bench.py --step --losses ssim l1          # a step of configs/ssimkd_R50.yaml
-    python benchmarks/bench.py --growth --processes 4           # and of more images, pixels, ...
+    python benchmarks/bench.py --loss --step --growth        # all parts
+    python benchmarks/bench.py --loss --cpu-time             # on a machine that others use as well
+    python benchmarks/bench.py --step --losses ssim l1       # a step of configs/ssimkd_R50.yaml
+    python benchmarks/bench.py --growth --processes 4        # with more images, pixels, processes
 
-Each part writes <out>/<part>.json and <out>/<part>.md, a table. Times are medians over repeats that
-take what is compared in turn, so that what slows the machine slows all of it. Quote their ratios,
-with the machine. Implementations that are not installed are named. Detectors have random weights.
+Each part writes a table to <out>/<part>.md and its numbers to <out>/<part>.json. Times are medians
+over repeats in which the compared calls take turns. Something that slows the machine then slows all
+of them, so ratios of times are more reliable than times. Detectors have random weights.
 """
 
 import argparse
@@ -29,8 +28,8 @@ from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.utils.measure import positive
 
 
-def quoted_with(threads: int) -> Dict[str, str]:
-    """What a figure has to be quoted with."""
+def conditions(threads: int) -> Dict[str, str]:
+    """The machine and the versions with which a figure has to be quoted."""
     peers = [name for name in LOSSES if importlib.util.find_spec(name.replace("-", "_"))]
     versions = [f"{name} {metadata.version(name)}" for name in peers if name != OWN]
     return {
@@ -48,7 +47,7 @@ PARTS = {
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """Command line of this script."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,24 +56,23 @@ def parse(argv=None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, default=1, help="CPU threads of torch")
     add("--size", type=positive, nargs=2, default=(800, 1333), help="height and width in pixels")
-    add("--cpu-time", action="store_true", help="count CPU time, not the clock's")
-    add("--out", type=Path, default=Path("output/benchmark"))
-    add("--loss", action="store_true", help="SSIM, forward and backward")
+    add("--cpu-time", action="store_true", help="measure CPU time instead of the time that passes")
+    add("--out", type=Path, default=Path("output/benchmark"), help="folder of the tables")
+    add("--loss", action="store_true", help="measure SSIM, forward and backward")
     add("--images", type=positive, default=2, help="images of a batch of --loss")
     add("--channels", type=positive, default=256, help="channels of each map of --loss")
-    add("--levels", nargs="+", choices=STRIDES, default=list(STRIDES), help="of --loss")
-    add("--implementations", nargs="+", choices=LOSSES, help="of --loss; all unless given")
-    add("--repeats", type=positive, default=5, help="of --loss on a large level, at least 3")
-    add("--step", action="store_true", help="a training step, distilled and not")
-    add("--config", default="configs/ssimkd_R50.yaml", help="of --step and --growth")
-    add("--losses", nargs="+", choices=known, help="of --step; all unless given")
+    add("--levels", nargs="+", choices=STRIDES, default=list(STRIDES), help="levels of --loss")
+    add("--implementations", nargs="+", choices=LOSSES, help="implementations of --loss (all)")
+    add("--repeats", type=positive, default=5, help="repeats of --loss (5)")
+    add("--step", action="store_true", help="measure a training step with each loss and without")
+    add("--config", default="configs/ssimkd_R50.yaml", help="config of --step and --growth")
+    add("--losses", nargs="+", choices=known, help="losses of --step (all)")
     add("--step-images", type=positive, default=1, help="images of a batch of --step")
-    add("--step-repeats", type=positive, default=3)
-    add("--growth", action="store_true", help="how loss and step grow, from one small image")
+    add("--step-repeats", type=positive, default=3, help="repeats of --step and --growth (3)")
+    add("--growth", action="store_true", help="measure how loss and step grow")
     add("--growth-size", type=positive, nargs=2, default=(192, 256), help="of the smallest image")
-    add("--growth-repeats", type=positive, default=3)
     add("--processes", type=positive, default=2, help="largest number of processes of --growth")
-    add("opts", nargs="*", help="overrides of --config, KEY VALUE; after -- or before options")
+    add("opts", nargs="*", help="overrides of --config, KEY VALUE, after --")
     args = parser.parse_args(argv)
     if not any(getattr(args, part) for part in PARTS):
         parser.error(f"choose a part: {', '.join('--' + part for part in PARTS)}")
@@ -86,17 +84,13 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Runs the parts that were chosen.
-
-    Raises:
-        ConfigError: --config, --out or what is compared cannot be used.
-    """
+    """Runs the chosen parts."""
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     for part in (part for part in PARTS if getattr(args, part)):
         measure, table = PARTS[part]
         results = measure(args)
-        about = quoted_with(args.threads)
+        about = conditions(args.threads)
         settings = {k: v for k, v in vars(args).items() if k not in (*PARTS, "out")}
         record = {"machine": about, "settings": settings, "results": results}
         (args.out / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -105,11 +99,10 @@ def bench(args: argparse.Namespace) -> None:
         print(f"\n{text}\n{args.out / part}.json, .md")
 
 
+@exit_in_one_line()
 def main(argv=None) -> None:
-    """Command line of this script."""
-    args = parse(argv)
-    with exit_in_one_line():
-        bench(args)
+    """Runs the script."""
+    bench(parse(argv))
 
 
 if __name__ == "__main__":

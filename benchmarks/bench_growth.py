@@ -1,4 +1,4 @@
-"""Part 3 of bench.py: how the SSIM loss and a distilled step grow."""
+"""Part 3 of bench.py: how the times of the SSIM loss and of a distilled step grow."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ LOSS, DISTILLED = "loss", "distilled step"
 
 
 def points(args: argparse.Namespace) -> Dict[str, List[Dict[str, Any]]]:
-    """What grows -> the settings to measure, the first the base."""
+    """Quantity that grows -> the settings to measure, which start from the same base."""
     height, width = args.growth_size
     base = dict(size=(height, width), images=1, processes=1)
     return {
@@ -31,7 +31,7 @@ def points(args: argparse.Namespace) -> Dict[str, List[Dict[str, Any]]]:
 
 
 def measure(args: argparse.Namespace, point: Dict[str, Any], rank: int = 0) -> Dict[str, float]:
-    """Seconds of the loss, of the student's step and of the distilled one, on this process."""
+    """Seconds of the loss, of the student's step and of the distilled step in this process."""
     device = f"cuda:{rank}" if args.device == "cuda" else args.device
     bench = Bench(args.config, point["size"], point["images"], ["ssim"], device, args.opts)
     if point["processes"] > 1:
@@ -41,11 +41,11 @@ def measure(args: argparse.Namespace, point: Dict[str, Any], rank: int = 0) -> D
         STUDENT: bench.step,
         DISTILLED: partial(bench.step, "ssim"),
     }
-    return interleave(calls, args.growth_repeats, clock_of(device, args.cpu_time))
+    return interleave(calls, args.step_repeats, clock_of(device, args.cpu_time))
 
 
 def work(rank: int, args: argparse.Namespace, point: Dict[str, Any], folder: str) -> None:
-    """One of several processes; the first writes what it measured."""
+    """One of several processes. The first one writes its measurement."""
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         torch.cuda.set_device(rank)
@@ -59,7 +59,7 @@ def work(rank: int, args: argparse.Namespace, point: Dict[str, Any], folder: str
 
 
 def measure_point(args: argparse.Namespace, point: Dict[str, Any]) -> Dict[str, float]:
-    """As :func:`measure`, in as many processes as the point has."""
+    """Runs :func:`measure` in the number of processes of the point."""
     if point["processes"] == 1:
         return measure(args, point)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def measure_point(args: argparse.Namespace, point: Dict[str, Any]) -> Dict[str, 
 
 
 def bench_growth(args: argparse.Namespace) -> Dict:
-    """Seconds at each point; one that stands in several series is measured once."""
+    """Seconds at each point. A point of several series is measured once."""
     known: Dict[str, Dict[str, float]] = {}
     results: Dict[str, List[Dict]] = {}
     for what, series in points(args).items():
@@ -82,15 +82,8 @@ def bench_growth(args: argparse.Namespace) -> Dict:
     return results
 
 
-def label(what: str, point: Dict[str, Any]) -> str:
-    """A point's place in its series, such as "2 images"."""
-    if what == "image area":
-        return "{} x {} pixels".format(*point["size"])
-    return f"{point[what]} {what}"
-
-
 def growth_table(results: Dict) -> str:
-    """Markdown: a row per point; how often the series' first point a time is stands in brackets."""
+    """A row for each point in Markdown. In brackets is the ratio to the series' first point."""
     rows = []
     for what, series in results.items():
         first = series[0]["seconds"]
@@ -98,5 +91,7 @@ def growth_table(results: Dict) -> str:
             times = (
                 f"{1000 * s:.4g} ({s / first[name]:.2f})" for name, s in entry["seconds"].items()
             )
-            rows.append([label(what, entry["point"]), *times])
+            point = entry["point"]
+            size = "{} x {} pixels".format(*point["size"])
+            rows.append([size if what == "image area" else f"{point[what]} {what}", *times])
     return markdown(["", *(f"{name}, ms" for name in (LOSS, STUDENT, DISTILLED))], rows)

@@ -1,4 +1,4 @@
-"""Part 1 of `bench.py`: the loss alone, against other implementations."""
+"""Part 1 of bench.py: the SSIM loss compared with other implementations."""
 
 import argparse
 import math
@@ -19,61 +19,61 @@ Maps = Dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 STRIDES = {f"p{level}": 2**level for level in range(2, 7)}
 OWN = "ssimkd"
-# What times are divided by, if it is there
-BASELINE = "pytorch-msssim"
+BASELINE = "pytorch-msssim"  # the table shows speeds relative to it
 
 
-# --- implementations: name -> a loss of two maps in [0, 1], or an import error ---
+# Each function below returns a loss of two maps in [0, 1], or raises ImportError. All of them use
+# a Gaussian window of 11 x 11 cells with sigma 1.5.
 
 
 def own(backend: str, normalize: str = "none") -> Loss:
-    """This package's loss."""
+    """The loss of this package."""
     return partial(ssim_loss, backend=backend, normalize=normalize)
 
 
 def pytorch_msssim() -> Loss:
-    """11 x 11 window of sigma 1.5, without border."""
+    """Leaves out the border."""
     from pytorch_msssim import ssim
 
     return lambda x, y: (1 - ssim(x, y, data_range=1.0)) / 2
 
 
 def kornia() -> Loss:
-    """The same window, reflected border."""
+    """Reflects the border."""
     from kornia.losses import ssim_loss as kornia_loss
 
     return lambda x, y: kornia_loss(x, y, 11)
 
 
 def piq() -> Loss:
-    """The same window, not separated; without border, and not scaled down."""
+    """Leaves out the border. Its filter is not separated."""
     from piq import ssim
 
     return lambda x, y: (1 - cast(Tensor, ssim(x, y, downsample=False))) / 2
 
 
 def torchmetrics() -> Loss:
-    """The same window, reflected border."""
+    """Reflects the border."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     return lambda x, y: (1 - cast(Tensor, ssim(x, y, data_range=1.0))) / 2
 
 
 def normalised() -> Loss:
-    """The baseline behind this package's normalisation."""
+    """The baseline after the normalisation of this package."""
     loss = pytorch_msssim()
     return lambda x, y: loss(*normalize_maps(x, y, "minmax", "channel", None))
 
 
 def frame_analytics() -> Loss:
-    """The same window, without border; compiled for the forward alone, else by autograd."""
+    """Leaves out the border. Only its forward without gradient is compiled."""
     from frame_analytics import ssim
 
     return lambda x, y: (1 - ssim(x, y, data_range=1.0)) / 2
 
 
 def fused_ssim() -> Loss:
-    """The same window in CUDA, zeros around the map; on a GPU alone, which it needs to be built."""
+    """A CUDA kernel with zeros around the map. It runs only on a GPU."""
     from fused_ssim import fused_ssim as ssim
 
     return lambda x, y: (1 - cast(Tensor, ssim(x, y))) / 2
@@ -96,10 +96,10 @@ LOSSES: Dict[str, Callable[[], Loss]] = {
 
 
 def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
-    """The wanted losses (None: all) whose packages are there; names the others.
+    """The wanted losses whose packages are installed; None stands for all. Prints the others.
 
     Raises:
-        ConfigError: none is there.
+        ConfigError: none of the packages is installed.
     """
     found = {}
     for name in wanted or LOSSES:
@@ -108,21 +108,18 @@ def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
                 raise ImportError("it needs --device cuda")
             found[name] = LOSSES[name]()
         except ImportError as error:
-            print(f"absent: {name} ({error})")
+            print(f"not installed: {name} ({error})")
     if not found:
-        raise ConfigError("--implementations: none of them is here")
+        raise ConfigError("--implementations: none of them is installed")
     return found
-
-
-# --- measuring ---
 
 
 def make_maps(
     size: Tuple[int, int], images: int, channels: int, levels: List[str], device: str
 ) -> Tuple[Maps, Maps]:
-    """Student (with gradient) and teacher maps of an FPN in [0, 1], alike in part.
+    """Correlated student and teacher maps of an FPN in [0, 1]. The student's require gradient.
 
-    The images are padded to multiples of 32 pixels, as an FPN asks for.
+    The images are padded to multiples of 32 pixels, as an FPN needs it.
     """
     generator = torch.Generator().manual_seed(0)
     student: Maps = {}
@@ -145,26 +142,26 @@ def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forward(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """The value alone."""
+    """The value without gradient."""
     return loss(student, teacher)
 
 
 def deviation(loss: Loss, student: Tensor, teacher: Tensor) -> float:
-    """Largest difference of a gradient to float64's, relative to the largest gradient."""
+    """Largest error of a gradient compared with float64, relative to the largest gradient."""
     exact = gradient(loss, student.detach().double().requires_grad_(), teacher.double())
     return float((gradient(loss, student, teacher) - exact).abs().max() / exact.abs().max())
 
 
 def extra_memory(name: str, maps: tuple, threads: int) -> Optional[float]:
-    """Most memory that a step on all levels takes beyond the maps, in sets of maps.
+    """Peak memory of a step on all levels beyond the maps, in multiples of the maps' memory.
 
-    It is read from the kernel, so this is to be called in a process of its own.
+    The kernel reports it for a whole process, so this function needs a process of its own.
     """
     torch.set_num_threads(threads)
     loss = LOSSES[name]()
     device = maps[-1]
     small = torch.rand(1, 16, 32, 32, requires_grad=True, device=device)
-    gradient(loss, small, torch.rand(1, 16, 32, 32, device=device))  # loads the libraries
+    gradient(loss, small, torch.rand(1, 16, 32, 32, device=device))  # loads libraries
     student, teacher = make_maps(*maps)
 
     def step() -> None:
@@ -176,7 +173,7 @@ def extra_memory(name: str, maps: tuple, threads: int) -> Optional[float]:
 
 
 def bench_loss(args: argparse.Namespace) -> Dict:
-    """Forward and backward of SSIM, per level and in sum, and the forward alone."""
+    """Times of forward and backward by level and in sum, and of the forward alone."""
     maps = (tuple(args.size), args.images, args.channels, args.levels, args.device)
     student, teacher = make_maps(*maps)
     losses = installed(args.device, args.implementations)
@@ -193,7 +190,7 @@ def bench_loss(args: argparse.Namespace) -> Dict:
                 value = deviation(loss, x[:1, part].detach().requires_grad_(), y[:1, part])
             results[name]["deviation"] = max(results[name]["deviation"], value)
         calls = {name: partial(gradient, f, x, y) for name, f in losses.items()}
-        # the smaller, the more often: a run of a coarse level takes milliseconds
+        # A call on a coarse level takes milliseconds, so it is repeated more often.
         repeats = args.repeats * (1 if x.numel() > 2**22 else 5)
         clock = clock_of(args.device, args.cpu_time)
         for name, seconds in interleave(calls, repeats, clock).items():
@@ -211,12 +208,12 @@ def bench_loss(args: argparse.Namespace) -> Dict:
 
 
 def base_of(results: Dict) -> str:
-    """The name of what times are divided by."""
+    """The implementation that the speeds are relative to."""
     return next((name for name in (BASELINE, OWN) if name in results), next(iter(results)))
 
 
 def loss_table(results: Dict) -> str:
-    """Markdown: a row per implementation."""
+    """The table in Markdown, with a row for each implementation."""
     base, base_forward = (results[base_of(results)][key] for key in ("seconds", "forward"))
     columns = list(base)
     head = [f"speed at {c}" if c != "sum" else "speed in sum" for c in columns]

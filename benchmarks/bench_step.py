@@ -1,4 +1,4 @@
-"""Part 2 of bench.py: a training step of a student, with each loss and without."""
+"""Part 2 of bench.py: a training step of a student with each loss and without distillation."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ STUDENT, TEACHER = "student alone", "teacher backbone, float32"
 
 
 def make_batch(size: Sequence[int], images: int, classes: int) -> List[Dict[str, Any]]:
-    """Random images of `size` (height, width), eight objects each."""
+    """Random images of `size` (height, width) with eight objects each."""
     generator = torch.Generator().manual_seed(0)
     height, width = size
     batch = []
@@ -37,14 +37,14 @@ def make_batch(size: Sequence[int], images: int, classes: int) -> List[Dict[str,
 
 
 class Bench:
-    """A student, its teacher and what distils, all of random weights.
+    """A student, its teacher and a Distiller for each loss, all with random weights.
 
     Args:
-        config (str): of the student, .yaml; it names the teacher's.
-        size, images: of the batch; see :func:`make_batch`.
-        losses (sequence[str]): names in the registry; () for no teacher.
+        config (str): the student's .yaml config, which names the teacher.
+        size, images: see :func:`make_batch`.
+        losses (sequence[str]): names in the registry.
         device (str): where to run.
-        opts (sequence): overrides of the student's config.
+        opts (sequence): overrides of the config.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Bench:
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.model = build_model(self.cfg).train()
-        self.run = self.model  # or what wraps it
+        self.run = self.model  # bench_growth.py wraps it for several processes
         self.batch = make_batch(size, images, self.cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        self.distillers = self._distillers(losses) if losses else {}
+        self.distillers = self._distillers(losses)
         own = [p for n, p in self.model.named_parameters() if not n.startswith("distiller.")]
-        # a rate of 0: the weights stay, the time is the same
+        # With a learning rate of 0 every repeat starts from the same weights.
         self.optimizer = torch.optim.SGD([p for p in own if p.requires_grad], 0.0, momentum=0.9)
 
     def _distillers(self, losses: Sequence[str]) -> Dict[str, Distiller]:
@@ -81,7 +81,7 @@ class Bench:
                 node.LOSSES = (name,)
                 distiller = Distiller(self.cfg).to(self.device)
                 distiller.attach(self.model.backbone.output_shape())
-                if found:  # one teacher for all
+                if found:  # all losses share one teacher
                     first = next(iter(found.values()))
                     distiller.teacher = first.teacher
                     distiller.teacher_levels = first.teacher_levels
@@ -92,7 +92,7 @@ class Bench:
         return found
 
     def step(self, loss: str = "") -> None:
-        """A training step, distilled with a loss or not."""
+        """A training step, with distillation by a loss or without."""
         self.model.distiller = self.distillers[loss] if loss else None
         self.optimizer.zero_grad()
         with EventStorage(0):
@@ -101,12 +101,12 @@ class Bench:
 
     @torch.no_grad()
     def teach(self) -> Dict[str, Tensor]:
-        """The teacher's maps, by the plain detector in float32."""
+        """The teacher's maps as the plain detector computes them in float32."""
         return self.teacher.backbone(self.teacher.preprocess_image(self.batch).tensor)
 
     @torch.no_grad()
     def pair(self, loss: str) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-        """Maps of student, with gradient, and teacher, as a loss gets them."""
+        """Maps of student and teacher as a loss gets them. The student's require gradient."""
         images = self.model.preprocess_image(self.batch).tensor
         maps, preprocessing = self.model.backbone(images), self.model.preprocessing
         distiller = self.distillers[loss]
@@ -124,10 +124,10 @@ class Bench:
 
 
 def bench_step(args: argparse.Namespace) -> Dict:
-    """The step of the student alone, the teacher's backbone, and the step with each loss."""
+    """Measures the student's step, the teacher's backbone, and the step with each loss."""
     losses = args.losses or sorted(name for name, _ in KD_LOSS_REGISTRY)
     bench = Bench(args.config, args.size, args.step_images, losses, args.device, args.opts)
-    bench.step()  # makes the optimizer's state
+    bench.step()  # the first step makes the state of the optimizer
     calls: Dict[str, Call] = {STUDENT: bench.step, TEACHER: bench.teach}
     for loss in losses:
         calls[f"distilled, {loss}"] = partial(bench.step, loss)
@@ -151,7 +151,7 @@ def bench_step(args: argparse.Namespace) -> Dict:
 
 
 def step_table(results: Dict) -> str:
-    """Markdown: a row per step."""
+    """The table in Markdown, with a row for each step."""
     head = ["", "s", "loss's share, %", "ratio to student + teacher", "peak extra memory, GB"]
     rows = []
     for name, result in results.items():

@@ -1,19 +1,17 @@
 #!/usr/bin/env python
-r"""Times a teacher's PRECISION and COMPILE, and says how far each of them changes its maps.
+r"""Measures how a teacher's PRECISION and COMPILE change its time and its maps.
 
     python benchmarks/bench_teacher.py                # the teacher of the Shapes data
-    python benchmarks/bench_teacher.py --compile      # torch.compile, too: minutes on a CPU
+    python benchmarks/bench_teacher.py --compile      # with torch.compile; takes minutes on a CPU
     python benchmarks/bench_teacher.py --config COCO-Detection/faster_rcnn_R_101_FPN_3x \
         --images 1 --size 320 512                     # another teacher, with random weights
 
-Times are medians over repeats that take the settings in turn, relative to the detector's own
-backbone under torch.no_grad(); on a CPU they are CPU time. Images are those of the Shapes data,
-resized.
+Times are medians relative to the detector's own backbone under torch.no_grad(). On a CPU they are
+CPU time. The images are resized images of the Shapes data.
 """
 
 import argparse
 import tempfile
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -31,13 +29,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 PLAIN = "the detector's own backbone"
-LEAST_CELLS = 4  # of a map's side; fewer say nothing about structure
+LEAST_CELLS = 4  # sides of a map; smaller ones have no structure to compare
 
 Maps = Dict[str, Tensor]
 
 
 def make_batch(count: int, size: List[int]) -> List[Dict[str, Tensor]]:
-    """Images of the Shapes data, in BGR."""
+    """Images of the Shapes data in BGR."""
     batch = []
     for record in DatasetCatalog.get("ssimkd_shapes_val")[:count]:
         image = torch.as_tensor(read_image(record["file_name"], "BGR").copy()).permute(2, 0, 1)
@@ -46,22 +44,17 @@ def make_batch(count: int, size: List[int]) -> List[Dict[str, Tensor]]:
 
 
 def with_random_weights(spec: TeacherSpec, folder: str) -> TeacherSpec:
-    """The same teacher with random weights, in a file."""
+    """The same teacher with random weights, which are written to a file in `folder`."""
     model = spec.build(spec.load_config(), torch.device("cpu"))
     path = str(Path(folder) / "random.pth")
     torch.save({"model": model.state_dict()}, path)
     return TeacherSpec(spec.config, path, spec.opts)
 
 
-def maps_of(teacher: Teacher, batch: List[Dict], images: Tensor) -> Maps:
-    """A teacher's maps, from images that are prepared already as it does it."""
-    return teacher(batch, images, teacher.preprocessing)[0]
-
-
 def runs_of(
     spec: TeacherSpec, batch: List[Dict], compiled: bool, device: torch.device
 ) -> Dict[str, Callable[[], Maps]]:
-    """Name -> a run of the backbone on the same images."""
+    """Name of a setting -> a run of the backbone on the same images."""
     detector: Any = spec.load(device)[0]
     images = detector.preprocess_image(batch).tensor
 
@@ -75,12 +68,12 @@ def runs_of(
     ):
         teacher = Teacher(TeacherSpec(spec.config, spec.weights, (), precision, compile_it), device)
         name = f"{precision}, compiled" if compile_it else precision
-        runs[name] = partial(maps_of, teacher, batch, images)
+        runs[name] = lambda t=teacher: t(batch, images, t.preprocessing)[0]  # type: ignore[misc]
     return runs
 
 
 def difference(maps: Maps, exact: Maps) -> Dict[str, float]:
-    """1 - SSIM by level, of maps normalised as the loss does by default."""
+    """Level -> 1 - SSIM of maps that are normalised like those of the SSIM loss by default."""
     return {
         level: 1
         - float(ssim_map(*normalize_maps(maps[level], x, "minmax", "channel", None)).mean())
@@ -90,7 +83,7 @@ def difference(maps: Maps, exact: Maps) -> Dict[str, float]:
 
 
 def bench_teacher(args: argparse.Namespace) -> str:
-    """Markdown: a row per setting, with its time as a share of PLAIN's and 1 - SSIM by level."""
+    """A table in Markdown: for each setting its time relative to PLAIN, and 1 - SSIM by level."""
     device = torch.device(args.device)
     batch = make_batch(args.images, args.size)
     with tempfile.TemporaryDirectory() as folder:
@@ -110,19 +103,19 @@ def bench_teacher(args: argparse.Namespace) -> str:
 
 
 def main(words=None) -> None:
-    """The command line."""
+    """Runs the script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", help="of a teacher, as MODEL.DISTILL.TEACHER.CONFIG")
-    add("--weights", default="", help="of --config; random by default")
+    add("--config", help="config of a teacher, like MODEL.DISTILL.TEACHER.CONFIG")
+    add("--weights", default="", help="weights for --config (random)")
     add("--size", type=positive, nargs=2, default=(96, 96), help="height and width in pixels")
     add("--images", type=positive, default=8, help="images of a batch")
     add("--repeats", type=positive, default=15)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, default=1, help="CPU threads of torch")
-    add("--compile", action="store_true", help="time torch.compile, too")
+    add("--compile", action="store_true", help="also measure torch.compile")
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
     if not args.config:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Compares the losses on the Shapes data: equal budgets, equal seeds, equally searched weights.
+r"""Compares the losses on the Shapes data with equal budgets, seeds and searches of the weight.
 
     python benchmarks/compare.py                                # every loss, as `make compare` does
     python benchmarks/compare.py --methods vanilla ssim l2 --seeds 1 2 3 --budget 500
@@ -7,21 +7,21 @@ r"""Compares the losses on the Shapes data: equal budgets, equal seeds, equally 
     python benchmarks/compare.py --methods ssim ssim:SSIM.BORDER=zero:WARMUP_ITERS=100 "ssim:*0.5"
     python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda  # overrides for every run
 
-Run it again after an interruption: finished runs are not repeated. With --records
+Finished runs are not repeated when the command is started again. With --records
 docs/comparison/records.json, the runs that this project has published are not repeated either.
 
-Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml); ssim:*0 is
-that alone, without distillation. A weight is searched by factors of four around the one whose
-gradient at the maps is nearest to RATIO times the detector's (short runs with the default weight
-tell it), further where the best lies at the edge, at the shortest budget on a fifth of the training
-images that the search's students do not see. Variants that --ablation names take the weight of
-ssim. Differences are taken to ssim, or where it is left out to the first of --methods. In --out:
-table.md, table.csv (a row per budget and method), runs.csv (a row per run), weights.json, plot.png,
-records.json (every finished run, for --records).
+Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml). The method
+ssim:*0 starts with them and distils nothing. Each weight is searched as follows. Short runs with
+the default weight measure the gradients. The search starts at the weight whose gradient at the maps
+is nearest to RATIO times the detector's. It tries factors of four around it, and goes on while the
+best weight is at an edge. The students of the search train at the shortest budget and are evaluated
+on a fifth of the training images, which they do not see. Variants of --ablation take the weight of
+ssim. Differences are taken to ssim, or to the first of --methods if ssim is not among them.
+
+The folder --out then holds table.md, plot.png and records.json (every finished run, for --records).
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -51,13 +51,11 @@ from ssimkd import KD_LOSS_REGISTRY
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import exit_in_one_line
 
-STEP, MOST_WEIGHTS = 4.0, 8  # of the search: from one weight to the next, and how many at most
-RATIO = 8.0  # of the gradients, as in `ssimkd weight`
+STEP, MOST_WEIGHTS = 4.0, 8  # factor between two weights of a search, and most weights to try
+RATIO = 8.0  # ratio of the gradients, as in `ssimkd weight`
 PROBE_ITERS = 100
-PROBE = (
-    *("MODEL.DISTILL.LOG_GRADIENTS", "10"),
-    *("MODEL.DISTILL.ICD.DETACH_ITERS", "0"),  # it pulls at nothing before
-)
+# icd has no gradient at the maps before its DETACH_ITERS.
+PROBE = ("MODEL.DISTILL.LOG_GRADIENTS", "10", "MODEL.DISTILL.ICD.DETACH_ITERS", "0")
 SEARCH_DATA = (
     "DATASETS.TRAIN", "('ssimkd_shapes_search_train',)",
     "DATASETS.TEST", "('ssimkd_shapes_search_val',)",
@@ -66,12 +64,12 @@ NO_EVALUATION = ("DATASETS.TEST", "()")
 
 
 def best(scores: Dict[float, float]) -> float:
-    """The weight of the highest score, of equals the one tried first."""
+    """The weight of the highest score, and the first of several that are equal."""
     return max(scores, key=lambda weight: scores[weight])
 
 
 def next_weights(scores: Dict[float, float]) -> List[float]:
-    """What to try after weight -> score: the neighbour of a best weight that is an edge."""
+    """The weights to try after these (weight -> score): the neighbour of a best one at an edge."""
     chosen = best(scores)
     if len(scores) >= MOST_WEIGHTS or scores[chosen] == -math.inf:
         return []
@@ -81,11 +79,7 @@ def next_weights(scores: Dict[float, float]) -> List[float]:
 
 
 class Comparison:
-    """The runs of a comparison; `runner.failed` has those that failed.
-
-    Args:
-        args (Namespace): of the command line.
-    """
+    """The runs of a comparison. `runner.failed` has those that failed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.runner = args, Runner()
@@ -93,7 +87,7 @@ class Comparison:
     def plan(
         self, kind: str, method: Method, weight: float, iters: int, seed: int, opts: Sequence[str]
     ) -> Run:
-        """A run in `<out>/<kind>/<method>-w<weight>/seed<seed>`; its schedule ends at `iters`."""
+        """A run of `iters` iterations in `<out>/<kind>/<method>-w<weight>/seed<seed>`."""
         name, config = method.name, VANILLA
         settings = ["SEED", seed, "SOLVER.MAX_ITER", iters, "SOLVER.WARMUP_ITERS", iters // 10]
         last_quarter, last_tenth = iters - max(2, iters // 4), iters - max(1, iters // 10)
@@ -106,7 +100,7 @@ class Comparison:
         return Run(folder / f"seed{seed}", config, (*map(str, settings), *opts, *self.args.opts))
 
     def probe(self, methods: Sequence[Method]) -> Dict[str, float]:
-        """Method's name -> where its search starts: its default times a power of STEP."""
+        """Name of a method -> the weight where its search starts."""
         seed, opts = self.args.search_seeds[0], (*SEARCH_DATA[:2], *NO_EVALUATION, *PROBE)
         runs = {
             method: self.plan("probe", method, default_weight(method.loss), PROBE_ITERS, seed, opts)
@@ -123,7 +117,7 @@ class Comparison:
     def search(
         self, methods: Sequence[Method], centres: Mapping[str, float]
     ) -> Dict[str, Dict[float, float]]:
-        """Method's name -> weight -> AP on the held-out images, -inf where a run failed."""
+        """Name of a method -> weight -> AP on the held-out images, or -inf if a run failed."""
         iters, seeds = min(self.args.budget), self.args.search_seeds
         scores: Dict[str, Dict[float, float]] = {}
         todo = {}
@@ -149,7 +143,7 @@ class Comparison:
         return scores
 
     def compare(self, weights: Dict[Method, float]) -> List[Dict[str, Any]]:
-        """A row per finished run; see compare_report.py."""
+        """A row for each finished run; see compare_report.py."""
         runs = {
             (budget, seed, method): self.plan(str(budget), method, weight, budget, seed, ())
             for budget in self.args.budget
@@ -166,7 +160,7 @@ class Comparison:
         return rows
 
     def measure(self, weights: Dict[Method, float]) -> List[Dict[str, Any]]:
-        """A row per solo run, one at a time and the methods in turn, so that all share a drift."""
+        """A row for each timed run. Runs are timed one at a time, and the methods take turns."""
         iters = self.args.timing_iters
         runs = {
             (turn, method): self.plan(COSTS, method, weight, iters, turn, NO_EVALUATION)
@@ -184,12 +178,12 @@ class Comparison:
 
 
 def metrics_of(record: Dict[str, Any]) -> Dict[str, float]:
-    """AP, AP50 and AP75 in percent; Detectron2 has no number where nothing was detected."""
+    """AP, AP50 and AP75 in percent. Detectron2 has no number if nothing was detected."""
     return {metric: record["bbox"][metric] or 0.0 for metric in report.METRICS}
 
 
 def origin_of(record: Dict[str, Any]) -> Dict[str, str]:
-    """The code and the machine that a run's numbers come from."""
+    """The commit and the machine of a run."""
     return {key: record[key] for key in ("commit", "machine")}
 
 
@@ -216,13 +210,13 @@ def select(args: argparse.Namespace) -> List[Method]:
 
 
 def choose(methods: Sequence[Method], scores: Dict[str, Dict[float, float]]) -> Dict[Method, float]:
-    """Every method's weight; one whose search has failed altogether is left out."""
+    """The weight of each method. A method is left out if every run of its search failed."""
     weights = {}
     for method in methods:
         found = scores.get(method.searched_as)
         if not method.loss:
             weights[method] = 0.0
-        elif found is None:  # there was no search
+        elif found is None:  # --search-seeds is empty
             weights[method] = method.factor * default_weight(method.loss)
         elif max(found.values()) > -math.inf:
             weights[method] = method.factor * best(found)
@@ -232,18 +226,18 @@ def choose(methods: Sequence[Method], scores: Dict[str, Dict[float, float]]) -> 
 def write_report(
     out: Path, rows: List[Dict[str, Any]], solo: List[Dict[str, Any]], searched: str
 ) -> str:
-    """Writes all files but weights.json; returns the text of table.md."""
+    """Writes table.md and plot.png; returns the text of table.md."""
     table = report.summarise(rows, solo)
     text = []
     for budget in sorted({row["budget"] for row in rows}):
         part = [row for row in table if row["budget"] == budget]
-        text += [f"### {budget} iterations", report.markdown(part), report.verdict(part)]
+        text += [f"### {budget} iterations", report.markdown(part)]
     text.append(
-        "AP: box AP in percent on ssimkd_shapes_val, mean +- sample standard deviation over seeds. "
-        f"Differences to {table[0]['reference']} are paired by seed; each 95 % interval "
-        "(Student's t) is that of one comparison. Seconds per iteration (one thread, data "
-        "included) and peak memory (of the process; of the GPU where one is used) are medians of "
-        "solo runs."
+        "AP is box AP in percent on ssimkd_shapes_val, as mean +- sample standard deviation over "
+        f"seeds. Differences to {table[0]['reference']} are paired by seed. Each 95 % interval "
+        "(Student's t) holds for one comparison. Seconds per iteration include the data and were "
+        "measured with one thread. The peak memory is that of the GPU if one is used, and else "
+        "that of the process. Both are medians of runs that had the machine for themselves."
     )
     text += [searched] if searched else []
     command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
@@ -252,56 +246,47 @@ def write_report(
     )
     text.append(f"`{command}`, commit {code}, on {where}")
     (out / "table.md").write_text("\n\n".join(text) + "\n")
-    report.write_csv(out / "table.csv", table)
-    report.write_csv(out / "runs.csv", rows)
     report.plot(rows, out / "plot.png")
     return "\n\n".join(text)
 
 
-def write_weights(path: Path, scores: Dict[str, Dict[float, float]]) -> str:
-    """Writes the search's outcome as JSON; returns it as a Markdown list."""
-    lines = ["Weights tried, with AP on the held-out images (bold: chosen):", ""]
-    content = {}
+def list_weights(scores: Dict[str, Dict[float, float]]) -> str:
+    """The result of the search as a list in Markdown."""
+    lines = ["These weights were tried. AP is on the held-out images, the chosen one is bold.", ""]
     for name, found in scores.items():
-        tried = {
-            f"{weight:g}": None if ap == -math.inf else ap for weight, ap in sorted(found.items())
-        }
-        content[name] = {"weight": best(found), "AP": tried}
-        cells = {w: f"{w}: failed" if ap is None else f"{w}: {ap:.1f}" for w, ap in tried.items()}
-        chosen = f"{best(found):g}"
-        cells[chosen] = f"**{cells[chosen]}**"
+        cells = {w: f"{w:g}: {found[w]:.1f}".replace("-inf", "failed") for w in sorted(found)}
+        cells[best(found)] = f"**{cells[best(found)]}**"
         lines.append(f"- {name}: {', '.join(cells.values())}")
-    path.write_text(json.dumps(content, indent=2) + "\n")
     return "\n".join(lines) if scores else ""
 
 
 def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--methods", nargs="+", default=[], help="LOSS[:KEY=VALUE|:*FACTOR]... or vanilla")
+    add("--methods", nargs="+", default=[], help="vanilla or LOSS[:KEY=VALUE|:*FACTOR]...")
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help="variants of ssim")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="shared by all methods")
-    add("--budget", type=int, nargs="+", default=[500], help="iterations; one table for each")
-    add("--search-seeds", type=int, nargs="*", default=[101], help="none: default weights")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes at a time, a thread each")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of every method")
+    add("--budget", type=int, nargs="+", default=[500], help="iterations; each makes a table")
+    add("--search-seeds", type=int, nargs="*", default=[101], help="none for the default weights")
+    add("--jobs", type=int, default=os.cpu_count(), help="number of processes, a thread each")
     add("--out", default=str(ROOT / "output/compare"), help="folder of runs and report")
-    add("--records", type=Path, help="finished runs to take over: a records.json")
-    add("--timing-rounds", type=int, default=3, help="solo runs of each method; 0: no costs")
-    add("--timing-iters", type=int, default=60, help="iterations of a solo run")
-    add("opts", nargs="*", help="-- and overrides for every run")
+    add("--records", type=Path, help="a records.json with runs that are not repeated")
+    add("--timing-rounds", type=int, default=3, help="timed runs of each method, may be 0")
+    add("--timing-iters", type=int, default=60, help="iterations of a timed run")
+    add("opts", nargs="*", help="overrides for every run, after --")
     return parser.parse_args(words)
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the script."""
     args = parse_args()
     with exit_in_one_line():
         load_config(str(ROOT / VANILLA), args.opts)
         methods = select(args)
-        DatasetCatalog.get("ssimkd_shapes_val")  # drawn once, not by several processes
+        DatasetCatalog.get("ssimkd_shapes_val")  # draws the images before several processes do
         comparison, out = Comparison(args), Path(args.out).resolve()
         if args.records:
             restore(args.records, out)
@@ -312,14 +297,14 @@ def main() -> None:
         rows = comparison.compare(weights)
         gather(out)
         if rows:
-            found = write_weights(out / "weights.json", scores)
-            print(write_report(out, rows, comparison.measure(weights), found))
+            solo = comparison.measure(weights)
+            print(write_report(out, rows, solo, list_weights(scores)))
     if comparison.runner.failed:
-        sys.exit(f"{len(comparison.runner.failed)} runs failed and are tried again next time")
+        sys.exit(f"{len(comparison.runner.failed)} runs failed. The same command tries them again.")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+        sys.exit("interrupted; the same command continues")

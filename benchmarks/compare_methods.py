@@ -1,4 +1,4 @@
-"""The methods that compare.py knows: every registered loss, and variants of it."""
+"""The methods of compare.py: every registered loss, and variants of it."""
 
 from pathlib import Path
 from typing import List, NamedTuple, Tuple
@@ -10,9 +10,9 @@ from ssimkd.losses import build_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, REFERENCE = "vanilla", "ssim"
-HEADS = f"{REFERENCE}:*0"  # the teacher's heads to start from, and nothing distilled
+HEADS = f"{REFERENCE}:*0"  # starts with the teacher's heads and distils nothing
 VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/compare.yaml"
-# Each changes one thing of ssim, by keys of MODEL.DISTILL, or its weight by a factor.
+# Each variant changes one key of MODEL.DISTILL, or multiplies the weight by a factor.
 ABLATIONS = {
     "components": [
         f"SSIM.EXPONENTS={e}"
@@ -38,13 +38,13 @@ ABLATIONS = {
 
 
 class Method(NamedTuple):
-    """What a row of the table trains.
+    """The training of one row of the table.
 
     Attributes:
-        name (str): as on the command line and in the table.
+        name (str): its name on the command line and in the table.
         loss (str): a name in the registry; "" for the plain student.
         opts (tuple[str]): further overrides.
-        factor (float): of the weight that was searched.
+        factor (float): the searched weight is multiplied by it.
         searched_as (str): name of the method whose search gives the weight.
     """
 
@@ -56,7 +56,7 @@ class Method(NamedTuple):
 
 
 def parse_method(text: str, searched_as: str = "") -> Method:
-    """A method of the command line: LOSS[:KEY=VALUE | :*FACTOR]..., keys below MODEL.DISTILL.
+    """Parses LOSS[:KEY=VALUE | :*FACTOR]..., where the keys are below MODEL.DISTILL.
 
     Raises:
         ConfigError: there is no such loss or setting.
@@ -73,7 +73,7 @@ def parse_method(text: str, searched_as: str = "") -> Method:
                 continue
             key, _, value = change.partition("=")
             if key == f"{loss.upper()}.WEIGHT":
-                raise ConfigError("the weight is searched: write :*FACTOR for a multiple of it")
+                raise ConfigError("the weight is searched; write :*FACTOR for a multiple of it")
             opts += [f"MODEL.DISTILL.{key}", value]
             kept.append(change)
         build_loss(loss, load_config(str(ROOT / DISTILLED), opts).MODEL.DISTILL)
@@ -83,7 +83,7 @@ def parse_method(text: str, searched_as: str = "") -> Method:
 
 
 def default_weight(loss: str) -> float:
-    """The weight that a loss has in `add_ssimkd_config`; the small configs may have another."""
+    """The weight that a loss has by default. The configs of the Shapes data may have another."""
     cfg = get_cfg()
     add_ssimkd_config(cfg)
     return float(cfg.MODEL.DISTILL[loss.upper()].WEIGHT)

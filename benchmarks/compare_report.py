@@ -1,14 +1,12 @@
 """Statistics, tables and the plot of compare.py.
 
-A row is a dict. Of a run: budget, method, weight, seed, AP, AP50, AP75 and more; of a solo run, for
-its cost: method, round, seconds (per iteration), peak_mib.
+A row is a dict. The row of a run has budget, method, weight, seed, AP, AP50, AP75 and more. The row
+of a timed run has method, round, seconds (per iteration) and peak_mib.
 """
 
-import csv
 import math
 import statistics
 from collections import defaultdict
-from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
@@ -30,7 +28,7 @@ HEAD = (
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, its standard error and 95 % interval."""
+    """Mean of paired differences with its standard error and 95 % interval."""
 
     mean: float
     error: float
@@ -39,7 +37,7 @@ class Difference(NamedTuple):
 
 
 def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Optional[Difference]:
-    """Difference of two methods, seed -> value each, over the seeds they share; None below two."""
+    """Difference of two methods (seed -> value) over the seeds of both; None below two seeds."""
     values = [ours[seed] - others[seed] for seed in ours if seed in others]
     if len(values) < 2:
         return None
@@ -49,7 +47,7 @@ def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Optional[D
 
 
 def costs(solo: Sequence[Row]) -> Dict[str, Row]:
-    """Each method's medians over its solo runs, and their ratios to the plain student's."""
+    """Method -> medians over its timed runs, and their ratios to the plain student's."""
     medians: Dict[str, Row] = {}
     for method in dict.fromkeys(row["method"] for row in solo):
         rows = [row for row in solo if row["method"] == method]
@@ -62,14 +60,10 @@ def costs(solo: Sequence[Row]) -> Dict[str, Row]:
     return medians
 
 
-def reference_of(methods: Sequence[str]) -> str:
-    """The method that others are compared with: ssim, or the first where it is not among them."""
-    return REFERENCE if REFERENCE in methods else methods[0]
-
-
 def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
-    """A row per budget and method, the best mean AP of each budget first."""
-    reference = reference_of([row["method"] for row in runs])
+    """A row for each budget and method. The best mean AP of each budget comes first."""
+    methods = [row["method"] for row in runs]
+    reference = REFERENCE if REFERENCE in methods else methods[0]
     samples: Dict[Any, Dict[int, Row]] = defaultdict(dict)
     for row in runs:
         samples[row["budget"], row["method"]][row["seed"]] = row
@@ -96,7 +90,7 @@ def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The rows of one budget as a Markdown table; a dash for what was not measured."""
+    """The rows of one budget as a table in Markdown. A dash means that nothing was measured."""
     rows = []
     for row in table:
         cells = [row["method"], f"{row['weight']:g}", str(row["seeds"])]
@@ -117,36 +111,8 @@ def markdown(table: Sequence[Row]) -> str:
     return bench_measure.markdown(head, rows)
 
 
-def verdict(table: Sequence[Row]) -> str:
-    """Who is best in the rows of one budget, who is told apart from the reference, how finely."""
-    parts = [f"Best mean AP: {table[0]['method']}."]
-    compared = [row for row in table if "difference_mean" in row]
-    for text, belongs in (
-        ("Better than", lambda row: row["difference_low"] > 0),
-        ("Not told apart from", lambda row: row["difference_low"] <= 0 <= row["difference_high"]),
-        ("Worse than", lambda row: row["difference_high"] < 0),
-    ):
-        names = [row["method"] for row in compared if belongs(row)]
-        if names:
-            parts.append(f"{text} {table[0]['reference']}: {', '.join(names)}.")
-    if compared:
-        halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in compared]
-        parts.append(
-            f"95 % intervals of the differences: +-{min(halves):.1f} to +-{max(halves):.1f} AP."
-        )
-    return " ".join(parts)
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Rows as CSV; nothing where a row lacks a key."""
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(chain(*rows))))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def plot(runs: Sequence[Row], path: Path) -> None:
-    """One dot per seed and a bar at each mean; the best at the largest budget on top."""
+    """Draws a dot for each seed and a bar at each mean. The best method is on top."""
     samples: Dict[Any, List[float]] = defaultdict(list)
     for row in runs:
         samples[row["method"], row["budget"]].append(row["AP"])
@@ -165,7 +131,7 @@ def plot(runs: Sequence[Row], path: Path) -> None:
     for index, budget in enumerate(budgets):
         axes.plot([], "o", color=f"C{index}", label=f"{budget} iterations")
     axes.set_yticks(range(len(methods)), methods)
-    axes.set_xlabel("box AP on ssimkd_shapes_val; a dot per seed, a bar at the mean")
+    axes.set_xlabel("box AP on ssimkd_shapes_val (dot: seed, bar: mean)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Runs of train_net.py for compare.py: a process and a folder each, and none done twice."""
+"""Runs of train_net.py for compare.py. Each has its process and folder, and is done only once."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from compare_methods import ROOT
@@ -22,17 +22,17 @@ from ssimkd.engine.run_record import commit, machine
 from ssimkd.errors import ConfigError, as_config_error
 from tqdm import tqdm
 
-COSTS = "timing"  # folder of the solo runs
-RECORD = "record.json"  # beside run.json, which says how a run was made
+COSTS = "timing"  # folder of the timed runs
+RECORD = "record.json"  # file with the results of a finished run
 
 
 class Run(NamedTuple):
     """One process of train_net.py.
 
     Attributes:
-        folder (Path): takes its output; `record.json` there: the run has finished.
-        config (str): a file, relative to the repository.
-        opts (tuple[str]): overrides of it.
+        folder (Path): its output. The run has finished if RECORD is there.
+        config (str): path of the config from the root of the repository.
+        opts (tuple[str]): overrides of the config.
     """
 
     folder: Path
@@ -40,11 +40,11 @@ class Run(NamedTuple):
     opts: Tuple[str, ...]
 
     def settings(self) -> Dict[str, Any]:
-        """What a record must agree with: the overrides, and what the file and its bases say."""
+        """The settings that its record must have."""
         return {"settings": [self.config, *self.opts], "config": digest(self.config)}
 
     def record(self) -> Optional[Dict[str, Any]]:
-        """What a finished run left; None: it has not finished.
+        """The record of the run, or None if it has not finished.
 
         Raises:
             ConfigError: the folder holds a run with other settings.
@@ -57,23 +57,23 @@ class Run(NamedTuple):
             if record.get(key) != value:
                 raise ConfigError(
                     f"--out: {self.folder} holds a run of other settings, {record['settings']}, "
-                    f"or of another {self.config}: choose another folder"
+                    f"or of another {self.config}. Choose another folder."
                 )
         return record
 
 
 class Runner:
-    """Carries runs out, several at a time.
+    """Executes several runs at a time.
 
     Attributes:
-        failed (dict[Path, str]): folder of a run -> last line that it printed; not tried again.
+        failed (dict[Path, str]): folder of a failed run -> the last line that it printed.
     """
 
     def __init__(self) -> None:
         self.failed: Dict[Path, str] = {}
 
     def finish(self, runs: Iterable[Run], title: str, jobs: int) -> None:
-        """Carries out what is neither finished nor failed; a failure does not stop the rest."""
+        """Executes the runs that have neither finished nor failed; a failure stops no other run."""
         runs = list(runs)
         todo = [run for run in runs if run.folder not in self.failed and run.record() is None]
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc=title, unit="run") as bar:
@@ -86,21 +86,21 @@ class Runner:
                         self.failed[folder] = complaint
                         bar.write(f"failed: {folder}: {complaint}", file=sys.stderr)
                     bar.update()
-            finally:  # interrupted: start no more
+            finally:  # an interruption starts no more runs
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
 def digest(config: str) -> str:
-    """Of the values in a file and its bases: not of comments, defaults, nor what the files name."""
+    """Hash of the values in a config and its bases, without comments and defaults."""
     values = CfgNode.load_yaml_with_base(str(ROOT / config))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def restore(records: Path, out: Path) -> None:
-    """Takes over finished runs that :func:`gather` has written elsewhere, but not those in `out`.
+    """Copies finished runs from a file of :func:`gather` to `out`, except those already there.
 
     Raises:
-        ConfigError: the file is not there, or holds something else or runs of other configs.
+        ConfigError: the file cannot be read, or its runs are of other configs.
     """
     with as_config_error(f"--records: {records}", (OSError, ValueError, TypeError, KeyError)):
         found = json.loads(records.read_text())
@@ -115,9 +115,9 @@ def restore(records: Path, out: Path) -> None:
 
 
 def gather(out: Path) -> None:
-    """Writes all finished runs below `out` to one file there, by the names of their folders.
+    """Writes the records of all finished runs below `out` to records.json there.
 
-    Those that measured costs are left out: they hold for this machine alone.
+    Timed runs are left out because their times hold only for this machine.
     """
     paths = sorted(path for path in out.rglob(RECORD) if path.relative_to(out).parts[0] != COSTS)
     found = {str(path.parent.relative_to(out)): json.loads(path.read_text()) for path in paths}
@@ -125,13 +125,13 @@ def gather(out: Path) -> None:
 
 
 def execute(run: Run) -> str:
-    """Carries one run out, on one thread, and writes its record.
+    """Executes a run with one thread and writes its record.
 
     Returns:
-        str: "", or the last line of its output where it failed.
+        str: "", or the last line of its output if it failed.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever shares the folder may carry out the same run at the same time
+    # Another process may execute the same run at the same time.
     draft = Path(tempfile.mkdtemp(prefix=f"{run.folder.name}-", dir=run.folder.parent))
     draft.chmod(0o755)
     command = [sys.executable, "train_net.py", "--config-file", run.config]
@@ -143,7 +143,7 @@ def execute(run: Run) -> str:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT
         )
-        _, status, usage = os.wait4(process.pid, 0)  # has this process's own peak memory
+        _, status, usage = os.wait4(process.pid, 0)  # usage has the peak memory of the process
         process.returncode = os.waitstatus_to_exitcode(status)
     complaint = ""
     if process.returncode:
@@ -153,33 +153,25 @@ def execute(run: Run) -> str:
     else:
         results = draft / "results.json"
         record["bbox"] = json.loads(results.read_text())["bbox"] if results.exists() else {}
-        record["seconds"] = seconds_per_iteration(draft / "metrics.json")
-        record["gradient_ratio"] = gradient_ratio(draft / "metrics.json")
+        rows = read_rows(draft / "metrics.json")
+        record["seconds"] = seconds_per_iteration(rows)
+        record["gradient_ratio"] = medians(rows).get("gradient_ratio")
         record["peak_mib"] = peak_mib(draft / "log.txt", usage.ru_maxrss)
         (draft / RECORD).write_text(json.dumps(record, indent=2))
-    shutil.rmtree(run.folder, ignore_errors=True)  # one that failed before
+    shutil.rmtree(run.folder, ignore_errors=True)  # left by a run that failed
     draft.rename(run.folder)
     return complaint
 
 
-def seconds_per_iteration(metrics: Path) -> float:
-    """Median of Detectron2's own timer: data, forward, backward and update.
-
-    Its lines are medians of 20 iterations; the first, while caches fill, is left out.
-    """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    times = [line["time"] for line in lines if "time" in line]
-    return statistics.median(times[1:] or times or [math.nan])  # none before the third
-
-
-def gradient_ratio(metrics: Path) -> Optional[float]:
-    """What `MODEL.DISTILL.LOG_GRADIENTS` logged, as `ssimkd weight` takes it; None: nothing."""
-    return medians(read_rows(metrics)).get("gradient_ratio")
+def seconds_per_iteration(rows: List[Dict[str, Any]]) -> float:
+    """Median of Detectron2's times of an iteration, without the first one that it logged."""
+    times = [row["time"] for row in rows if "time" in row]
+    return statistics.median(times[1:] or times or [math.nan])  # very short runs log no time
 
 
 def peak_mib(log: Path, max_rss: int) -> float:
-    """Peak memory in MiB: of the GPU where there is one, otherwise of the whole process."""
+    """Peak memory in MiB, of the GPU if there is one, and else of the whole process."""
     on_gpu = re.findall(r"max_mem: (\d+)M", log.read_text())
     if on_gpu:
         return float(max(map(int, on_gpu)))
-    return max_rss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    return max_rss / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, not KiB

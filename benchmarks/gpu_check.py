@@ -1,13 +1,12 @@
-"""Checks the Triton kernels of SSIM on a GPU: accuracy, determinism, capture; then times them.
+"""Checks and times the Triton kernels of SSIM on a GPU.
 
     python benchmarks/gpu_check.py --out gpu.json
-    python benchmarks/gpu_check.py --sweep  # times of other BLOCK and ROWS of ssim/gpu.py
     compute-sanitizer --tool memcheck python benchmarks/gpu_check.py --small
     compute-sanitizer --tool racecheck python benchmarks/gpu_check.py --small
-    TRITON_INTERPRET=1 python benchmarks/gpu_check.py --small  # without a GPU, minutes, untimed
+    TRITON_INTERPRET=1 python benchmarks/gpu_check.py --small  # without a GPU, takes minutes
 
-It ends with an error if a check fails. Times are medians of interleaved rounds, forward and
-backward together, of five levels of two images of 800 x 1333 pixels.
+The script ends with an error if a check fails. Times are medians of forward and backward on five
+levels of two images of 800 x 1333 pixels. The compared forms take turns. --small measures no times.
 """
 
 import argparse
@@ -26,15 +25,14 @@ from torch import Tensor
 
 LEVELS = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
 SMALL = [(5, 37), (7, 6)]
-LIMIT = 1e-6  # deviation of a float32 gradient from float64, as a share of its largest element
-TILINGS = list(itertools.product((32, 64, 128), (48, 96, 224)))  # BLOCK, ROWS
+LIMIT = 1e-6  # error of a float32 gradient compared with float64, relative to its largest element
 
 Maps = List[Tuple[Tensor, Tensor]]
 Step = Callable[[], Tuple[Tensor, ...]]
 
 
 def pyramid(levels, channels: int, device: str, dtype=torch.float32) -> Maps:
-    """Student and teacher maps of each level, of two images."""
+    """Student and teacher maps of two images, for each level."""
     generator = torch.Generator(device).manual_seed(0)
     pairs = []
     for size in levels:
@@ -46,17 +44,17 @@ def pyramid(levels, channels: int, device: str, dtype=torch.float32) -> Maps:
 
 
 def gradients(pairs: Maps, backend: str = "triton", **options) -> Tuple[Tensor, ...]:
-    """Losses of the levels, and the gradient of their sum by each student map."""
+    """The loss of each level, then the gradient of their sum with respect to each student map."""
     options = {"normalize": "minmax", **options}
     values = [ssim_loss(x, y, backend=backend, **options) for x, y in pairs]
     return (*values, *torch.autograd.grad(torch.stack(values).sum(), [x for x, _ in pairs]))
 
 
-# --- checks: each returns the figures it found and raises AssertionError ---
+# Each check raises AssertionError if it fails, and may return the figures that it measured.
 
 
 def check_accuracy(levels, channels: int, device: str) -> Dict[str, float]:
-    """Largest deviation from float64 of loss and gradient, for windows, borders and exponents."""
+    """Compares loss and gradient with float64 for several windows, borders and exponents."""
     found = {}
     cases = itertools.product((3, 5, 7, 9, 11), ("renormalize", "zero"), (1.0, 0.0))
     for window_size, border, alpha in cases:
@@ -70,17 +68,17 @@ def check_accuracy(levels, channels: int, device: str) -> Dict[str, float]:
             deviation = (gradient - known).abs().max() / known.abs().max()
             worst = max(worst, deviation.item(), (loss - known_loss).abs().item())
         found[f"window {window_size}, {border}, alpha {alpha:g}"] = worst
-    # On a few cells any float32 shows: windows of hardly any variance have their say.
+    # The error is larger on a few cells, where some windows have hardly any variance.
     assert max(found.values()) <= (LIMIT if levels is LEVELS else 4 * LIMIT), found
     return found
 
 
 def check_types(levels, channels: int, device: str) -> Dict[str, float]:
-    """Half precision: nothing is lost but the rounding of the gradient."""
+    """In half precision the only error is the rounding of the gradient."""
     found: Dict[str, float] = {}
     for dtype, limit in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
         for x, y in pyramid(levels, channels, device, dtype):
-            scale = x[0].numel()  # as a GradScaler has it: float16 holds no gradient of a mean
+            scale = x[0].numel()  # without a scale, float16 cannot hold the gradient of a mean
             results = []
             for student in (x, x.detach().float().requires_grad_()):
                 loss = ssim_loss(student, y, normalize="minmax", backend="triton") * scale
@@ -93,7 +91,7 @@ def check_types(levels, channels: int, device: str) -> Dict[str, float]:
 
 
 def check_padding(levels, channels: int, device: str) -> None:
-    """An image in a corner of a larger map, beside NaN, costs what it costs alone."""
+    """The loss of an image is the same in a corner of a larger map that is NaN elsewhere."""
     for x, y in pyramid(levels, channels, device):
         height, width = x.shape[2:]
         sizes = [((height + 1) // 2, width), (height, (width + 1) // 2)]
@@ -112,7 +110,7 @@ def check_padding(levels, channels: int, device: str) -> None:
 
 
 def check_nan(levels, channels: int, device: str) -> None:
-    """NaN within an image reaches the loss, with luminance and without."""
+    """NaN inside an image makes the loss NaN, with luminance and without."""
     for x, y in pyramid(levels, channels, device):
         for spoiled, alpha in itertools.product(range(2), (1.0, 0.0)):
             student, teacher = maps = [m.detach().clone() for m in (x, y)]
@@ -123,7 +121,7 @@ def check_nan(levels, channels: int, device: str) -> None:
 
 
 def check_determinism(levels, channels: int, device: str) -> None:
-    """Equal inputs give equal bits."""
+    """Equal inputs give bitwise equal results."""
     pairs = pyramid(levels, channels, device)
     first = gradients(pairs)
     for _ in range(5):
@@ -131,7 +129,7 @@ def check_determinism(levels, channels: int, device: str) -> None:
 
 
 def check_extremes(levels, channels: int, device: str) -> None:
-    """Equal extremes share the gradient through min-max normalisation, as by the definition."""
+    """Cells with the same extreme value share the gradient as in the definition."""
     for x, y in pyramid(levels, channels, device):
         tied = x.detach().clamp(-1, 1).requires_grad_()
         exact = tied.detach().double().requires_grad_()
@@ -141,7 +139,7 @@ def check_extremes(levels, channels: int, device: str) -> None:
 
 
 def check_capture(levels, channels: int, device: str) -> None:
-    """A CUDA graph on new maps gives what eager steps give: nothing waits for the GPU."""
+    """A CUDA graph computes the same on new maps as an eager step, so nothing waits for the GPU."""
     pairs = pyramid(levels, channels, device)
     replay = capture(lambda: gradients(pairs))
     with torch.no_grad():
@@ -151,7 +149,7 @@ def check_capture(levels, channels: int, device: str) -> None:
 
 
 def capture(step: Step) -> Step:
-    """A step as a CUDA graph: one launch, the same tensors each time."""
+    """The step as a CUDA graph, which uses the same tensors each time."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -169,11 +167,8 @@ def capture(step: Step) -> Step:
     return replay
 
 
-# --- times ---
-
-
 def measure(steps: Dict[str, Step], rounds: int) -> Dict[str, float]:
-    """Milliseconds of each step, medians of interleaved rounds."""
+    """Median milliseconds of each step. The steps take turns."""
     times: Dict[str, List[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(3):
@@ -189,7 +184,7 @@ def measure(steps: Dict[str, Step], rounds: int) -> Dict[str, float]:
 
 
 def time_all(rounds: int) -> Dict[str, Dict[str, float]]:
-    """The backends, with min-max normalisation and without."""
+    """Times and memory of the backends, with min-max normalisation and without."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         pairs = pyramid(LEVELS, 256, "cuda", dtype)
@@ -209,47 +204,33 @@ def time_all(rounds: int) -> Dict[str, Dict[str, float]]:
     return found
 
 
-def sweep(rounds: int) -> Dict[str, float]:
-    """Milliseconds of both kernels by BLOCK and ROWS."""
-    found = {}
-    pairs = pyramid(LEVELS, 256, "cuda")
-    for gpu.BLOCK, gpu.ROWS in TILINGS:
-        step = capture(partial(gradients, pairs))
-        found.update(measure({f"BLOCK {gpu.BLOCK}, ROWS {gpu.ROWS}": step}, rounds))
-    return found
-
-
 def main(argv: Optional[List[str]] = None) -> None:
-    """Runs the checks, then the clock; prints and writes what they found."""
+    """Runs the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="JSON file for the figures")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--small", action="store_true", help="checks alone, on small maps")
-    parser.add_argument("--sweep", action="store_true", help="times alone, of other tilings")
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds of the times (50)")
+    parser.add_argument("--small", action="store_true", help="only run the checks, on small maps")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.small:
-        sys.exit("there is no GPU here; TRITON_INTERPRET=1 with --small checks without one")
-    # These checks take the place of the trial at first use
+        sys.exit("error: there is no GPU; TRITON_INTERPRET=1 and --small check without one")
+    # The checks below replace the trial that is made at the first use.
     gpu.trusted = lambda *kind: True  # type: ignore[assignment]
     if device == "cpu":
         gpu.covers = lambda student, teacher, options: True  # type: ignore[assignment]
     found: Dict[str, object] = {"torch": torch.__version__}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
-    if args.sweep:
-        found["milliseconds"] = sweep(args.rounds)
-    else:
-        scale = (SMALL, 1, device) if args.small else (LEVELS, 64, device)
-        checks = [check_accuracy, check_types, check_padding, check_nan, check_determinism]
-        checks.append(check_extremes)
-        for check in checks + [check_capture] * (device == "cuda"):
-            begin = time.perf_counter()
-            found[check.__name__] = check(*scale) or "passed"
-            seconds = time.perf_counter() - begin
-            print(f"{check.__name__}: passed in {seconds:.1f} s", flush=True)
-        if not args.small:
-            found["milliseconds"] = time_all(args.rounds)
+    scale = (SMALL, 1, device) if args.small else (LEVELS, 64, device)
+    checks = [check_accuracy, check_types, check_padding, check_nan, check_determinism]
+    checks.append(check_extremes)
+    for check in checks + [check_capture] * (device == "cuda"):
+        begin = time.perf_counter()
+        found[check.__name__] = check(*scale) or "passed"
+        seconds = time.perf_counter() - begin
+        print(f"{check.__name__}: passed in {seconds:.1f} s", flush=True)
+    if not args.small:
+        found["milliseconds"] = time_all(args.rounds)
     text = json.dumps(found, indent=2)
     print(text)
     if args.out:

@@ -1,4 +1,4 @@
-"""Memory that a call takes."""
+"""Measures the memory that a call takes."""
 
 from pathlib import Path
 from typing import Callable, Optional
@@ -7,7 +7,7 @@ import torch
 
 
 def resident(key: str) -> int:
-    """A memory figure of this process in bytes: VmRSS, now, or VmHWM, the largest so far."""
+    """Memory of this process in bytes: VmRSS is the present value, VmHWM the largest so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -15,7 +15,7 @@ def resident(key: str) -> int:
 
 
 def peak_of(call: Callable[[], object], device: str) -> Optional[int]:
-    """Peak memory of a call beyond what is held before it, in bytes; None where it is not known."""
+    """Peak memory of a call beyond the memory held before it, in bytes; None if it is not known."""
     clear = Path("/proc/self/clear_refs")
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()

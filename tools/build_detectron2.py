@@ -1,21 +1,20 @@
 #!/usr/bin/env python
 """Builds a Detectron2 wheel from the source distribution that the package index carries.
 
-Detectron2 has no official release on the package index. `detectron2-cdo==0.5` is upstream's tag
-v0.5, Python files and model zoo, without the C++ sources. This script downloads it, checks its
-hash, applies REPLACEMENTS (what a five-year-old source needs on today's libraries), adds a Python
-stand-in for the compiled extension and builds the wheel. Nothing here is needed where Detectron2
-is installed already.
+Detectron2 has no official release on the package index. `detectron2-cdo==0.5` has the Python files
+and the model zoo of upstream's tag v0.5, but no C++ sources. This script downloads it and checks
+its hash. It edits the source for today's libraries (REPLACEMENTS), adds a Python module in place of
+the compiled extension, and builds the wheel. It is not needed if Detectron2 is already installed.
 
     python tools/build_detectron2.py --out build/wheels    # make the wheel
     python tools/build_detectron2.py --install             # and install it, unless there is one
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -25,122 +24,54 @@ from typing import List, NamedTuple
 
 NAME, VERSION = "detectron2-cdo", "0.5"
 SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
-LOCAL_VERSION = "+python"  # pip list then tells this wheel from a compiled Detectron2
+LOCAL_VERSION = "+python"  # distinguishes this wheel from a compiled Detectron2 in `pip list`
 
 
 class Replacement(NamedTuple):
-    """One edit of the source: `old` must occur exactly `times` times in `file`."""
+    """One edit of the source: the regular expression `old` must match `times` times in `file`."""
 
     file: str
     old: str
     new: str
-    times: int
-    reason: str
+    times: int = 1
 
 
-NUMPY_124 = "removed in NumPy 1.24"
 REPLACEMENTS = [
+    # NumPy 1.24 has removed these names.
+    Replacement("detectron2/data/build.py", r"np\.int\b", "int", 2),
+    Replacement("detectron2/evaluation/sem_seg_evaluation.py", r"np\.int\b", "int", 2),
+    Replacement("detectron2/evaluation/sem_seg_evaluation.py", r"np\.float\b", "float", 5),
+    Replacement("detectron2/data/datasets/pascal_voc.py", r"np\.str\b", "str"),
+    Replacement("detectron2/evaluation/pascal_voc_evaluation.py", r"np\.bool\b", "bool", 2),
+    Replacement("detectron2/structures/masks.py", r"np\.bool\b", "bool", 2),
+    Replacement("detectron2/utils/visualizer.py", r"np\.bool\b", "bool", 3),
+    Replacement("detectron2/utils/video_visualizer.py", r"np\.bool\b", "bool"),
+    # Pillow 10 has removed this name.
+    Replacement("detectron2/data/transforms/transform.py", r"Image\.LINEAR\b", "Image.BILINEAR"),
+    # setuptools 82 no longer contains pkg_resources.
     Replacement(
-        "detectron2/data/transforms/transform.py",
-        "interp=Image.LINEAR",
-        "interp=Image.BILINEAR",
-        1,
-        "removed in Pillow 10",
+        "detectron2/model_zoo/model_zoo.py",
+        "import pkg_resources",
+        "from importlib import resources",
     ),
     Replacement(
         "detectron2/model_zoo/model_zoo.py",
-        "import pkg_resources\n",
-        "from importlib import resources\n",
-        1,
-        "pkg_resources left setuptools in version 82",
+        r"pkg_resources\.resource_filename\(\s*(.*), os\.path\.join\((.*), config_path\)\s*\)",
+        r"str(resources.files(\1) / \2 / config_path)",
     ),
+    # The schedulers of torch 2 are no _LRScheduler, so their state was not saved.
+    Replacement("detectron2/engine/hooks.py", r"lr_scheduler\._LRS", "lr_scheduler.LRS", 2),
+    # The distribution has another name, and no C++ sources: C_STAND_IN takes their place.
+    Replacement("setup.py", "detectron2_cdo", "detectron2"),
+    Replacement("setup.py", r"ext_modules=.*\s*cmdclass=.*\n", ""),
+    # The configs of the zoo already lie inside the package.
     Replacement(
-        "detectron2/model_zoo/model_zoo.py",
-        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", '
-        'os.path.join("configs", config_path)\n    )',
-        'str(\n        resources.files("detectron2.model_zoo") / "configs" / config_path\n    )',
-        1,
-        "pkg_resources left setuptools in version 82",
+        "setup.py", r"get_model_zoo_configs\(\)\}", '["configs/**/*.yaml", "configs/**/*.py"]}'
     ),
-    Replacement(
-        "detectron2/engine/hooks.py",
-        "torch.optim.lr_scheduler._LRScheduler",
-        "torch.optim.lr_scheduler.LRScheduler",
-        2,
-        "a native scheduler of torch 2 is no _LRScheduler: its state was silently not saved",
-    ),
-    # The AttributeError of the first two is swallowed upstream: the class table vanishes.
-    Replacement("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1, NUMPY_124),
-    Replacement("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, NUMPY_124),
-    Replacement(
-        "detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", 2, NUMPY_124
-    ),
-    Replacement(
-        "detectron2/evaluation/sem_seg_evaluation.py",
-        "dtype=np.float)",
-        "dtype=float)",
-        2,
-        NUMPY_124,
-    ),
-    Replacement(
-        "detectron2/evaluation/sem_seg_evaluation.py",
-        "astype(np.float)",
-        "astype(float)",
-        3,
-        NUMPY_124,
-    ),
-    Replacement(
-        "detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", 1, NUMPY_124
-    ),
-    Replacement(
-        "detectron2/evaluation/pascal_voc_evaluation.py",
-        "astype(np.bool)",
-        "astype(bool)",
-        2,
-        NUMPY_124,
-    ),
-    Replacement("detectron2/structures/masks.py", "astype(np.bool)", "astype(bool)", 1, NUMPY_124),
-    Replacement("detectron2/structures/masks.py", "dtype=np.bool)", "dtype=bool)", 1, NUMPY_124),
-    Replacement("detectron2/utils/visualizer.py", "astype(np.bool)", "astype(bool)", 3, NUMPY_124),
-    Replacement(
-        "detectron2/utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)", 1, NUMPY_124
-    ),
-    Replacement(
-        "setup.py",
-        'name="detectron2_cdo"',
-        'name="detectron2"',
-        1,
-        "the import name and upstream's",
-    ),
-    Replacement(
-        "setup.py",
-        "    ext_modules=get_extensions(),\n"
-        '    cmdclass={"build_ext": torch.utils.cpp_extension.BuildExtension},\n',
-        "",
-        1,
-        "the C++ sources are not in the distribution; detectron2/_C.py stands in",
-    ),
-    Replacement(
-        "setup.py",
-        "get_model_zoo_configs()}",
-        '["configs/**/*.yaml", "configs/**/*.py"]}',
-        1,
-        "the zoo's configs already lie inside the package",
-    ),
-    Replacement(
-        "setup.py",
-        '        "black==21.4b2",\n',
-        "",
-        1,
-        "only LazyConfig.to_py uses it; too old today",
-    ),
-    Replacement(
-        "setup.py", '"iopath>=0.1.7,<0.1.10"', '"iopath>=0.1.7"', 1, "0.1.10 works and is current"
-    ),
-    Replacement("setup.py", '        "future",  # used by caffe2\n', "", 1, "caffe2 is gone"),
-    Replacement(
-        "setup.py", '        "pydot",  # used to save caffe2 SVGs\n', "", 1, "caffe2 is gone"
-    ),
+    # These requirements are too old, or were needed only by caffe2.
+    Replacement("setup.py", r'"black==.*\n', ""),
+    Replacement("setup.py", r"iopath>=0\.1\.7,<0\.1\.10", "iopath>=0.1.7"),
+    Replacement("setup.py", r'"(future|pydot)",.*\n', "", 2),
 ]
 
 C_STAND_IN = '''"""Stands in for the compiled extension; a compiled `_C` takes precedence."""
@@ -174,17 +105,14 @@ def __getattr__(name):
 
 
 def download(folder: Path) -> Path:
-    """Fetches the pinned source distribution into `folder` and checks its hash."""
-    # pip runs the file's setup.py to read its metadata: it must know the hash before that
+    """Downloads the source distribution into `folder`. pip checks its hash."""
+    # pip runs setup.py to read its metadata, so it has to check the hash before that.
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     source = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(folder)]
     subprocess.run([*pip, "download", *source, "--require-hashes", "-r", str(pinned)], check=True)
     (archive,) = folder.glob("*.tar.gz")
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise SystemExit(f"{archive.name}: sha256 is {digest}, expected {SHA256}")
     return archive
 
 
@@ -192,23 +120,23 @@ def apply_replacements(source: Path, replacements: List[Replacement]) -> None:
     """Edits the unpacked source in place.
 
     Raises:
-        SystemExit: a row's text does not occur in its file exactly as often as the row says.
+        SystemExit: a row matches more often or less often than it says.
     """
     for row in replacements:
         path = source / row.file
         text = path.read_text(encoding="utf-8")
-        found = text.count(row.old)
+        text, found = re.subn(row.old, row.new, text)
         if found != row.times:
-            raise SystemExit(f"{row.file}: {row.old!r} occurs {found} times, expected {row.times}")
-        path.write_text(text.replace(row.old, row.new), encoding="utf-8")
+            raise SystemExit(f"{row.file}: {row.old!r} matches {found} times, expected {row.times}")
+        path.write_text(text, encoding="utf-8")
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpacks the source distribution and makes it buildable; returns its root folder."""
+    """Unpacks the source distribution, edits it, and returns its root folder."""
     with tarfile.open(archive) as tar:
         if hasattr(tarfile, "data_filter"):
             tar.extractall(folder, filter="data")
-        else:  # early patch releases of Python 3.9 to 3.11; the hash was checked
+        else:  # early releases of Python 3.9 to 3.11
             tar.extractall(folder)
     (source,) = (p for p in folder.iterdir() if p.is_dir())
     apply_replacements(source, REPLACEMENTS)
@@ -217,7 +145,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def build_wheel(out: Path) -> Path:
-    """Makes the wheel in the folder `out` and returns its path."""
+    """Builds the wheel in the folder `out` and returns its path."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
         downloads, sources = Path(tmp, "download"), Path(tmp, "source")
@@ -228,13 +156,13 @@ def build_wheel(out: Path) -> Path:
         subprocess.run(
             [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)],
             check=True,
-            env={**os.environ, "D2_VERSION_SUFFIX": LOCAL_VERSION},  # upstream's own hook
+            env={**os.environ, "D2_VERSION_SUFFIX": LOCAL_VERSION},  # upstream's setup.py reads it
         )
     return out / f"detectron2-{VERSION}{LOCAL_VERSION}-py3-none-any.whl"
 
 
 def replaceable() -> bool:
-    """Whether there is no Detectron2 here, or one that an earlier run of this script made."""
+    """Whether Detectron2 is not installed, or was built by an earlier run of this script."""
     if importlib.util.find_spec("detectron2") is None:
         return True
     try:
@@ -244,15 +172,19 @@ def replaceable() -> bool:
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("build/wheels"), help="where it is put")
-    parser.add_argument("--install", action="store_true", help="also install it, unless present")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/wheels"), help="folder of the wheel"
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="install the wheel unless there is another one"
+    )
     args = parser.parse_args()
     if args.install and not replaceable():
-        print("Detectron2 is already installed: kept as it is.")
+        print("Detectron2 is already installed and is kept.")
         return
     wheel = build_wheel(args.out)
     print(f"built {wheel}")

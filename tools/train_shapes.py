@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Distils a small student on the Shapes data and compares it with its teacher and its twin.
+"""Trains a small student on the Shapes data with and without its teacher, and prints a table.
 
     python tools/train_shapes.py                     # one seed, as `make train` does
     python tools/train_shapes.py --seeds 1 2 3
 
-Each row is a run of train_net.py, whose command is printed. The table is written to
-output/shapes/table.md as well, and `ssimkd report` makes a page of the first seed's runs.
+Each row of the table comes from runs of train_net.py, whose commands are printed. The table is also
+written to output/shapes/table.md. `ssimkd report` makes a page about the runs of the first seed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ METRICS = ("AP", "AP50", "AP75")
 
 
 def folder(name: str, seed: int) -> Path:
-    """Where a run goes, from the root of the repository."""
+    """The folder of a run, from the root of the repository."""
     return Path("output/shapes") / f"{name.replace(' ', '_')}_seed{seed}"
 
 
@@ -52,13 +52,13 @@ def run(name: str, seed: int, opts: List[str]) -> Dict[str, float]:
 
 
 def parameters(name: str) -> int:
-    """Number of parameters of the detector of a row, without what only distillation needs."""
+    """Number of parameters of a detector, without those that only the distillation needs."""
     cfg = load_config(str(ROOT / CONFIGS[name]), ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
     return sum(p.numel() for p in build_model(cfg).parameters())
 
 
 def table(results: Dict[str, List[Dict[str, float]]]) -> str:
-    """Markdown table: a row per detector; mean and standard deviation of several runs."""
+    """A table in Markdown. Several runs are shown by mean and standard deviation."""
     rows = []
     for name, runs in results.items():
         cells = [name]
@@ -71,28 +71,24 @@ def table(results: Dict[str, List[Dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], help="one run of each per seed"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- and overrides for every run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of the students")
+    parser.add_argument("opts", nargs="*", help="overrides for every run, after --")
     args = parser.parse_args()
-    opts = [word for word in args.opts if word != "--"]
     start = time.perf_counter()
     results: Dict[str, List[Dict[str, float]]] = {}
     for name in CONFIGS:
         seeds = args.seeds[:1] if name == "teacher" else args.seeds
-        results[name] = [run(name, seed, opts) for seed in seeds]
+        results[name] = [run(name, seed, args.opts) for seed in seeds]
     text = table(results)
     (ROOT / "output/shapes/table.md").write_text(text + "\n")
     print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}\n")
     vanilla, student, teacher = (str(folder(name, args.seeds[0])) for name in CONFIGS)
     command = [sys.executable, "-m", "ssimkd", "report", "--run", student]
-    status = subprocess.run([*command, "--compare", vanilla, teacher], cwd=ROOT).returncode
-    sys.exit(status)
+    sys.exit(subprocess.run([*command, "--compare", vanilla, teacher], cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The comparison of losses: its statistics, its search, what it repeats, what it writes."""
+"""The comparison of losses: statistics, search, repeated runs, and the table."""
 
-import csv
 import json
 import math
 import os
@@ -14,8 +13,6 @@ import compare_runs
 import pytest
 from compare_methods import ABLATIONS, parse_method
 from conftest import ROOT
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from ssimkd import ConfigError
 from ssimkd.engine.arguments import load_config
 
@@ -79,13 +76,6 @@ def test_a_row_per_method_the_best_first():
     assert lines[3].startswith("| once | 4 | 1 | 20.0 | 40.0 | 10.0 | - |")
 
 
-def test_a_rival_that_wins_is_named():
-    assert report.verdict(report.summarise(RUNS, [])) == (
-        "Best mean AP: rival. Better than ssim: rival. Not told apart from ssim: twin. "
-        "Worse than ssim: poor. 95 % intervals of the differences: +-0.6 to +-19.1 AP."
-    )
-
-
 # --- methods ---
 
 
@@ -93,15 +83,6 @@ def test_every_loss_that_fits_the_student_is_compared():
     names = {m.name for m in compare.select(compare.parse_args([]))}
     assert {"ssim", "kd", "dkd", "dist"} < names
     assert not {"bckd", "crosskd"} & names  # of dense heads
-
-
-def test_every_ablation_changes_the_config():
-    args = compare.parse_args(["--ablation", *ABLATIONS])
-    plain = load_config("configs/shapes/ssimkd.yaml", []).MODEL.DISTILL
-    for method in compare.select(args)[2:]:
-        assert method.searched_as == "ssim"
-        changed = load_config("configs/shapes/ssimkd.yaml", list(method.opts)).MODEL.DISTILL
-        assert isinstance(changed, CfgNode) and (changed != plain or method.factor != 1)
 
 
 def test_a_method_is_a_loss_with_changes():
@@ -113,18 +94,17 @@ def test_a_method_is_a_loss_with_changes():
     assert method.searched_as == "ssim:SSIM.BORDER=zero:WARMUP_ITERS=100"
 
 
-@pytest.mark.parametrize(
-    "text, key",
-    [
+def test_a_wrong_method_is_named_and_every_ablation_is_a_method():
+    for text, key in (
         ("nothing", "nothing"),
         ("ssim:SSIM.NO=1", "SSIM.NO"),
-        ("ssim:SSIM.BORDER=odd", "border"),
-        ("ssim:SSIM.WEIGHT=2.0", "FACTOR"),
-    ],
-)
-def test_an_unknown_method_is_named(text, key):
-    with pytest.raises(ConfigError, match=key):
-        parse_method(text)
+        ("l1:L1.WEIGHT=2", "FACTOR"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            parse_method(text)
+    methods = compare.select(compare.parse_args(["--ablation", *ABLATIONS]))
+    assert {method.searched_as for method in methods[1:]} == {"ssim"}
+    assert len({(method.opts, method.factor) for method in methods[1:]}) == len(methods) - 1
 
 
 def test_published_runs_are_of_todays_configs_and_keys():
@@ -136,19 +116,7 @@ def test_published_runs_are_of_todays_configs_and_keys():
         load_config(config, [word for i in kept for word in opts[i : i + 2]], ())
 
 
-# --- the held-out part ---
-
-
-def test_the_search_sees_the_training_images_alone():
-    names = ("train", "search_train", "search_val")
-    whole, seen, held_out = (
-        [r["file_name"] for r in DatasetCatalog.get(f"ssimkd_shapes_{name}")] for name in names
-    )
-    assert (len(seen), len(held_out)) == (1600, 400)
-    assert sorted(seen + held_out) == sorted(whole)
-
-
-# --- search and resumption, with runs that take no time ---
+# --- search and resumption, where no process is started ---
 
 
 @pytest.fixture
@@ -209,10 +177,7 @@ def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, c
         assert option(run, "DATASETS.TEST") == "('ssimkd_shapes_search_val',)"
 
 
-@pytest.mark.parametrize(
-    "ratio, centre",
-    [(15.9, 4.0), (16.1, 1.0), (0.125, 256.0), (None, 4.0)],
-)
+@pytest.mark.parametrize("ratio, centre", [(15.9, 4.0), (16.1, 1.0), (None, 4.0)])
 def test_the_search_starts_where_the_gradients_are_in_proportion(tmp_path, executed, ratio, centre):
     calls = executed(lambda run: 0.0, gradient_ratio=ratio)
     assert comparison(tmp_path).probe([parse_method("l1")]) == {"l1": centre}
@@ -230,10 +195,8 @@ def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
     search = comparison(tmp_path)
     scores = search.search([parse_method("l1")], {"l1": 4.0})
     assert scores["l1"] == {4.0: 4.0, 1.0: 1.0, 16.0: -math.inf}
-    text = compare.write_weights(tmp_path / "weights.json", scores)
+    text = compare.list_weights(scores)
     assert text.endswith("\n- l1: 1: 1.0, **4: 4.0**, 16: failed")
-    written = {"weight": 4.0, "AP": {"1": 1.0, "4": 4.0, "16": None}}
-    assert json.loads((tmp_path / "weights.json").read_text()) == {"l1": written}
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
@@ -334,8 +297,6 @@ def test_the_command_trains_compares_and_writes_its_files(tmp_path, few_shapes):
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in done.stdout and "### 3 iterations" in text
     assert text.count("| vanilla | 0 | 1 |") == text.count("| ssim | 4 | 1 |") == 1
-    with open(tmp_path / "table.csv") as f:
-        table = {r["method"]: r for r in csv.DictReader(f)}
-    assert float(table["ssim"]["seconds"]) > 0 and float(table["ssim"]["peak_mib"]) > 100
-    assert float(table["vanilla"]["seconds_ratio"]) == 1.0
+    (vanilla,) = (line.split(" | ") for line in text.splitlines() if "vanilla | 0" in line)
+    assert float(vanilla[7]) > 0 and vanilla[8] == "1.00" and float(vanilla[9]) > 100
     assert (tmp_path / "plot.png").stat().st_size > 1000

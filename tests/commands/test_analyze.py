@@ -36,7 +36,7 @@ def test_yaml_and_lazy_have_the_same_table(capsys, image):
 
 
 def test_flops_are_those_of_another_counter():
-    """torch's own counts convolutions and products alone, each multiplication and addition."""
+    """torch's counter counts only convolutions and products, and counts additions as well."""
     _, spec = next(analyze.teachers_of(load_config(YAML, [], ())))
     model, _, _ = spec.load(torch.device("cpu"))
     image = torch.zeros(3, 96, 128, dtype=torch.uint8)
@@ -45,7 +45,7 @@ def test_flops_are_those_of_another_counter():
         model([{"image": image}])
     counts = counter.get_flop_counts()
     for own, other in ((total, counter.get_total_flops()), (backbone, flops(counts, "backbone"))):
-        assert other / 2 <= own <= 1.1 * other / 2  # fvcore's has the norms as well
+        assert other / 2 <= own <= 1.1 * other / 2  # fvcore counts the norms as well
 
 
 def flops(counts, module):

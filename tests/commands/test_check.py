@@ -79,12 +79,6 @@ def test_a_pair_that_cannot_run_is_an_error_in_one_line(run_check, opts, message
     assert said.startswith(f"error: {message}") and "\n" not in said
 
 
-def test_no_gpus_are_refused(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        check.main(["--config-file", YAML, "--num-gpus", "0"])
-    assert "argument --num-gpus: must be at least 1, got 0" in capsys.readouterr().err
-
-
 def test_what_the_whole_run_costs():
     metrics = {"time": 0.5, "data_time": 0.01, "total_loss": 4.0, "loss_cls": 1.0, "lr": 0.0}
     rows = dict(check.cost_rows({**metrics, "ssim_kd_loss": 3.0}, max_iter=90000))

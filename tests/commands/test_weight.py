@@ -2,11 +2,9 @@
 
 import argparse
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, shapes_cfg
+from conftest import shapes_cfg
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
 from ssimkd import ConfigError
@@ -14,33 +12,37 @@ from ssimkd.commands import weight
 from ssimkd.engine.arguments import load_config
 from ssimkd.modeling.several_teachers import Distillers
 
-YAML = ("--config-file", "configs/shapes/ssimkd.yaml", "SOLVER.IMS_PER_BATCH", "2")
+YAML = ("--config-file", "configs/shapes/ssimkd.yaml", "SOLVER.IMS_PER_BATCH", "1")
 LAZY = (
     "--config-file", "tests/engine/lazy_shapes.py", "optimizer.lr=1e-9",
     "dataloader.train.total_batch_size=1", "train.max_iter=100",
 )  # fmt: skip
 
 
-def suggest(few_shapes, monkeypatch, *args):
+@pytest.fixture
+def suggest(few_shapes, monkeypatch, capsys):
     """Runs the command; returns (ratio now, weight now, weight proposed)."""
     monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
-    command = [sys.executable, "-m", "ssimkd", "weight", "--iters", "20", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    pattern = r"levels is (\S+),(?:.|\n)*ssim has the weight (\S+);.* and (\S+) gives"
-    return [float(group) for group in re.search(pattern, done.stdout).groups()]
+
+    def run(*args):
+        weight.main([*map(str, args)])
+        pattern = r"levels is (\S+),(?:.|\n)*ssim has the weight (\S+);.* and (\S+) gives"
+        return [float(group) for group in re.search(pattern, capsys.readouterr().out).groups()]
+
+    return run
 
 
-def test_the_proposal_makes_the_ratio(few_shapes, monkeypatch):
-    still = (*YAML, "SOLVER.BASE_LR", 1e-9)  # the student does not move: the ratio is linear
-    ratio, now, proposed = suggest(few_shapes, monkeypatch, "--ratio", 2.0, *still)
+def test_the_proposal_makes_the_ratio(suggest):
+    # the student does not move, so the ratio is proportional to the weight
+    still = (*YAML[:2], "--iters", 20, "--ratio", 2.0, *YAML[2:], "SOLVER.BASE_LR", 1e-9)
+    ratio, now, proposed = suggest(*still)
     assert now == 16 and proposed == pytest.approx(16 * 2 / ratio, rel=0.06)  # two digits
-    again, _, _ = suggest(few_shapes, monkeypatch, *still, "MODEL.DISTILL.SSIM.WEIGHT", proposed)
+    again, _, _ = suggest(*still, "MODEL.DISTILL.SSIM.WEIGHT", proposed)
     assert again == pytest.approx(2.0, rel=0.06)
 
 
-def test_lazy(few_shapes, monkeypatch):
-    ratio, now, proposed = suggest(few_shapes, monkeypatch, *LAZY)
+def test_a_lazy_config(suggest):
+    ratio, now, proposed = suggest(*LAZY[:2], "--iters", 20, *LAZY[2:])
     assert proposed == pytest.approx(now * 8 / ratio, rel=0.06)
 
 
@@ -65,9 +67,8 @@ def test_what_cannot_be_measured_is_said_before_the_run(flag, capsys):
     assert re.search(f"{flag[0]}:? must be ", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("change", [("LOSSES", "()"), ("SSIM.WEIGHT", "0.0")])
-def test_nothing_to_weigh(change):
-    cfg = shapes_cfg("ssimkd", f"MODEL.DISTILL.{change[0]}", change[1])
+def test_a_config_without_a_loss_of_a_weight_is_refused():
+    cfg = shapes_cfg("ssimkd", "MODEL.DISTILL.SSIM.WEIGHT", "0.0")
     with pytest.raises(ConfigError, match=r"MODEL\.DISTILL\.LOSSES"):
         weight.weights_of(cfg)
 

@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
-import tarfile
 
 import pytest
 from conftest import ROOT
@@ -21,24 +21,11 @@ ours = pytest.mark.skipif(not from_index, reason="another Detectron2 is installe
 
 def test_a_row_that_does_not_fit_is_an_error(tmp_path):
     (tmp_path / "a.py").write_text("one two two")
-    row = build.Replacement("a.py", "two", "three", 2, "")
+    row = build.Replacement("a.py", r"two\b", "three", 2)
     build.apply_replacements(tmp_path, [row])
     assert (tmp_path / "a.py").read_text() == "one three three"
-    with pytest.raises(SystemExit, match=r"a.py: 'two' occurs 0 times, expected 2"):
+    with pytest.raises(SystemExit, match="a.py: .* matches 0 times, expected 2"):
         build.apply_replacements(tmp_path, [row])
-
-
-def test_another_download_is_refused(tmp_path, monkeypatch):
-    """The file that the package index would have to send is hashed, whatever it calls itself."""
-
-    def send(command, check):
-        folder = command[command.index("-d") + 1]
-        with tarfile.open(f"{folder}/detectron2_cdo-0.5.tar.gz", "w:gz"):
-            pass
-
-    monkeypatch.setattr(build.subprocess, "run", send)
-    with pytest.raises(SystemExit, match="sha256"):
-        build.download(tmp_path)
 
 
 @ours
@@ -50,8 +37,7 @@ def test_each_row_is_in_the_installed_package():
     assert len(rows) > 10
     for row in rows:
         text = open(root + row.file[len("detectron2") :]).read()
-        assert row.old not in text
-        assert text.count(row.new) >= row.times
+        assert not re.search(row.old, text), row
 
 
 @ours

@@ -1,15 +1,12 @@
 """The table that `make train` prints."""
 
 import importlib.util
-from types import SimpleNamespace
 
-import pytest
 from conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("train_shapes", ROOT / "tools/train_shapes.py")
 train_shapes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_shapes)
-FAILED = SimpleNamespace(returncode=3)
 
 
 def test_a_row_per_detector_with_mean_and_deviation():
@@ -27,15 +24,6 @@ def test_a_row_per_detector_with_mean_and_deviation():
     # the deviation of 10 and 14 is sqrt(8), of 5 and 6 sqrt(0.5)
     assert student.startswith("| vanilla student | 12.0 +- 2.8 | 20.0 +- 0.0 | 5.5 +- 0.7 |")
     assert teacher.startswith("| teacher | 70.0 | 87.4 | 83.8 |")
-
-
-def test_its_runs_are_quiet(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(train_shapes, "ROOT", tmp_path)
-    monkeypatch.setattr(train_shapes.subprocess, "run", lambda *a, **k: seen.append(a[0]) or FAILED)
-    with pytest.raises(SystemExit, match="3"):
-        train_shapes.run("teacher", 1, [])
-    assert "--quiet" in seen[0]
 
 
 def test_the_student_counts_no_distillation():

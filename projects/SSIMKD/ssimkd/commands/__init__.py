@@ -1,10 +1,10 @@
-"""What `ssimkd <command>` runs, one file each with a function `main`."""
+"""The commands of `ssimkd`. Each is a file with a function `main`."""
 
 import argparse
 
 
 def command_parser(name: str, text: str) -> argparse.ArgumentParser:
-    """The parser of a command that takes a config: `--config-file`, and its text for --help."""
+    """The parser of a command that takes a config; `text` is shown by --help."""
     parser = argparse.ArgumentParser(
         f"ssimkd {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -13,19 +13,19 @@ def command_parser(name: str, text: str) -> argparse.ArgumentParser:
         "--config",
         required=True,
         metavar="FILE",
-        help="a .yaml or .py config: a path, or the name of one of this project's configs",
+        help="path of a .yaml or .py config, or the name of one of this project's configs",
     )
     return parser
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """What stands last on a command line: overrides of the config."""
+    """Adds the overrides of the config, which come last on a command line."""
     text = "overrides of the config: KEY VALUE (.yaml) or key=value (.py)"
     parser.add_argument("opts", nargs=argparse.REMAINDER, help=text)
 
 
 def at_least(least: int):
-    """The type of an argument that is a whole number from `least` on."""
+    """The type of an argument that is a whole number and at least `least`."""
 
     def parse(text: str) -> int:
         if int(text) < least:

@@ -2,14 +2,13 @@
 
     ssimkd analyze --config-file ssimkd_R50.yaml --weights output/student.pth --image street.jpg
 
-One image is prepared as in an evaluation of the config; without --image it is noise of 640 x 480
-pixels. FLOPs are fvcore's: a multiplication with its addition is one; operators that it does not
-count are listed below the table. The speed is the median of --repeats runs on this machine.
-Without --weights the student's weights are random. It then finds fewer objects, which makes it
-faster than a trained one. The same holds for a teacher whose checkpoint cannot be read.
+The image is prepared as in an evaluation of the config. Without --image it is noise of 640 x 480
+pixels. fvcore counts the FLOPs, and a multiplication and its addition count as one. The operators
+that it does not count are listed below the table. The speed is the median of --repeats runs on this
+machine. Without --weights the student has random weights. It then finds fewer objects and is faster
+than a trained one. The same holds for a teacher whose checkpoint cannot be read.
 """
 
-import argparse
 import logging
 import os
 import tempfile
@@ -19,7 +18,6 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode, instantiate
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
@@ -27,23 +25,18 @@ from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
-from ssimkd.modeling.several_teachers import Distillers, build_distiller
 from ssimkd.report.model_cost import flop_counter
 from ssimkd.utils.measure import clock_of, interleave, markdown
 
 from . import add_overrides, at_least, command_parser
+from .weight import distillers_in
 
 logger = logging.getLogger("ssimkd.analyze")
 HEAD = ("", "weights", "parameters", "GFLOPs", "of these backbone and neck", "images/s")
 
 
 class Detector(NamedTuple):
-    """A detector to be measured.
-
-    Attributes:
-        model (nn.Module): in evaluation mode.
-        trained (bool): its weights come from a checkpoint.
-    """
+    """A detector in evaluation mode, and whether its weights come from a checkpoint."""
 
     model: Any
     trained: bool
@@ -51,12 +44,9 @@ class Detector(NamedTuple):
 
 def teachers_of(cfg) -> Iterator[Tuple[str, Any]]:
     """Name and TeacherSpec of each teacher that a config names."""
-    lazy = not isinstance(cfg, CfgNode)
-    distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
-    pairs: Any = distiller.named() if isinstance(distiller, Distillers) else [("", distiller)]
-    for name, one in pairs:
-        if one is not None and one.spec.config:
-            yield f"teacher {name}".rstrip(), one.spec
+    for name, distiller in distillers_in(cfg):
+        if distiller.spec.config:
+            yield f"teacher {name}".rstrip(), distiller.spec
 
 
 def load_all(cfg, weights: str) -> Dict[str, Detector]:
@@ -77,7 +67,7 @@ def load_all(cfg, weights: str) -> Dict[str, Detector]:
 
 
 def read_image(cfg, path: str) -> Tensor:
-    """(3, H, W) as the detectors take it; noise where no path is given."""
+    """An image (3, H, W) as the detectors take it. It is noise if no path is given."""
     with tempfile.TemporaryDirectory() as folder:
         if not path:
             path = os.path.join(folder, "noise.png")
@@ -88,14 +78,14 @@ def read_image(cfg, path: str) -> Tensor:
 
 @torch.no_grad()
 def count_flops(model: Any, image: Tensor) -> Tuple[float, float, Counter]:
-    """FLOPs of a detector, those of its backbone with neck, and operators that are not counted."""
+    """FLOPs of a detector, FLOPs of its backbone and neck, and operators that are not counted."""
     flops = flop_counter(model, image)
     return flops.total(), flops.by_module()["model.backbone"], flops.unsupported_ops()
 
 
 @torch.no_grad()
 def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
-    """Markdown: a row per detector, and the operators that were not counted."""
+    """The table in Markdown, and a line with the operators that were not counted."""
     detectors = load_all(cfg, weights)
     calls = {name: lambda m=d.model: m([{"image": image}]) for name, d in detectors.items()}
     seconds = interleave(calls, repeats, clock_of(device_of(cfg)))
@@ -112,21 +102,16 @@ def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
     return f"{markdown(HEAD, rows)}\n\nNot counted (most per detector): {operators}"
 
 
-def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
-    parser = command_parser("analyze", __doc__)
-    add = parser.add_argument
-    add("--weights", default="", help="the student's checkpoint, a path or URL")
-    add("--image", default="", help="an image file to measure on")
-    add("--repeats", type=at_least(1), default=5, help="timed runs of each detector (5)")
-    add_overrides(parser)
-    return parser.parse_args(words)
-
-
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
-    args = parse(words)
+    """Runs the command with the arguments `words`, or with those of this process."""
+    parser = command_parser("analyze", __doc__)
+    add = parser.add_argument
+    add("--weights", default="", help="path or URL of the student's checkpoint")
+    add("--image", default="", help="the image file to measure with")
+    add("--repeats", type=at_least(1), default=5, help="number of timed runs (5)")
+    add_overrides(parser)
+    args = parser.parse_args(words)
     setup_logger(name="ssimkd")
     cfg = load_config(args.config_file, args.opts, splits=())
     image = read_image(cfg, args.image)

@@ -1,17 +1,17 @@
-"""Looks at a student and its teachers before a long run.
+"""Checks a student and its teachers before a long run.
 
     ssimkd check --config-file ssimkd_R50.yaml --num-gpus 8
 
-Student and teachers are built, and every check is made that a run makes before its first iteration.
-Then --iterations iterations run in a temporary folder with a learning rate of 0, so that the losses
-are those of the start. With --num-gpus, which is that of the long run, this one process gets the
-batch of one GPU. The time leaves out evaluations and the exchange between GPUs.
+The command builds student and teachers and makes every check that a run makes before its first
+iteration. Then it runs --iterations iterations in a temporary folder. The learning rate is 0, so
+the losses are those at the start of the training. --num-gpus is the number of GPUs of the long run.
+This command gets the batch of one of them. The time does not include evaluations and the exchange
+between GPUs.
 
-Warnings and a table are printed. The exit status is 0 if nothing speaks against the run. It is 1
-after an error, which is one line, or if the table has a warning.
+The command prints a table with its findings and warnings. The exit status is 1 if there is an error
+or a warning, and 0 otherwise.
 """
 
-import argparse
 import datetime
 import json
 import logging
@@ -37,11 +37,11 @@ from ssimkd.utils.config_keys import datasets_of, setting
 from . import add_overrides, at_least, command_parser
 
 Row = Tuple[str, str]
-LEAST = 5  # iterations: Detectron2 times from the fourth one on
+LEAST = 5  # iterations; Detectron2 measures the time from the fourth one on
 
 
 class Remarks(logging.Handler):
-    """Keeps what the checks say."""
+    """Collects the log records of the checks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Remarks(logging.Handler):
         self.found.append(record)
 
     def rows(self) -> Iterator[Row]:
-        """The teachers' checks, and every warning."""
+        """The results of the teachers' checks, and every warning."""
         for record in self.found:
             if record.levelno >= logging.WARNING:
                 yield "WARNING", record.getMessage()
@@ -61,7 +61,7 @@ class Remarks(logging.Handler):
 
 
 def listen() -> Remarks:
-    """Collects what the checks say, and leaves warnings alone on the terminal."""
+    """Starts to collect the log records. The terminal shows warnings only."""
     remarks = Remarks()
     for name in LOGGERS:
         logger = setup_logger(name=name)
@@ -87,11 +87,11 @@ def build(cfg) -> Any:
 
 
 def pair_rows(model: Any) -> Iterator[Row]:
-    """How images are prepared for student and teachers, and which levels are compared."""
+    """Rows on how images are prepared for each detector, and on which levels are compared."""
     yield "student sees", prepared(model, image_format_of(model))
     for name, distiller in distillers_of(model):
         teacher = distiller.teacher
-        if teacher is None:  # of several, one without losses
+        if teacher is None:  # one of several teachers may have no losses
             continue
         order = teacher.preprocessing.input_format
         yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, order)
@@ -103,7 +103,7 @@ def pair_rows(model: Any) -> Iterator[Row]:
 
 
 def prepared(detector: Any, image_format: str) -> str:
-    """How a detector's images are prepared, in words."""
+    """Describes how a detector's images are prepared."""
     mean, std = (
         ", ".join(f"{value:.4g}" for value in x.flatten().tolist())
         for x in (detector.pixel_mean, detector.pixel_std)
@@ -113,8 +113,11 @@ def prepared(detector: Any, image_format: str) -> str:
 
 
 def short(cfg, folder: str, iterations: int, num_gpus: int):
-    """The same run, but short, without learning, ramps, evaluations and pictures."""
-    batch = share(setting(cfg, "batch"), num_gpus)
+    """The config of a short run that learns nothing: no warm-up, evaluation or picture is left."""
+    batch = setting(cfg, "batch")
+    if batch % num_gpus:
+        raise ConfigError(f"--num-gpus: {batch} images cannot be shared by {num_gpus} GPUs")
+    batch //= num_gpus
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()
         cfg.defrost()
@@ -137,15 +140,8 @@ def short(cfg, folder: str, iterations: int, num_gpus: int):
     return cfg
 
 
-def share(batch: int, num_gpus: int) -> int:
-    """Images of one GPU."""
-    if batch % num_gpus:
-        raise ConfigError(f"--num-gpus: {batch} images cannot be shared by {num_gpus} GPUs")
-    return batch // num_gpus
-
-
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
-    """Trains shortly; returns Detectron2's figures of it."""
+    """Runs the short training and returns the last metrics that Detectron2 logged."""
     run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.train
     try:
         run(short(cfg, folder, iterations, num_gpus), resume=False)
@@ -155,12 +151,12 @@ def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float
 
 
 def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
-    """Each loss with its share, and what the whole run will cost."""
+    """Rows with each loss and its share, and with the time and memory of the whole run."""
     for name, value in metrics.items():
         if "loss" in name and name != "total_loss":
             share_of = value / metrics["total_loss"]
             yield name, f"{value:.4g}, {100 * share_of:.1f} % of the total loss"
-    yield "shares", "of the values, not the pull on the student: `ssimkd weight` measures that"
+    yield "shares", "compare values; `ssimkd weight` compares the gradients at the student's maps"
     seconds = round(metrics["time"] * max_iter)
     whole = f"{datetime.timedelta(seconds=seconds)} for {max_iter} iterations"
     waiting = f"{metrics['data_time']:.3g} s of it waiting for data"
@@ -172,26 +168,21 @@ def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
         yield "memory", f"{most / 2**20:.2f} GiB at most, of the whole process"
 
 
-def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
-    parser = command_parser("check", __doc__)
-    add = parser.add_argument
-    add("--num-gpus", type=at_least(1), default=1, help="GPUs of the long run (1)")
-    add("--iterations", type=at_least(LEAST), default=20, help="of the short run (20)")
-    add_overrides(parser)
-    return parser.parse_args(words)
-
-
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
-    args = parse(words)
+    """Runs the command with the arguments `words`, or with those of this process."""
+    parser = command_parser("check", __doc__)
+    add = parser.add_argument
+    add("--num-gpus", type=at_least(1), default=1, help="number of GPUs of the long run (1)")
+    add("--iterations", type=at_least(LEAST), default=20, help="iterations of the short run (20)")
+    add_overrides(parser)
+    args = parser.parse_args(words)
     remarks = listen()
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg, argument_parser().parse_args([]))
         rows = list(pair_rows(build(cfg)))
-        iterations = setting(cfg, "iterations")  # before it is made short
+        iterations = setting(cfg, "iterations")  # those of the long run
         metrics = measure(cfg, folder, args.iterations, args.num_gpus)
     rows += [*remarks.rows(), *cost_rows(metrics, iterations)]
     width = max(len(name) for name, _ in rows)

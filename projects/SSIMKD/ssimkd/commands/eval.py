@@ -7,5 +7,5 @@ from . import train
 
 
 def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
+    """Runs the command with the arguments `words`, or with those of this process."""
     train.main(["--eval-only", *(sys.argv[1:] if words is None else words)])

@@ -9,11 +9,11 @@ from ssimkd.utils.known_warnings import silence_known_warnings
 COMMANDS = {
     "train": "train a detector, with a teacher or without",
     "eval": "measure a detector's AP",
-    "check": "look at teacher and student before a long run",
+    "check": "check teacher and student before a long run",
     "weight": "propose a weight for the distillation losses",
     "predict": "draw and list the objects that a detector finds in images",
     "export": "write a student for plain Detectron2, TorchScript or ONNX",
-    "report": "write one page about a run",
+    "report": "write a page about a run",
     "analyze": "count parameters and FLOPs of student and teacher, and time them",
 }
 HELP = "\n".join(
@@ -26,7 +26,7 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs a command.
 
     Args:
-        words (sequence[str]): its name and its arguments; None: those of this process.
+        words (sequence[str]): its name and its arguments, or None for those of this process.
     """
     name, *arguments = (sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help"):

@@ -4,14 +4,13 @@ r"""Draws and lists the objects that a detector finds in images.
         street.jpg park.jpg --output seen
 
 writes the drawn images and predictions.json to the folder `seen`. Images are prepared as in an
-evaluation of the config, and classes are named as in its test data. An entry of the list is
+evaluation of the config, and classes have the names of its test data. An entry of the list is
 
     {"file_name": "street.jpg", "category_name": "car", "category_id": 2, "score": 0.98,
      "bbox": [x, y, width, height]}
 
-in pixels; category_id counts from 0 in the order of the classes. A detector's masks and keypoints
-are there, too, in COCO's format. An image that cannot be read is named and left out, and the exit
-status is then 1.
+The box is in pixels, and category_id counts from 0. Masks and keypoints have COCO's format. An
+image that cannot be read is left out. It is named at the end, and the exit status is then 1.
 """
 
 import argparse
@@ -41,12 +40,12 @@ from . import command_parser
 
 
 class Predictions(NamedTuple):
-    """What came of the images.
+    """The result for all images.
 
     Attributes:
-        entries (list[dict]): of predictions.json.
+        entries (list[dict]): the content of predictions.json.
         unread (list[str]): a line for each image that cannot be read.
-        best_left_out (float): the highest score below the threshold; 0 without any.
+        best_left_out (float): the highest score below the threshold, or 0.
     """
 
     entries: List[Dict[str, Any]]
@@ -55,21 +54,18 @@ class Predictions(NamedTuple):
 
 
 def check_files(images: List[str], folder: str) -> None:
-    """Raises ConfigError for an image whose drawing would overwrite a file.
-
-    Args:
-        images (list[str]): paths.
-        folder (str): of the drawings, which have the images' names.
-    """
+    """Raises ConfigError if a drawing in `folder` would overwrite an image or another drawing."""
     taken: Dict[str, str] = {}
     for path in images:
         drawing = os.path.join(folder, os.path.basename(path))
         there = os.path.isfile(path) and os.path.exists(drawing)
         if there and os.path.samefile(path, drawing):
-            raise ConfigError(f"--output: {path} would be overwritten: name another folder")
+            raise ConfigError(f"--output: {path} would be overwritten. Name another folder.")
         other = taken.setdefault(drawing, path)
         if other != path:
-            raise ConfigError(f"--output: {other} and {path} have the same name: run them apart")
+            raise ConfigError(
+                f"--output: {other} and {path} have the same name. Draw them into two folders."
+            )
 
 
 def entries_of(path: str, detections: Instances, metadata: Metadata) -> List[Dict[str, Any]]:
@@ -108,25 +104,29 @@ def predict(args: argparse.Namespace) -> Predictions:
     return Predictions(entries, unread, best)
 
 
-def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """Runs the command with the arguments `words`, or with those of this process."""
     parser = command_parser("predict", __doc__)
     add = parser.add_argument
     add("images", nargs="+", help="image files")
-    add("--weights", default="", help="checkpoint, a path or URL; by default the config's")
-    add("--output", required=True, help="the folder of the drawings and of predictions.json")
-    add("--confidence-threshold", type=float, default=0.5, help="leave out what scores less (0.5)")
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="and last: overrides of the config")
+    add("--weights", default="", help="path or URL of the checkpoint (the config's)")
+    add("--output", required=True, help="folder for the drawings and predictions.json")
+    add(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        help="lowest score to draw and list (0.5)",
+    )
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="overrides of the config, which come last",
+    )
     args = parser.parse_args(words)
     if not 0 <= args.confidence_threshold <= 1:
         parser.error("--confidence-threshold must be from 0 to 1")
-    return args
-
-
-@exit_in_one_line()
-def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
-    args = parse(words)
     setup_logger(name="ssimkd")
     found = predict(args)
     path = os.path.join(args.output, "predictions.json")

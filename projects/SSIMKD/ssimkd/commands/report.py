@@ -2,10 +2,10 @@
 
     ssimkd report --run output/student --compare output/vanilla output/teacher
 
-The page needs no network and no other file. A folder of --compare is the same student trained
+The page needs no network and no other file. A folder of --compare holds the same student trained
 without a teacher, another student, or an evaluation of the teacher (`ssimkd eval` with its config
-and weights). Run it in the folder in which the runs were started: their configs name files from
-there.
+and weights). Run the command in the folder in which the runs were started, because paths in their
+configs start there.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from ssimkd.report.page import Report
 from ssimkd.report.run import Run
 
 
-def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """Runs the command with the arguments `words`, or with those of this process."""
     parser = argparse.ArgumentParser(
         "ssimkd report",
         description=__doc__,
@@ -28,14 +29,8 @@ def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", required=True, help="folder of the run")
     add("--compare", nargs="+", default=[], help="folders of other runs")
-    add("--out", help="the page; by default report.html in the run's folder")
-    return parser.parse_args(words)
-
-
-@exit_in_one_line()
-def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
-    args = parse(words)
+    add("--out", help="file to write (report.html in the folder of the run)")
+    args = parser.parse_args(words)
     out = Path(args.out or os.path.join(args.run, "report.html"))
     runs = [Run(folder) for folder in (args.run, *args.compare)]
     if not out.parent.is_dir():

@@ -57,5 +57,5 @@ def check(args) -> str:
 
 
 def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
+    """Runs the command with the arguments `words`, or with those of this process."""
     launch.start(run, check, argument_parser().parse_args(words))

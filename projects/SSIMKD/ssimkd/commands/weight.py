@@ -3,11 +3,11 @@
     ssimkd weight --config-file ssimkd_R50.yaml --num-gpus 8
     ssimkd weight --config-file my_student.yaml --iters 200 MODEL.DISTILL.LOSSES "('pkd',)"
 
-The config's training runs for --iters iterations in a temporary folder. Meanwhile the gradient of
-the distillation losses is compared with that of the detector's own losses, at the maps that the
-backbone returns: their lengths' ratio is proportional to the weight. On the Shapes data most
-losses did best at ratios of 5 to 120, and SSIM at a higher one (docs/comparison.md). Every
-parameter's gradient was clipped there (SOLVER.CLIP_GRADIENTS); without that a large ratio may do
+The command runs the first --iters iterations of the training in a temporary folder. It measures two
+gradients at the maps that the backbone returns: that of the distillation losses, and that of the
+detector's own losses. The ratio of their lengths is proportional to the weight. On the Shapes data
+most losses did best at ratios of 5 to 120, and SSIM did best at a higher one (docs/comparison.md).
+The gradients were clipped there (SOLVER.CLIP_GRADIENTS). Without clipping a large ratio may do
 harm. The weight for --ratio 8 is a place to start a search from. Several losses keep the
 proportions of their weights.
 """
@@ -23,21 +23,30 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, instantiate
 from tqdm import tqdm
 
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
-from ssimkd.modeling.several_teachers import Distillers, build_distiller
+from ssimkd.modeling.distiller import Distiller
+from ssimkd.modeling.several_teachers import build_distiller, distillers_of
 from ssimkd.utils.config_keys import key_of
 
 from . import add_overrides, at_least, command_parser
 
 PERIOD = 10  # iterations between two measurements of the gradients
-LEAST = 2 * PERIOD  # iterations until the log has a line with a gradient
-GOOD = (5.0, 120.0)  # ratios of the best weights, docs/comparison.md
+LEAST = 2 * PERIOD  # iterations until the log holds a gradient
+GOOD = (5.0, 120.0)  # range of the ratios of the best weights, docs/comparison.md
+
+
+def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
+    """The name of each teacher of a config, and its Distiller; the name of a single one is ""."""
+    lazy = not isinstance(cfg, CfgNode)
+    distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
+    return distillers_of(SimpleNamespace(distiller=distiller))
 
 
 def weights_of(cfg) -> Dict[str, float]:
@@ -46,13 +55,10 @@ def weights_of(cfg) -> Dict[str, float]:
     Raises:
         ConfigError: nothing is distilled.
     """
-    lazy = not isinstance(cfg, CfgNode)
-    distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
-    pairs: Any = distiller.named() if isinstance(distiller, Distillers) else [("", distiller)]
     weights = {
         f"{teacher}/{loss.name}".lstrip("/"): loss.weight
-        for teacher, one in pairs
-        for loss in (one.losses.values() if one is not None else ())
+        for teacher, distiller in distillers_in(cfg)
+        for loss in distiller.losses.values()
     }
     if not any(weights.values()):
         raise ConfigError(
@@ -69,10 +75,10 @@ def logging_gradients(cfg) -> List[str]:
 
 
 def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """The metrics that the first `args.iters` iterations of a config's training log.
+    """Starts the training and returns the metrics that it logs in `args.iters` iterations.
 
     Raises:
-        ConfigError: the training ends before it has logged anything.
+        ConfigError: the training ended before it logged anything.
     """
     with tempfile.TemporaryDirectory() as folder:
         key, iters = key_of(cfg, "output"), args.iters
@@ -92,30 +98,30 @@ def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
                     rows = read_rows(metrics)
                     bar.update(min(iters, rows[-1]["iteration"] + 1) - bar.n if rows else 0)
             finally:
-                with suppress(ProcessLookupError):  # it has ended by itself
-                    os.killpg(process.pid, signal.SIGKILL)  # the processes of all GPUs
+                with suppress(ProcessLookupError):  # the training may have ended by itself
+                    os.killpg(process.pid, signal.SIGKILL)  # stops the processes of all GPUs
                 process.wait()
         if not rows:
             last = output.read_text(errors="replace").strip().splitlines()[-1:]
-            raise ConfigError(f"the training logged nothing; its last line: {''.join(last)}")
+            raise ConfigError(f"the training logged nothing. Its last line is: {''.join(last)}")
     return rows
 
 
 def read_rows(path: Path) -> List[Dict[str, Any]]:
-    """The whole lines of a metrics.json that is being written; none where there is no file yet."""
+    """The complete lines of a metrics.json that is still written; none if there is no file yet."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def medians(rows: List[Dict[str, Any]]) -> Dict[str, float]:
-    """Metric -> its median over the later half of the log, where the start has settled."""
+    """Metric -> its median over the second half of the log."""
     late = rows[len(rows) // 2 :]
     keys = dict.fromkeys(key for row in late for key in row)
     return {key: statistics.median(row[key] for row in late if key in row) for key in keys}
 
 
 def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -> str:
-    """The text for a terminal.
+    """The text for the terminal.
 
     Raises:
         ConfigError: no gradient was logged.
@@ -140,24 +146,18 @@ def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -
     return "\n".join(lines)
 
 
-def parse(words: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
+@exit_in_one_line()
+def main(words: Optional[Sequence[str]] = None) -> None:
+    """Runs the command with the arguments `words`, or with those of this process."""
     parser = command_parser("weight", __doc__)
     add = parser.add_argument
-    add("--iters", type=at_least(LEAST), default=300, help="iterations to run (300)")
-    add("--ratio", type=float, default=8.0, help="ratio to give the weight of (8)")
-    add("--num-gpus", type=at_least(1), default=1)
+    add("--iters", type=at_least(LEAST), default=300, help="number of iterations (300)")
+    add("--ratio", type=float, default=8.0, help="propose the weight that gives this ratio (8)")
+    add("--num-gpus", type=at_least(1), default=1, help="number of GPUs (1)")
     add_overrides(parser)
     args = parser.parse_args(words)
     if not args.ratio > 0:
         parser.error("--ratio must be above 0")
-    return args
-
-
-@exit_in_one_line()
-def main(words: Optional[Sequence[str]] = None) -> None:
-    """The command; `words` are its arguments, by default the process's own."""
-    args = parse(words)
     cfg = load_config(args.config_file, args.opts)
     weights = weights_of(cfg)
     print(report(weights, medians(probe(cfg, args)), args.ratio))

@@ -2,7 +2,7 @@
 
 import io
 from itertools import cycle
-from typing import Any, Dict, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 # Readable on white and on black.
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#84cc16")
-INK = "#010203"  # is replaced by the page's text colour
+INK = "#010203"  # `chart` replaces it by the page's text colour
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE: Dict[Any, Any] = {
     **dict.fromkeys((*INKED, "grid.color"), INK),
@@ -70,7 +70,7 @@ def bars(
     values: Mapping[str, Sequence[float]],
     colour: Mapping[str, str],
 ) -> str:
-    """A group of bars for each of `groups`, with a bar for each label."""
+    """A group of bars for each of `groups`, with a bar for each label of `values`."""
 
     def draw(axes: Axes) -> None:
         width = 0.8 / len(values)
@@ -82,12 +82,10 @@ def bars(
     return chart(title, draw)
 
 
-def chart(title: str, draw: Any) -> str:
-    """An <svg> element; `draw` fills its axes.
+def chart(title: str, draw: Callable[[Axes], None]) -> str:
+    """An <svg> element whose axes `draw` fills.
 
-    Args:
-        title (str): is also the salt of the element's ids, which would clash with other charts'.
-        draw (callable): gets the axes.
+    The title also salts the ids inside the element. Two charts on one page must not share ids.
     """
     out = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):

@@ -13,7 +13,7 @@ ABSENT = "-"
 
 
 def differences(runs: List[Run]) -> List[List[str]]:
-    """Rows of a table: the key, then the value in each run, where the runs differ.
+    """A row for each setting in which the runs differ: its key, and its value in each run.
 
     Settings of losses that no run uses are left out.
 

@@ -1,20 +1,18 @@
-"""Why a detector's boxes are wrong, and what each kind of error costs in AP.
+"""The kinds of errors in a detector's boxes, and the cost of each kind in AP.
 
 The definitions are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object
-Detection Errors", ECCV 2020, arXiv 2008.08115, section 2). A detection that matches no object is,
-by the first of these rows that applies,
+Detection Errors", ECCV 2020, arXiv 2008.08115, section 2). A detection that matches no object has
+the kind of the first of these rows that applies:
 
-    localisation     of the right class, with an overlap of BACKGROUND to FOREGROUND with an object
-    classification   of another class than an object that it overlaps by FOREGROUND or more
-    duplicate        of the right class, on an object that a better scored detection has matched
-    background       on no object: no overlap is above BACKGROUND
-    both             of the wrong class, and in the wrong place
+    localisation     right class, and an overlap of BACKGROUND to FOREGROUND with an object
+    classification   wrong class, and an overlap of FOREGROUND or more with an object
+    duplicate        right class, but a detection with a higher score has matched the object
+    background       no overlap above BACKGROUND with any object
+    both             wrong class and wrong place
 
-and an object is
-
-    missed           if no detection matches it, nor would one with its class or place corrected
-
-Overlap is the intersection over union of boxes. Detections in a crowd region are not errors.
+An object is "missed" if no detection matches it, and none would if its class or its place were
+corrected. Overlap is the intersection over union of boxes. Detections in a crowd region are not
+errors.
 """
 
 from collections import defaultdict
@@ -26,7 +24,7 @@ from pycocotools import mask
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1
-Record = Mapping[str, Any]  # of COCO's json: "image_id", "category_id", "bbox" (x, y, w, h), ...
+Record = Mapping[str, Any]  # in COCO's format: "image_id", "category_id", "bbox" (x, y, w, h), ...
 
 
 @dataclass
@@ -36,9 +34,9 @@ class DetectionErrors:
     Attributes:
         ap50 (float): AP at overlap FOREGROUND in percent, as COCO computes it.
         counts (dict[str, int]): the number of errors of each of KINDS.
-        costs (dict[str, float]): by how much AP would rise, in percent, if this kind alone were
-            corrected. A classification or localisation error then matches its object, if it is the
-            best scored one that would; every other wrong detection, or missed object, is removed.
+        costs (dict[str, float]): the rise of AP in percent if only this kind were corrected. Of the
+            classification or localisation errors at one object, the one with the highest score
+            then matches it. Every other error of the kind is removed.
     """
 
     ap50: float
@@ -48,22 +46,22 @@ class DetectionErrors:
 
 @dataclass
 class _Matches:
-    """One entry of each list per detection, and per object, of all images."""
+    """Lists with one entry for each detection, or for each object, of all images."""
 
     scores: List[float] = field(default_factory=list)
     classes: List[int] = field(default_factory=list)
     kinds: List[str] = field(default_factory=list)  # "" for a right detection
-    corrected: List[int] = field(default_factory=list)  # class once corrected; 0: it is removed
-    objects: List[int] = field(default_factory=list)  # class of each object
-    missed: List[bool] = field(default_factory=list)  # of each object
+    corrected: List[int] = field(default_factory=list)  # class after correction; 0: removed
+    objects: List[int] = field(default_factory=list)  # classes of the objects
+    missed: List[bool] = field(default_factory=list)  # whether each object is missed
 
 
 def detection_errors(objects: Sequence[Record], detections: Sequence[Record]) -> DetectionErrors:
     """Finds the errors in the detections of a data set.
 
     Args:
-        objects (sequence[mapping]): "annotations" of COCO's json.
-        detections (sequence[mapping]): COCO's results, with "score". No category id is 0.
+        objects (sequence[mapping]): COCO's annotations. No category id is 0.
+        detections (sequence[mapping]): COCO's results, which have a "score".
     """
     by_image: Dict[int, Tuple[List[Record], List[Record]]] = defaultdict(lambda: ([], []))
     for place, records in enumerate((objects, detections)):
@@ -104,7 +102,7 @@ def _match(objects: List[Record], detections: List[Record], found: _Matches) -> 
         np.array([o["category_id"] for o in some], dtype=int) for some in (objects, crowds)
     )
     matched = np.zeros(len(objects), bool)
-    candidate = np.full(len(objects), -1)  # best scored detection that would match once corrected
+    candidate = np.full(len(objects), -1)  # the detection that matches the object once corrected
     for detection, row, crowd in zip(detections, overlap, in_crowd):
         own = detection["category_id"]
         same = row * (object_class == own)
@@ -130,7 +128,7 @@ def _match(objects: List[Record], detections: List[Record], found: _Matches) -> 
 
 
 def _overlaps(detections: List[Record], objects: List[Record], crowd: int) -> np.ndarray:
-    """(D, O) overlap of boxes; with crowds, the share of the detection that lies in each."""
+    """(D, O) overlap of boxes. For crowds it is the share of the detection inside the crowd."""
     if not (detections and objects):
         return np.zeros((len(detections), len(objects)))
     boxes = [np.array([r["bbox"] for r in records], float) for records in (detections, objects)]
@@ -141,8 +139,8 @@ def _kind(same: np.ndarray, other: np.ndarray) -> Tuple[str, int]:
     """The kind of error of a detection that matches no object.
 
     Args:
-        same, other (np.ndarray): (O,) its overlap with each object of its class, and with those of
-            other classes; 0 for the rest.
+        same (np.ndarray): (O,) its overlap with each object of its class; 0 for other objects.
+        other (np.ndarray): (O,) its overlap with each object of another class; 0 for the rest.
 
     Returns:
         (str, int): one of KINDS; the object that it would match once corrected, or -1.
@@ -164,12 +162,12 @@ def _mean_ap(
     objects: np.ndarray,
     categories: np.ndarray,
 ) -> float:
-    """COCO's AP in percent at one overlap, the mean over `categories`; one without objects has 0.
+    """COCO's AP in percent at one overlap, the mean over `categories`.
 
     Args:
-        scores, classes, right (np.ndarray): (D,) of each detection.
+        scores, classes, right (np.ndarray): (D,) one entry for each detection.
         objects (np.ndarray): (O,) class of each object.
-        categories (np.ndarray): the classes.
+        categories (np.ndarray): the classes; one without objects has an AP of 0.
     """
     aps = [
         _average_precision(scores[classes == c], right[classes == c], int((objects == c).sum()))

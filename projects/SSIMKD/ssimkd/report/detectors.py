@@ -1,4 +1,4 @@
-"""The detectors of a report: the run's own, those it is compared with, and its teachers."""
+"""The detectors of a report: those of the runs, and the teachers of the reported one."""
 
 import os
 from dataclasses import dataclass
@@ -20,11 +20,10 @@ class Detector:
     """One detector of the report.
 
     Attributes:
-        label (str): what tables and legends call it.
-        run (Run or None): its folder; None for a teacher that was not evaluated.
+        label (str): its name in tables and legends.
+        run (Run or None): None for a teacher that was not evaluated.
         model (nn.Module or None): in evaluation mode; None if it cannot be loaded.
-        read (callable or None): an image file -> what the model takes, as its config prepares it;
-            None only without a model.
+        read (callable): an image file -> the input of the model.
         file (str): the file of its weights.
         teaches (bool): whether it is a teacher of the run that is reported.
     """
@@ -43,7 +42,7 @@ class Detector:
 
     @torch.no_grad()
     def detect(self, file_name: str) -> Optional[Instances]:
-        """Its detections in an image, on the CPU; None if it gives no instances."""
+        """Its detections in an image, on the CPU; None if it outputs no instances."""
         assert self.model is not None
         found = self.model([self.read(file_name)])[0].get("instances")
         return None if found is None else found.to("cpu")
@@ -52,7 +51,7 @@ class Detector:
 def load_detectors(run: Run, others: List[Run], notes: List[str]) -> List[Detector]:
     """Loads the run's detector, those of the other runs, and the teachers, in this order.
 
-    Another run that evaluated the weights of a teacher becomes that teacher's row.
+    Another run that evaluated the weights of a teacher is taken as the results of that teacher.
 
     Args:
         run (Run): the run that is reported.
@@ -87,7 +86,7 @@ def load_run(run: Run, label: str, notes: List[str]) -> Detector:
 
 
 def load_teachers(model: nn.Module, notes: List[str]) -> List[Detector]:
-    """The teachers of a student, with their heads."""
+    """The teachers of a student as whole detectors."""
     found = []
     for name, distiller in distillers_of(model):
         if not distiller.enabled:

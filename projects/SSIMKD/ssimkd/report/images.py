@@ -1,4 +1,4 @@
-"""Pictures of the report: ground truth, detections, and where student and teacher differ."""
+"""Pictures of the report: ground truth, detections, and maps of student and teacher."""
 
 import base64
 import io
@@ -11,22 +11,21 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from ssimkd.evaluation.predictor import draw_detections
-from ssimkd.evaluation.similarity import in_colour, render, similarity_maps
+from ssimkd.evaluation.similarity import render, similarity_maps
 
 from .detectors import Detector
 
 LEAST_SCORE = 0.3  # detections below it are not drawn
 WIDTH = 420  # pixels of a picture of detections
 Picture = np.ndarray  # (H, W, 3) uint8, RGB
-Maps = Mapping[str, Mapping[str, np.ndarray]]  # of ssimkd.evaluation.similarity
 
 
 def truth(record: Mapping[str, Any], masks: bool) -> Instances:
-    """The annotated objects of an image, without crowds, as a detector would give them.
+    """The annotated objects of an image in the form of detections, without crowds.
 
     Args:
         record (mapping): Detectron2's record of the image.
-        masks (bool): give their masks as well as their boxes and classes.
+        masks (bool): whether to include the masks of the objects.
     """
     size = record["height"], record["width"]
     keys = ("bbox", "bbox_mode", "category_id", *(["segmentation"] if masks else []))
@@ -54,32 +53,14 @@ def draw_image(
     return {label: draw_detections(name, x, metadata, WIDTH) for label, x in shown.items()}
 
 
-def level_means(maps: Maps) -> Dict[str, float]:
-    """Level -> mean SSIM over the image."""
-    return {level: float(np.nanmean(by_name["SSIM"])) for level, by_name in maps.items()}
-
-
-def difference(maps: Maps) -> np.ndarray:
-    """1 - SSIM, the mean of the levels, (H, W); 0 where student and teacher agree."""
-    return 1 - np.nanmean([by_name["SSIM"] for by_name in maps.values()], axis=0)
-
-
-def draw_difference(detector: Detector, file_name: str) -> Picture:
-    """The map of :func:`difference`: dark is 0, bright is 1 and more."""
-    maps = similarity_maps(detector.model, detector.read(file_name))
-    picture = Image.fromarray(in_colour(difference(maps), (0.0, 1.0)))
-    size = WIDTH, round(picture.height * WIDTH / picture.width)
-    return np.asarray(picture.resize(size, Image.Resampling.NEAREST))
-
-
 def draw_maps(detector: Detector, file_name: str) -> Picture:
     """The similarity maps of all levels in one picture, with the image on the left."""
     maps = similarity_maps(detector.model, detector.read(file_name))
     return render(maps, read_image(file_name, "RGB"))
 
 
-def data_url(picture: Picture, kind: str = "jpeg") -> str:
+def data_url(picture: Picture) -> str:
     """A picture as the address of an <img>."""
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    Image.fromarray(picture).save(out, "jpeg")
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

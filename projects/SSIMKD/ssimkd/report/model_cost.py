@@ -1,4 +1,4 @@
-"""What a detector costs: parameters, FLOPs, size of its file, images per second."""
+"""The cost of a detector: parameters, FLOPs, size of its file, images per second."""
 
 import os
 import time
@@ -20,11 +20,7 @@ REPEATS = 5  # how often each detector is timed
 
 
 class OneImage(nn.Module):
-    """A detector whose input and outputs are tensors, so that it can be traced.
-
-    Args:
-        model (nn.Module): in evaluation mode.
-    """
+    """A detector whose input and outputs are tensors, so that fvcore can trace it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,10 +32,10 @@ class OneImage(nn.Module):
 
 
 def flop_counter(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
-    """fvcore's counter for one image; a multiplication with its addition is one.
+    """fvcore's counter for one image. A multiplication and its addition count as one.
 
     Args:
-        model (nn.Module): in evaluation mode. It runs when a number is asked for.
+        model (nn.Module): in evaluation mode. It runs when the counter is asked for a number.
         image (Tensor): (3, H, W), as the model takes it.
     """
     counter = FlopCountAnalysis(OneImage(model), image)
@@ -47,24 +43,22 @@ def flop_counter(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
     return counter.tracer_warnings("none")
 
 
-def count_parameters(model: nn.Module) -> int:
-    """The parameters of a detector, without those that only its distillation trains."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(PREFIX))
-
-
 def costs(detector: Detector, file_name: str) -> Dict[str, Optional[float]]:
     """Parameters in millions, FLOPs in billions and the file's size in MB; None if not known.
 
+    Parameters that only the distillation needs are not counted.
+
     Args:
-        detector (Detector): may be without a model.
-        file_name (str): image on which FLOPs are counted; "" if there is none.
+        detector (Detector): may lack its model.
+        file_name (str): the image on which FLOPs are counted, or "" if there is none.
     """
     found: Dict[str, Optional[float]] = dict.fromkeys(("parameters", "flops", "size"))
     if os.path.isfile(detector.file):
         found["size"] = os.path.getsize(detector.file) / 1e6
     if detector.model is not None:
-        found["parameters"] = count_parameters(detector.model) / 1e6
-        # some operators run but cannot be traced
+        own = (p for n, p in detector.model.named_parameters() if not n.startswith(PREFIX))
+        found["parameters"] = sum(p.numel() for p in own) / 1e6
+        # Some operators run but cannot be traced.
         with suppress(Exception), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = detector.read(file_name)["image"]
@@ -73,14 +67,11 @@ def costs(detector: Detector, file_name: str) -> Dict[str, Optional[float]]:
 
 
 def speeds(detectors: List[Detector], file_names: List[str]) -> Mapping[str, float]:
-    """Images per second by label: one image at a time, the detectors in turn, the median.
-
-    The time includes reading and resizing the image.
-    """
+    """Label -> images per second, one image at a time. Reading and resizing it is included."""
 
     def run(detector: Detector) -> None:
         for name in file_names:
-            detector.detect(name)  # its result is on the CPU, so the GPU has finished
+            detector.detect(name)  # the result is on the CPU, so the GPU has finished
 
     calls = {d.label: lambda d=d: run(d) for d in detectors if d.model is not None}
     seconds = interleave(calls, REPEATS, time.perf_counter) if file_names else {}

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections import defaultdict
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import jinja2
@@ -24,9 +25,9 @@ from .detectors import Detector, load_detectors
 from .model_cost import costs, speeds
 from .run import Run
 
-SAMPLE = 24  # validation images on which maps are compared
-SHOWN = 3  # of them are shown at equal distances, and as many that are the least similar
-TIMED = 5  # of them are timed
+SAMPLE = 24  # validation images on which student and teacher are compared
+SHOWN = 3  # of them are shown at equal distances, and as many of the least similar ones
+TIMED = 5  # of them are used to time the detectors
 CURVES = {  # heading -> the scalars below it
     "Losses": r"[^/]*loss[^/]*",
     "Distillation by level, before its weight": r".*_kd/.*",
@@ -36,16 +37,16 @@ ADAPTER = re.compile(r"distiller\.([^.]+\.)?adapters\.")  # of one teacher, or o
 
 
 class Report:
-    """Everything that the page says about a run and those that it is compared with.
+    """Everything that the page says about a run and the runs that it is compared with.
 
     Args:
         run (Run): the run.
-        others (list[Run]): students with or without a teacher, evaluations of its teachers.
+        others (list[Run]): students with or without a teacher, or evaluations of its teachers.
 
     Attributes:
-        notes (list[str]): what is left out and why.
-        levels (dict[str, list[float]]): level -> SSIM with the teacher of each image of the sample;
-            empty if they cannot be compared.
+        notes (list[str]): sentences that say what is left out and why.
+        levels (dict[str, list[float]]): level -> for each image of the sample, the SSIM of student
+            and teacher. It is empty if they cannot be compared.
     """
 
     def __init__(self, run: Run, others: List[Run]) -> None:
@@ -59,7 +60,7 @@ class Report:
         self.names = [record["file_name"] for record in self.sample]
         self.levels = self.compare_maps()
         if not run.results:
-            self.notes.append("This run was not evaluated: there is no whole results.json.")
+            self.notes.append("This run was not evaluated, or its results.json is not complete.")
         for d in self.detectors[1:]:
             if d.run and d.run.dataset != run.dataset:
                 self.notes.append(
@@ -68,22 +69,22 @@ class Report:
                 )
 
     def compare_maps(self) -> Dict[str, List[float]]:
-        """Measures :attr:`levels`; says why if it cannot."""
+        """Measures :attr:`levels`, or adds a note that says why it cannot."""
         if self.own.model is None:
             return {}
         if not self.own.distils:
-            self.notes.append("This run has no teacher: there are no maps to compare.")
+            self.notes.append("This run has no teacher, so there are no maps to compare.")
             return {}
         kept = read_weights(fetch(self.run.weights))
         if not adapters_in(self.own.model.state_dict()) <= adapters_in(kept):
             self.notes.append(f"Maps are not compared: {self.run.weights} lacks the adapters.")
             return {}
-        levels: Dict[str, List[float]] = {}
+        levels: Dict[str, List[float]] = defaultdict(list)
         try:
             for name in self.names:
                 maps = similarity_maps(self.own.model, self.own.read(name))
-                for level, mean in images.level_means(maps).items():
-                    levels.setdefault(level, []).append(mean)
+                for level, by_name in maps.items():
+                    levels[level].append(float(np.nanmean(by_name["SSIM"])))
         except ConfigError as error:
             self.notes.append(f"Maps are not compared: {error}")
             return {}
@@ -96,7 +97,7 @@ class Report:
 
     @property
     def comparable(self) -> Dict[str, Run]:
-        """Those that were evaluated on the data of this page's run."""
+        """The runs by label that were evaluated on the same data as the run of this page."""
         return {label: r for label, r in self.runs.items() if r.dataset == self.run.dataset}
 
     def what(self) -> Dict[str, str]:
@@ -126,7 +127,7 @@ class Report:
         return words
 
     def rows(self) -> List[Dict[str, Any]]:
-        """The first table: a row per detector with its AP and its costs."""
+        """The first table has a row for each detector, with its AP and its costs."""
         speed = speeds(self.detectors, self.names[:TIMED])
         return [
             {
@@ -139,7 +140,7 @@ class Report:
         ]
 
     def curves(self) -> Dict[str, List[str]]:
-        """Charts over iterations: a heading -> its charts, with all runs in each."""
+        """Heading -> its charts over iterations. Each chart has the curves of all runs."""
         names = sorted({name for run in self.runs.values() for name in run.scalars})
         kinds = {
             kind: [self.curve(name) for name in names if re.fullmatch(pattern, name)]
@@ -148,7 +149,7 @@ class Report:
         return {kind: found for kind, found in kinds.items() if found}
 
     def curve(self, name: str) -> str:
-        """The chart of one scalar; the AP of a run that was only evaluated is a dashed line."""
+        """The chart of one scalar. The AP of a run that was only evaluated is a dashed line."""
         task, _, metric = name.rpartition("/")
         runs = self.comparable if metric == "AP" else self.runs
         series = {label: run.scalars[name] for label, run in runs.items() if name in run.scalars}
@@ -157,7 +158,7 @@ class Report:
         return charts.lines(name, series, self.colour, levels)
 
     def chosen(self) -> Dict[int, str]:
-        """The images of the sample that are shown: index -> why; "" is at equal distances."""
+        """The images of the sample that are shown: index -> a remark, which may be empty."""
         count = len(self.sample)
         found = dict.fromkeys(list(range(0, count, max(1, count // SHOWN)))[:SHOWN], "")
         if self.levels:
@@ -169,22 +170,18 @@ class Report:
     def images(self) -> List[Dict[str, Any]]:
         """The pictures of each image that is shown."""
         metadata = MetadataCatalog.get(self.run.dataset) if self.sample else None
-        chosen = self.chosen()
-        least = [i for i, why in chosen.items() if why][:1]
         found = []
-        for index, why in chosen.items():
+        for index, remark in self.chosen().items():
             name = self.names[index]
             pictures = images.draw_image(self.sample[index], self.detectors, metadata)
-            if self.levels:
-                pictures["where maps differ"] = images.draw_difference(self.own, name)
-            shown = self.levels and index in [0, *least]
-            maps = images.data_url(images.draw_maps(self.own, name), "png") if shown else ""
             found.append(
                 {
                     "name": os.path.basename(name),
-                    "why": why,
+                    "remark": remark,
                     "pictures": {label: images.data_url(p) for label, p in pictures.items()},
-                    "maps": maps,
+                    "maps": images.data_url(images.draw_maps(self.own, name))
+                    if self.levels
+                    else "",
                 }
             )
         return found
@@ -195,7 +192,7 @@ class Report:
         return next((d for d in others if d.model is not None and not d.distils), None)
 
     def tasks(self) -> Dict[str, Dict[str, Any]]:
-        """Every result of the last evaluations: task -> labels, and a row for each metric."""
+        """The results of the last evaluations: task -> labels, and a row for each metric."""
         twin = self.twin() if self.own.distils else None
         teacher = next((d for d in self.detectors if d.teaches and d.run), None)
         found = {}
@@ -210,7 +207,7 @@ class Report:
         return found
 
     def errors(self) -> Dict[str, DetectionErrors]:
-        """Kinds of errors of every run that left its detections on the same data."""
+        """Label -> the errors of that run, if it was evaluated on the same data."""
         objects = self.run.objects if self.run.detections is not None else None
         if objects is None:
             return {}
@@ -219,11 +216,6 @@ class Report:
             for label, run in self.comparable.items()
             if run.detections is not None
         }
-
-    def error_costs(self, errors: Mapping[str, DetectionErrors]) -> str:
-        """The chart of what each kind of error costs; "" if there are no errors."""
-        costs_of = {label: list(e.costs.values()) for label, e in errors.items()}
-        return charts.bars("Cost of errors in AP50", KINDS, costs_of, self.colour) if errors else ""
 
     def html(self) -> str:
         """The page."""
@@ -236,28 +228,29 @@ class Report:
         )
         environment.filters.update(number=number, in_words=in_words)
         twin, errors = self.twin(), self.errors()
+        error_costs = {label: list(e.costs.values()) for label, e in errors.items()}
         students = {d.label: d.run for d in self.detectors if d.run is not None and not d.teaches}
         alike = {label: r for label, r in students.items() if r.lazy == self.run.lazy}
-        content = {
+        content = {  # before the notes, because it adds some
             "rows": self.rows(),
             "curves": self.curves(),
             "images": self.images(),
             "tasks": self.tasks(),
             "settings": differences(list(alike.values())) if len(alike) > 1 else [],
         }
-        notes = [*self.notes, *(note for run in self.runs.values() for note in run.notes)]
         return environment.get_template("page.html").render(
             **content,
+            notes=[*self.notes, *(note for run in self.runs.values() for note in run.notes)],
             run=self.run,
             runs=self.runs,
             alike=list(alike),
             what=self.what(),
-            notes=notes,
             colour=self.colour,
             levels=self.levels,
             twin=twin.label if twin and self.own.distils else "",
             errors=errors,
-            error_costs=self.error_costs(errors),
+            error_costs=errors
+            and charts.bars("Cost of errors in AP50", KINDS, error_costs, self.colour),
             kinds=KINDS,
             least_score=images.LEAST_SCORE,
             sample=len(self.sample),
@@ -268,16 +261,17 @@ class Report:
 
 
 def adapters_in(weights: Mapping[str, Any]) -> Set[Tuple[str, torch.Size]]:
-    """Names and shapes of the adapters among a student's tensors by name."""
+    """The names and shapes of the adapters in the state dict of a student."""
     return {(name, x.shape) for name, x in weights.items() if ADAPTER.match(name)}
 
 
 def gap(
     student: Optional[float], twin: Optional[float], teacher: Optional[float]
 ) -> Tuple[Optional[float], Optional[float]]:
-    """The gain on a twin without a teacher, and its share in percent of the teacher's lead.
+    """The student's gain on its twin, and the share of the teacher's lead that it is in percent.
 
-    None is what cannot be said: a value is missing, or the teacher does not lead.
+    The twin was trained without a teacher. Either number is None if a value that it needs is
+    missing. The share is None if the teacher is not better than the twin.
     """
     if student is None or twin is None:
         return None, None
@@ -288,6 +282,6 @@ def gap(
 
 
 def number(value: Optional[float], digits: int = 1) -> str:
-    """A value as the page writes it; a dash if it is not known."""
+    """A value as the page writes it, or a dash if it is not known."""
     known = value is not None and not math.isnan(value)
     return f"{value:.{digits}f}" if known else "\N{EN DASH}"

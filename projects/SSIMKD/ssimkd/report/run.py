@@ -1,4 +1,4 @@
-"""What a training or evaluation left in its folder."""
+"""Reads the files that a training or an evaluation left in its folder."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class Run:
     Attributes:
         cfg (CfgNode or DictConfig): its config.yaml.
         record (list[dict]): the entries of its run.json, oldest first.
-        notes (list[str]): which files are broken, as sentences for the page.
+        notes (list[str]): a sentence for the page about each file that is broken.
 
     Raises:
         ConfigError: there is no config.yaml, or it cannot be read.
@@ -46,7 +46,7 @@ class Run:
         self.notes: List[str] = []
         path = self.path("config.yaml")
         if not os.path.isfile(path):
-            raise ConfigError(f"{folder}: there is no config.yaml: is it the folder of a run?")
+            raise ConfigError(f"{folder} holds no config.yaml. Is it the folder of a run?")
         with open(path) as f:
             lazy = not re.search(r"^MODEL:", f.read(), re.MULTILINE)
         if lazy:
@@ -68,20 +68,21 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """The data set that the run evaluates on, the last one of several; "" if there is none."""
-        return names_of(self.cfg, "TEST")[-1] if names_of(self.cfg, "TEST") else ""
+        """The last data set that the run evaluates on, or "" if there is none."""
+        return ["", *names_of(self.cfg, "TEST")][-1]
 
     @cached_property
     def results(self) -> Dict[str, Dict[str, Optional[float]]]:
-        """The last evaluation: task -> metric -> percent; empty if there was none."""
+        """Task -> metric -> percent of the last evaluation; empty if there was none."""
         found = self._json("results.json") or {}
         return found.get(self.dataset, found)
 
     @cached_property
     def scalars(self) -> Dict[str, Series]:
-        """Every scalar of metrics.json. Where a resume repeats an iteration, the later one counts.
+        """The scalars of metrics.json by name.
 
-        A line that a killed run left unfinished is skipped.
+        The later value counts if a resumed run repeated an iteration. A line that a killed run did
+        not finish is skipped.
         """
         by_name: Dict[str, Dict[int, float]] = {}
         path = self.path("metrics.json")
@@ -103,12 +104,12 @@ class Run:
 
     @cached_property
     def detections(self) -> Optional[List[Dict[str, Any]]]:
-        """COCO's results of the last evaluation; None if there are none."""
+        """The detections of the last evaluation in COCO's format; None if there are none."""
         return self._json("inference", "coco_instances_results.json")
 
     @cached_property
     def images(self) -> List[Dict[str, Any]]:
-        """Detectron2's records of the images that the run evaluates on; none if they are gone."""
+        """Detectron2's records of the images that the run evaluates on; empty if they are gone."""
         if not self.dataset:
             return []
         try:
@@ -119,7 +120,7 @@ class Run:
 
     @cached_property
     def objects(self) -> Optional[List[Dict[str, Any]]]:
-        """COCO's annotations of these images; None if they have no annotations in that format."""
+        """The annotations of these images in COCO's format; None if there are none."""
         own = self.path("inference", f"{self.dataset}_coco_format.json")
         path = MetadataCatalog.get(self.dataset).get("json_file", own) if self.images else ""
         if not os.path.isfile(path):
@@ -129,9 +130,10 @@ class Run:
 
     @property
     def weights(self) -> str:
-        """The last checkpoint, else the exported student, else what an evaluation read.
+        """The last checkpoint, else the exported student, else the weights that were evaluated.
 
-        It is "" if a training left none: the weights it started from are not those it trained.
+        It is "" for a training that left neither. Its config names the weights that it started
+        from, and those are not the trained ones.
         """
         last = self.path("last_checkpoint")
         if os.path.isfile(last):
@@ -144,12 +146,12 @@ class Run:
 
     @property
     def training(self) -> List[Dict[str, Any]]:
-        """The entries of run.json that trained, oldest first."""
+        """The entries of run.json that are trainings, oldest first."""
         return [e for e in self.record if "--eval-only" not in shlex.split(e["command"])]
 
     @property
     def trained(self) -> str:
-        """The data sets, iterations, batch size and minutes of the training, in words."""
+        """Describes the training: data sets, iterations, batch size and minutes."""
         if self.record and not self.training:
             return "nothing: the run was only evaluated"
         words = ", ".join(names_of(self.cfg, "TRAIN"))
@@ -157,28 +159,26 @@ class Run:
         if iterations:
             words += f", {iterations[-1] + 1} iterations of {setting(self.cfg, 'batch')} images"
         if self.training and all(e["ended"] for e in self.training):
-            spans = [
-                [datetime.fromisoformat(e[key]) for key in ("started", "ended")]
-                for e in self.training
-            ]
-            minutes = sum((b - a).total_seconds() for a, b in spans) / 60
-            words += f", in {minutes:.1f} minutes with its evaluations"
+            time = datetime.fromisoformat
+            seconds = sum(
+                (time(e["ended"]) - time(e["started"])).total_seconds() for e in self.training
+            )
+            words += f", in {seconds / 60:.1f} minutes with its evaluations"
         return words
 
     @property
     def ended(self) -> str:
-        """When the training ended, or the evaluation if nothing was trained."""
+        """When the training ended, or when the evaluation ended if nothing was trained."""
         entries = self.training or self.record
-        return in_words(entries[-1]["ended"]) if entries else "not known: there is no run.json"
+        return in_words(entries[-1]["ended"]) if entries else "not known, without a run.json"
 
     def build(self) -> nn.Module:
-        """The detector with its weights, in evaluation mode, with its distiller but no teacher.
+        """The detector with its weights, in evaluation mode. Its teacher is not built.
 
         It is on the run's device, or on the CPU if this machine has no GPU.
 
         Raises:
-            ConfigError: there is no checkpoint, it does not hold the whole detector, or the config
-                names a class that cannot be built here.
+            ConfigError: the model cannot be built, or no checkpoint holds all of it.
         """
         device = str(device_of(self.cfg))
         with as_config_error("its model cannot be built", Exception):
@@ -194,7 +194,7 @@ class Run:
         path = fetch(self.weights)
         absent = load_teacher(model, path, "its checkpoint")
         if absent:
-            raise ConfigError(f"{path} does not hold {absent[0]} as its config has it")
+            raise ConfigError(f"{path} does not hold {absent[0]} as its config describes it")
         return model.eval()
 
     def _json(self, *parts: str) -> Any:
@@ -204,5 +204,5 @@ class Run:
         try:
             return read_json(path)
         except ConfigError as error:
-            self.notes.append(f"{error}. What it holds is left out.")
+            self.notes.append(f"{error}. Its content is left out.")
             return None
