@@ -129,7 +129,7 @@ def test_a_wrong_key_of_a_lazy_config_is_named():
         use_own_data(OmegaConf.create({"datasets": {"cocoo": []}}), ("TRAIN",))
 
 
-@pytest.mark.parametrize("names, message", [([], "here names"), (["crack"], "'crack' is registe")])
+@pytest.mark.parametrize("names, message", [([], "here names"), (["crack"], "'crack' is reg")])
 def test_classes_that_cannot_be_counted(names, message):
     with pytest.raises(ConfigError, match=f"DATASETS.TRAIN: no data set {message}"):
         count_classes(names, "DATASETS.TRAIN")

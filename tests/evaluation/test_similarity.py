@@ -6,7 +6,6 @@ import torch
 from conftest import image_batch
 from detectron2.utils.events import EventStorage
 from ssimkd.evaluation.similarity import (
-    DISTANCES,
     NAMES,
     SIMILARITIES,
     TILE,
@@ -34,9 +33,8 @@ def test_their_mean_over_the_cells_is_the_loss(student, opts):
     for level, pair in pairs.items():
         assert pair.student.shape[-2:] == tuple(-(-n // STRIDES[level]) for n in SIZE)
         similarity = cell_maps(pair)["SSIM"].mean()
-        assert float((1 - similarity) / 2) == pytest.approx(
-            expected[f"ssim_kd/{level}"][0], abs=1e-5
-        )
+        loss = expected[f"ssim_kd/{level}"][0]
+        assert float((1 - similarity) / 2) == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("border", ["reflect", "valid"])
@@ -93,11 +91,8 @@ def test_several_teachers_are_named_and_none_gives_no_maps(teacher_file, student
 
 
 def test_colours_go_from_alike_to_different():
-    values = np.array([[0.0, 0.5, 1.0], [np.nan, 2.0, -1.0]])
-    shown = in_colour(values, (1.0, 0.0)).astype(int).sum(axis=-1)
-    assert shown[0, 0] > shown[0, 1] > shown[0, 2] and shown[1, 0] == 3 * 128
-    assert shown[1, 1] == shown[0, 2] and shown[1, 2] == shown[0, 0]
-    assert (in_colour(values, (0.0, 1.0))[0] == in_colour(1 - values, (1.0, 0.0))[0]).all()
+    shown = in_colour(np.array([[0.0, 0.5, 1.0, 2.0, np.nan]]), (0.0, 1.0)).astype(int).sum(axis=-1)
+    assert shown[0, 0] < shown[0, 1] < shown[0, 2] == shown[0, 3] and shown[0, 4] == 3 * 128
 
 
 def test_a_picture_holds_every_map_at_its_place(student):
@@ -112,4 +107,3 @@ def test_a_picture_holds_every_map_at_its_place(student):
         for column, name in enumerate(NAMES, start=1):
             place = picture[row * height : (row + 1) * height][:, column * TILE :][:, :TILE]
             assert (place[18:-4, 2:-2] == in_colour(maps[level][name], scale[name])).all()
-    assert all(scale[name][1] == max(m[name].max() for m in maps.values()) for name in DISTANCES)

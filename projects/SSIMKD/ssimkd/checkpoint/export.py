@@ -56,7 +56,7 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     try:
         text = to_yaml(plain)
     except ConfigError as error:
-        with suppress(FileNotFoundError):  # An earlier one would belong to other weights.
+        with suppress(FileNotFoundError):  # The file of an earlier run has other weights.
             os.remove(paths[1])
         logger.warning("Student: %s, without a student.yaml: %s", paths[0], error)
         return paths
@@ -86,7 +86,7 @@ def to_yaml(plain) -> str:
     try:
         text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
         yaml.unsafe_load(text)  # as LazyConfig.load reads it
-    except Exception as error:  # Any object can be in the model, and fail in its own way.
+    except Exception as error:  # The model can hold any object, and that can raise anything.
         raise ConfigError(
             "YAML cannot express what the node model holds, such as a lambda; import it by a name "
             f"from a module instead ({one_line(error)})"

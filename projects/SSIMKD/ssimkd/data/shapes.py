@@ -152,7 +152,9 @@ def write_split(folder: str, split: str, count: int) -> None:
     pictures, sem_seg, panoptic = (os.path.join(folder, kind + split) for kind in kinds)
     for path in (pictures, sem_seg, panoptic):
         os.makedirs(path)
-    images, annotations, panoptics = [], [], []  # type: List[Dict], List[Dict], List[Dict]
+    images: List[Dict] = []
+    annotations: List[Dict] = []
+    panoptics: List[Dict] = []
     for index in range(count):
         image, owner, objects = draw_image((list(SPLITS).index(split), index))
         jpg, png = f"{index:06d}.jpg", f"{index:06d}.png"
