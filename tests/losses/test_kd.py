@@ -81,16 +81,10 @@ def test_a_constant_in_a_row_of_logits_and_the_order_of_proposals_do_not_matter(
 
 
 def test_boxes_of_equal_blocks_cost_what_one_class_agnostic_box_costs():
-    agnostic = [
-        replace(x, deltas=x.deltas[:, :1]) for x in (*box_head()[0]["roi"], *box_head()[1]["roi"])
-    ]
-    blocks = [replace(x, deltas=x.deltas.expand(-1, 5, 4)) for x in agnostic]
-    found, expected = (
-        ({"roi": [s]} for s in (blocks[0], agnostic[0])),
-        ({"roi": [t]} for t in (blocks[1], agnostic[1])),
-    )
-    one, other = (parts_of(s, t) for s, t in zip(found, expected))
-    torch.testing.assert_close(one, other)
+    sides = [side["roi"][0] for side in box_head()]
+    agnostic = [{"roi": [replace(x, deltas=x.deltas[:, :1])]} for x in sides]
+    blocks = [{"roi": [replace(x, deltas=x.deltas[:, :1].expand(-1, 5, 4))]} for x in sides]
+    torch.testing.assert_close(parts_of(*blocks), parts_of(*agnostic))
 
 
 def test_a_head_whose_factors_are_0_is_not_compared():
