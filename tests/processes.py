@@ -1,4 +1,4 @@
-"""Several processes for a test, forked by torchrun's own agent, which spares the imports."""
+"""Runs a function in several processes. They are forked, so they need not import again."""
 
 import gc
 import socket
@@ -14,12 +14,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def options(minutes=1.0):
-    """What `launch.start` reads of a command line."""
+    """The arguments that `launch.start` reads."""
     return Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", timeout=minutes)
 
 
 def free_port():
-    """A port of this machine that nobody listens at."""
+    """A port of this machine that is not in use."""
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]
@@ -27,9 +27,10 @@ def free_port():
 
 @contextmanager
 def without_collector():
-    """Around a fork: a child that clears away its parent's store waits for a thread it has not.
+    """Stops garbage collection while processes are forked, and collects afterwards.
 
-    No store is left behind for the children of other tests, such as those that load images.
+    A child that collects a store of its parent would wait forever for the store's thread, which a
+    fork does not copy.
     """
     gc.disable()
     try:
@@ -43,7 +44,7 @@ def fork(count, function, *args):
     """Runs `function(rank, *args)` in `count` processes.
 
     Raises:
-        ProcessExitedException, ProcessRaisedException: one has failed.
+        ProcessExitedException, ProcessRaisedException: a process has failed.
     """
     with without_collector():
         mp.start_processes(function, args=args, nprocs=count, start_method="fork")
@@ -53,10 +54,10 @@ def in_processes(count, function, *args, minutes=1.0):
     """What `function(*args)` returns in each of `count` processes of `ssimkd.launch`, by rank.
 
     Args:
-        minutes (float): until a collective operation is given up.
+        minutes (float): limit of each collective operation.
 
     Raises:
-        ChildFailedError: one has failed.
+        ChildFailedError: a process has failed.
     """
 
     def entry():
@@ -80,7 +81,7 @@ def in_processes(count, function, *args, minutes=1.0):
         try:
             found = elastic_launch(config, entry)()
         except ChildFailedError as error:
-            failed = error.with_traceback(None)  # it would keep the store
+            failed = error.with_traceback(None)  # the traceback would keep the store alive
     if failed:
         raise failed
     return [found[rank] for rank in range(count)]

@@ -1,4 +1,4 @@
-"""Runs of train_net.py in processes of their own, which share the imports and can be killed."""
+"""Runs train_net.py in other processes, which share the imports and can be killed."""
 
 import itertools
 import json
@@ -26,12 +26,13 @@ SIZES = {"max_iter": 6, "checkpoint_period": 2, "eval_period": 3, "workers": 0}
 def start(words, log, fault=None):
     """Starts `train_net.py` with these words; returns the process.
 
-    The first call decides on the environment of all: DETECTRON2_DATASETS is read by the imports.
+    All processes have the environment of the first call, because the imports read
+    DETECTRON2_DATASETS.
 
     Args:
-        words (list): of the command line.
-        log (Path): takes what it prints.
-        fault (callable or None): called in it first; what it changes is the fault.
+        words (list): the command line.
+        log (Path): gets what the process prints.
+        fault (callable or None): called in the process before the run; it causes a fault.
     """
     process = SPAWN.Process(target=enter, args=([*map(str, words)], str(log), fault))
     process.start()
@@ -39,7 +40,7 @@ def start(words, log, fault=None):
 
 
 def finish(words, log, fault=None, seconds=300):
-    """Runs it to its end; returns the exit status, negative for a signal; None: too slow."""
+    """Runs it to its end; returns the exit status, which is None if it takes too long."""
     process = start(words, log, fault)
     process.join(seconds)
     return process.exitcode
@@ -47,8 +48,10 @@ def finish(words, log, fault=None, seconds=300):
 
 def enter(words, log, fault):
     os.chdir(ROOT)
-    torch.set_num_threads(1)  # sums in one order
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
+    torch.set_num_threads(1)  # so that sums have the same order
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # the default of a process that is started from a shell
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
@@ -59,7 +62,7 @@ def enter(words, log, fault):
 
 
 def yaml_words(out, *opts, resume=False, flags=(), **sizes):
-    """SGD, adapters and a loss that is trained."""
+    """The words of a run with SGD, adapters and a loss that has weights."""
     n = {**SIZES, **sizes}
     key = "MODEL.DISTILL"
     return [
@@ -73,7 +76,7 @@ def yaml_words(out, *opts, resume=False, flags=(), **sizes):
 
 
 def lazy_words(out, *opts, resume=False, flags=(), **sizes):
-    """AdamW, adapters and a loss that is trained."""
+    """The words of a run with AdamW, adapters and a loss that has weights."""
     n = {**SIZES, **sizes}
     return [
         "--config-file", "tests/engine/lazy_faults.py", *flags, *["--resume"] * resume,
@@ -86,7 +89,7 @@ def lazy_words(out, *opts, resume=False, flags=(), **sizes):
 
 
 class DieInCheckpoint:
-    """kill -9 when half of the n-th checkpoint is on the disk."""
+    """Kills the process when half of the n-th checkpoint is written."""
 
     def __init__(self, number):
         self.number = number
@@ -96,7 +99,7 @@ class DieInCheckpoint:
 
         def half(data, file):
             save(data, file)
-            if "model" in data and next(calls) == self.number:  # not an evaluation's file
+            if "model" in data and next(calls) == self.number:  # an evaluation writes other files
                 file.truncate(file.tell() // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -104,7 +107,7 @@ class DieInCheckpoint:
 
 
 class DieInEvaluation:
-    """kill -9 at the second image of the first evaluation."""
+    """Kills the process at the second image of the first evaluation."""
 
     def __call__(self):
         from detectron2.evaluation import COCOEvaluator
@@ -120,7 +123,7 @@ class DieInEvaluation:
 
 
 def saved(path):
-    """A checkpoint's weights, optimizer and iteration, as one dict of names."""
+    """A checkpoint's weights, optimizer and iteration: name -> tensor."""
     checkpoint = torch.load(path, weights_only=True)
     inner = checkpoint["trainer"].get("_trainer", checkpoint["trainer"])
     found = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
@@ -130,7 +133,7 @@ def saved(path):
 
 
 def same(path, expected):
-    """Whether a checkpoint is another one, bit by bit."""
+    """Whether a checkpoint equals what :func:`saved` returned, bit by bit."""
     found = saved(path)
     return found.keys() == expected.keys() and all(
         torch.equal(found[name], value) for name, value in expected.items()
@@ -138,7 +141,7 @@ def same(path, expected):
 
 
 class Reference:
-    """A run that nobody disturbs, and the words that start it anew."""
+    """A run without any fault, with which other runs of the same words are compared."""
 
     def __init__(self, words, folder):
         self.words, self.out = words, folder / "whole"
@@ -162,6 +165,6 @@ class Reference:
         return json.loads((self.out / "results.json").read_text())
 
     def resumes(self, out, **options):
-        """Whether the run in a folder goes on to the same end, bit by bit."""
+        """Resumes the run in a folder; whether its last checkpoint is the same, bit by bit."""
         assert self.finish(out, resume=True, **options) == 0, self.log_of(out)[-3000:]
         return same(out / "model_final.pth", self.final)

@@ -1,7 +1,8 @@
-"""One line for an error of the user's, a traceback for a bug; either is in log.txt."""
+"""A user's error is one line, a bug is a traceback, and log.txt has the traceback of both."""
 
 import logging
 import types
+from contextlib import redirect_stdout
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import _cached_log_stream
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
-from ssimkd.errors import as_setting_error, exit_in_one_line, traceback_in_log
+from ssimkd.errors import as_setting_error, exit_in_one_line, log_files, traceback_in_log
 from ssimkd.losses import SSIMLoss
 
 
@@ -24,7 +25,7 @@ def log(tmp_path, monkeypatch):
 
 
 def users_module(source):
-    """A module of the user's, such as one with a backbone."""
+    """A module of the user's own, made from source code."""
     module = types.ModuleType("users_own")
     exec(source, vars(module))
     return module
@@ -52,6 +53,13 @@ def test_what_detectron2_raises_for_a_setting_names_the_key_and_the_log(build, l
         build()
     assert "\n" not in str(error.value) and f"(traceback in {log})" in str(error.value)
     assert log.read_text().count("Traceback (most recent call last)") == 1
+
+
+def test_the_log_is_found_while_it_takes_the_standard_output(log):
+    """`--quiet` redirects the standard output to log.txt."""
+    (handler,) = log_files("detectron2")
+    with redirect_stdout(handler.stream):
+        assert list(log_files("detectron2")) == [handler]
 
 
 def test_a_wrong_option_of_this_package_needs_no_traceback(log):

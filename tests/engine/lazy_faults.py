@@ -1,4 +1,4 @@
-"""The LazyConfig that the tests of faults interrupt: AdamW, adapters, a loss that is trained."""
+"""The LazyConfig of the tests of faults has AdamW, adapters and a loss with weights."""
 
 import torch
 from detectron2.config import LazyCall as L

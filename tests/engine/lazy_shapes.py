@@ -1,4 +1,4 @@
-"""A LazyConfig of the Shapes data's student: the networks of configs/shapes, YAML's by name."""
+"""A LazyConfig of the Shapes data's student, which has the networks of configs/shapes."""
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L

@@ -1,4 +1,4 @@
-"""Both drivers on the Shapes data, through the command line: what a run leaves behind."""
+"""What both drivers write when they train and evaluate on the Shapes data."""
 
 import json
 import os
@@ -26,14 +26,14 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-def test_it_trains_evaluates_and_logs_each_level(reference):
+def test_a_run_trains_evaluates_and_logs_each_level(reference):
     assert "ssim_kd_loss" in reference.log_of(reference.out)
     logged = [json.loads(line) for line in open(reference.out / "metrics.json")]
     assert {"ssim_kd_loss", "ssim_kd/p2", "ssim_kd/p5"} <= set(logged[0])
     assert set(reference.results()["bbox"]) >= {"AP", "AP50", "AP75"}
 
 
-def test_it_records_how_it_was_made(reference):
+def test_a_run_records_its_command_times_and_versions(reference):
     (entry,) = json.loads((reference.out / "run.json").read_text())
     command = shlex.split(entry["command"])
     assert command[:2] == ["python", "train_net.py"] and any(

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or out of room ends, once resumed, as one that never was."""
+"""After a kill, a signal or a full disk, a resumed run ends as a run without a fault does."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ def wait_for(path, process):
 def kill_in_training(reference, out):
     process = reference.start(out, eval_period=0)
     wait_for(out / "model_0000001.pth", process)
-    time.sleep(random.random() * 0.05)  # well before the end
+    time.sleep(random.random() * 0.05)  # well before the run's end
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -43,7 +43,7 @@ def kill_in_evaluation(reference, out):
 
 
 class SignalInStep:
-    """SIGTERM, in the fourth forward of the student, to all processes of the job."""
+    """Sends SIGTERM to all processes of the job in the student's fourth forward."""
 
     def __call__(self):
         from ssimkd.modeling.distiller import Distiller
@@ -95,7 +95,7 @@ def test_killed_anywhere_with_either_driver(reference, kill, repeat, tmp_path):
 
 @pytest.mark.soak
 def test_killed_again_and_again(reference, tmp_path):
-    """A machine that fails every few seconds, at whatever moment: it comes to the same end."""
+    """The process is killed every few seconds, at random moments."""
     for attempt in range(50):
         process = reference.start(tmp_path, resume=attempt > 0, checkpoint_period=1)
         process.join(4 + 4 * random.random())
@@ -107,13 +107,13 @@ def test_killed_again_and_again(reference, tmp_path):
     assert same(tmp_path / "model_final.pth", reference.final)
 
 
-def test_a_signal_ends_it_with_a_checkpoint_and_its_own_status(lazy, tmp_path):
+def test_a_signal_ends_a_run_with_a_checkpoint_and_exit_status_75(lazy, tmp_path):
     stop_by_signal(lazy, tmp_path)
     assert lazy.resumes(tmp_path)
 
 
 class LittleRoom:
-    """No file can grow beyond so many bytes: the kernel refuses, as a full disk does."""
+    """Limits the size of every file, so that writing fails as it does on a full disk."""
 
     def __init__(self, size):
         self.size = size
@@ -133,7 +133,9 @@ def test_a_full_disk_costs_no_checkpoint(lazy, tmp_path):
     last = lazy.log_of(tmp_path).splitlines()[-1]
     assert last.startswith("error: OUTPUT_DIR (.yaml) or train.output_dir (.py): cannot write")
     assert "model_0000003.pth" in last and str(tmp_path) in last and "File too large" in last
-    assert [path.name for path in tmp_path.glob("model_*")] == [first.name]  # and no draft
+    assert [path.name for path in tmp_path.glob("model_*")] == [
+        first.name
+    ]  # no temporary file either
     assert lazy.resumes(tmp_path)
 
 
@@ -142,7 +144,7 @@ def test_a_truncated_checkpoint_is_named_and_left_out(yaml, tmp_path):
         shutil.copy(yaml.out / f"model_{number:07d}.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
     os.truncate(tmp_path / "model_0000005.pth", 1_000_000)
-    with open(tmp_path / "model_0000003.pth", "r+b") as f:  # whole in length, not in content
+    with open(tmp_path / "model_0000003.pth", "r+b") as f:  # the length stays right
         f.seek(1_000_000)
         f.write(bytes(4096))
     assert yaml.resumes(tmp_path)
@@ -152,7 +154,7 @@ def test_a_truncated_checkpoint_is_named_and_left_out(yaml, tmp_path):
     assert "Starting training from iteration 2" in text
 
 
-def test_a_changed_config_is_said_key_by_key(lazy, tmp_path):
+def test_a_resume_logs_every_key_that_has_changed(lazy, tmp_path):
     shutil.copy(lazy.out / "model_0000001.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     changed = ["model.distiller.losses.0.weight=2.0", "dataloader.train.num_workers=1"]
@@ -162,7 +164,7 @@ def test_a_changed_config_is_said_key_by_key(lazy, tmp_path):
     assert "model.distiller.losses.0.weight was not set and is now 2.0" in said[0]
 
 
-def test_another_teacher_is_refused_and_a_lost_one_named(yaml, tmp_path):
+def test_a_resume_with_another_or_a_missing_teacher_is_an_error(yaml, tmp_path):
     weights = "MODEL.DISTILL.TEACHER.WEIGHTS"
     shutil.copy(yaml.out / "model_0000001.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
@@ -179,7 +181,7 @@ def test_another_teacher_is_refused_and_a_lost_one_named(yaml, tmp_path):
 
 
 def test_evaluation_changes_nothing(yaml, tmp_path):
-    """Without it the run has the same end: the same seed gives the same run, too."""
+    """A run without evaluations has the same losses and weights."""
     assert yaml.finish(tmp_path, eval_period=0) == 0
     assert same(tmp_path / "model_final.pth", yaml.final)
     losses = [
@@ -193,8 +195,8 @@ def test_evaluation_changes_nothing(yaml, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_failed_export_costs_the_status_and_not_the_evaluation(reference, tmp_path):
-    (tmp_path / "student.pth").mkdir()  # no file can take its place
+def test_a_run_whose_export_fails_is_evaluated_and_has_exit_status_1(reference, tmp_path):
+    (tmp_path / "student.pth").mkdir()  # a folder, so that the file cannot be written
     assert reference.finish(tmp_path, max_iter=1, eval_period=0) == 1
     text = reference.log_of(tmp_path)
     last = text.splitlines()[-1]
@@ -215,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_named(yaml, tmp_path):
 
 
 class NanTeacher:
-    """NaN in the teacher's p3 in the second and the fifth step, and in what explains them."""
+    """Puts NaN into the teacher's p3 in the second and fifth step, and where they are explained."""
 
     def __call__(self):
         from ssimkd.modeling.distiller import Distiller
@@ -232,7 +234,7 @@ class NanTeacher:
         Distiller.match_maps = spoiled
 
 
-def test_nan_is_left_out_as_often_as_asked_and_then_ends_the_run(lazy, tmp_path):
+def test_a_run_leaves_out_the_allowed_number_of_steps_with_nan_and_then_ends(lazy, tmp_path):
     allow = "+train.skip_nonfinite_steps=1"
     assert lazy.finish(tmp_path, allow, fault=NanTeacher()) == 1
     text = lazy.log_of(tmp_path)
@@ -244,7 +246,7 @@ def test_nan_is_left_out_as_often_as_asked_and_then_ends_the_run(lazy, tmp_path)
     assert last.count(".jpg") == 2 or last.count(".png") == 2
 
 
-def test_nan_in_the_last_step_is_no_result_and_ends_in_one_line(yaml, tmp_path):
+def test_a_run_with_nan_in_the_last_step_ends_in_one_line_without_results(yaml, tmp_path):
     diverge = ["SOLVER.BASE_LR", 1e9, "SOLVER.WARMUP_ITERS", 0]
     diverge += ["SOLVER.CLIP_GRADIENTS.ENABLED", False]
     assert yaml.finish(tmp_path, *diverge, max_iter=2) == 1
@@ -253,4 +255,6 @@ def test_nan_in_the_last_step_is_no_result_and_ends_in_one_line(yaml, tmp_path):
     assert "Traceback" not in text
     assert "Traceback" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "results.json").exists()  # it was not evaluated
-    assert "has been overridden" not in text  # torch's, of the step that is watched
+    assert (
+        "has been overridden" not in text
+    )  # torch's warning about an optimizer whose step was replaced

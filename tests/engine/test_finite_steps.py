@@ -1,4 +1,4 @@
-"""NaN and infinity: in a loss, a gradient, a map; the run stops, or leaves out the step."""
+"""A run stops at NaN or infinity in a loss or gradient, or leaves out the step."""
 
 import copy
 import itertools
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class Model(nn.Module):
-    """loss_a is finite with a wrong gradient where "root" is 0, loss_b is what "value" makes it."""
+    """loss_a has an infinite gradient where "root" is 0; loss_b is proportional to "value"."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def test_a_step_left_out_is_as_if_its_images_were_not_there(wrong, _, clip):
     assert torch.equal(*momenta)
 
 
-def test_only_so_many_steps_are_left_out_resumed_or_not():
+def test_the_limit_of_left_out_steps_holds_across_a_resume():
     batches = [batch(0), batch(1, root=0.0), batch(2), batch(3, value=math.nan)]
     trainer = train(batches, allowed=1)
     assert trainer.failed.startswith("loss_b is nan (iteration 3")
@@ -109,7 +109,7 @@ def test_only_so_many_steps_are_left_out_resumed_or_not():
     assert train(batches, allowed=2).failed is None
 
 
-def test_mixed_precision_may_look_for_its_loss_scale_but_not_for_ever():
+def test_mixed_precision_may_overflow_20_times_in_a_row_and_no_more():
     few = [batch(n, root=0.0) for n in range(MOST_OVERFLOWS)]
     trainer = train([*few, batch(9)], kind=ScaledTrainer)
     assert trainer.failed is None and trainer.skipped == 0
@@ -119,15 +119,17 @@ def test_mixed_precision_may_look_for_its_loss_scale_but_not_for_ever():
     assert trainer.failed == "loss_b is nan (iteration 1, images: 1.jpg)"
 
 
-def test_mixed_precision_has_looked_at_the_gradients_itself(monkeypatch):
+def test_gradients_are_not_checked_twice_with_mixed_precision(monkeypatch):
     monkeypatch.setattr(finite_steps, "get_total_norm", None)
     batches = [batch(0), batch(1, root=0.0), batch(2)]
     assert train(batches, kind=ScaledTrainer).failed is None
 
 
 @pytest.mark.parametrize("said, counts", [([True, False], (1, 0)), ([False, False], (0, 1))])
-def test_all_processes_count_what_mixed_precision_leaves_out_alike(said, counts, monkeypatch):
-    """This one was told of no loss; the main process may have been."""
+def test_all_processes_count_the_same_left_out_steps_with_mixed_precision(
+    said, counts, monkeypatch
+):
+    """Only the main process knows whether a loss was not finite."""
     monkeypatch.setattr(finite_steps.comm, "all_gather", lambda own: said)
     trainer = train([batch(0), batch(1, root=0.0)], allowed=1, kind=ScaledTrainer)
     assert (trainer.skipped, trainer.overflows) == counts
@@ -161,7 +163,7 @@ def test_one_wrong_gradient_of_many_is_found_and_named():
 
 
 def test_a_loss_of_another_process_stops_this_one():
-    """Detectron2's main process sees the losses of all; a finite gradient tells nobody else."""
+    """Only the main process sees the losses of all processes, and the gradient may be finite."""
 
     class Told(SimpleTrainer):
         def _write_metrics(self, *args, **kwargs):

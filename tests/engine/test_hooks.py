@@ -1,4 +1,4 @@
-"""The hooks of a run: their order, and what they do when it fails."""
+"""The order of a run's hooks, and what they do when the run fails."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ssimkd.engine.yaml_driver import DistillTrainer
 
 
 class Trainer:
-    """What the hooks look at."""
+    """Has the attributes of a trainer that the hooks read."""
 
     max_iter = 4
 
@@ -45,7 +45,7 @@ def test_precise_batch_statistics_come_before_the_checkpoint(few_images, tmp_pat
 @pytest.mark.parametrize("kind", [CallAfterTraining, lambda call: EvalHook(0, call)])
 def test_a_run_that_failed_in_its_last_iteration_is_neither_exported_nor_evaluated(kind):
     called = []
-    for iteration, expected in ((3, []), (4, [1])):  # 4: counted up after the last step
+    for iteration, expected in ((3, []), (4, [1])):  # only a run that succeeds counts up to 4
         hook = kind(lambda: called.append(1))
         hook.trainer = Trainer(iteration)
         hook.after_train()
@@ -68,7 +68,7 @@ def test_an_export_that_fails_does_not_cost_the_last_evaluation(caplog):
         exporting.raise_failure()
 
 
-def test_a_resume_that_is_not_exact_says_so(caplog):
+def test_a_resume_that_is_not_exact_is_logged(caplog):
     hook = ExactResume([], torch.nn.Module(), 10)
     hook.trainer = Trainer(3, start_iter=3)
     hook.before_train()

@@ -17,9 +17,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 TORCHRUN = {**dict.fromkeys(launch.VARIABLES, "1"), "RANK": "0", "LOCAL_RANK": "0"}
 
 
-def test_torchrun_says_which_process_this_is():
+def test_torchruns_variables_are_read_if_all_of_them_are_set():
     assert launch.find_place(TORCHRUN) == TORCHRUN
-    for name in TORCHRUN:  # started alone: LOCAL_RANK may come from elsewhere
+    for name in TORCHRUN:  # another program may have set a single one, such as LOCAL_RANK
         assert launch.find_place({k: v for k, v in TORCHRUN.items() if k != name}) == {}
 
 
@@ -28,12 +28,11 @@ def test_torchrun_says_which_process_this_is():
     [
         ({**TORCHRUN, "RANK": "a"}, "RANK must be an integer of at least 0, got 'a'"),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE must be an integer of at least 1, got '0'"),
-        ({**TORCHRUN, "WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
-        ({**TORCHRUN, "MASTER_PORT": "x"}, "MASTER_PORT must be an integer"),
+        ({**TORCHRUN, "WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2: it must be below WORLD_SIZE"),
         ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999"),
     ],
 )
-def test_a_variable_without_its_number_is_named(env, said):
+def test_an_error_names_the_variable_that_holds_a_wrong_number(env, said):
     with pytest.raises(ConfigError, match=said):
         launch.find_place(env)
 
@@ -48,7 +47,7 @@ def test_torchrun_starts_processes():
     assert in_processes(2, place) == [(0, 2, "gloo", 1), (1, 2, "gloo", 1)]
 
 
-def test_processes_that_torchrun_started_start_no_others(monkeypatch, capsys):
+def test_num_gpus_is_refused_under_torchrun(monkeypatch, capsys):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     args = options()
@@ -57,7 +56,7 @@ def test_processes_that_torchrun_started_start_no_others(monkeypatch, capsys):
         launch.start(None, None, args)
 
 
-def test_a_process_whose_company_does_not_come_says_so(monkeypatch):
+def test_a_process_that_waits_in_vain_for_the_others_ends_with_an_error(monkeypatch):
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
@@ -82,7 +81,7 @@ def fail(how):
         if how == "hangs":
             time.sleep(600)
         raise ConfigError("SOME.KEY: wrong")
-    if how in ("killed", "raises"):  # torchrun names who failed first: not the one that is left
+    if how in ("killed", "raises"):  # torchrun names the process that fails first
         time.sleep(600)
     comm.synchronize()
 
@@ -98,7 +97,7 @@ def fail(how):
 def test_one_process_that_fails_ends_the_others(how, said, capfd):
     with ends_within(40), pytest.raises(ChildFailedError) as failed:
         in_processes(2, fail, how)
-    # torchrun prints the former; the others may add that they lost the connection
+    # torchrun's exception has the text; other processes may add that they lost the connection
     shown = str(failed.value) if how != "wrong" else capfd.readouterr().err
     assert shown.count(said) == 1
 
@@ -106,20 +105,20 @@ def test_one_process_that_fails_ends_the_others(how, said, capfd):
 def test_a_process_that_hangs_ends_the_run():
     with ends_within(40), pytest.raises(ChildFailedError) as failed:
         in_processes(2, fail, "hangs", minutes=0.05)
-    assert failed.value.get_first_failure()[0] == 0  # the one that gave up waiting
+    assert failed.value.get_first_failure()[0] == 0  # this process gave up waiting
 
 
 def refuse():
     raise ConfigError("SOME.KEY: wrong")
 
 
-def test_an_error_of_every_process_is_said_once(capfd):
+def test_an_error_that_every_process_has_is_printed_once(capfd):
     with pytest.raises(ChildFailedError):
         in_processes(3, refuse)
     assert capfd.readouterr().err.count("error: SOME.KEY: wrong\n") == 1
 
 
-def test_nan_on_two_processes_is_said_once_whatever_their_images():
+def test_nan_on_two_processes_is_printed_once_though_their_images_differ():
     store, codes = dist.HashStore(), []
     for what in ("a is nan (iteration 3, images: 1.jpg)", "a is nan (iteration 3, images: 2.jpg)"):
         with pytest.raises(SystemExit) as ended, launch.print_error_once(store):
@@ -129,7 +128,7 @@ def test_nan_on_two_processes_is_said_once_whatever_their_images():
 
 
 def own_launch(main, count, args, **_):
-    """As Detectron2's launch, which needs GPUs before v0.6."""
+    """Stands in for Detectron2's launch, which needs GPUs up to v0.6."""
     fork(2, main, *args)
 
 

@@ -29,7 +29,7 @@ class Sum(nn.Module):
 
 
 def stop_one_of_two(rank, folder):
-    """The second process gets the signal in its third iteration; the first writes, in the tenth."""
+    """The second process gets a signal in its third iteration; both end after the tenth."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
@@ -78,7 +78,7 @@ def end_with(signal_at, hooks):
     trainer.train(0, 2)
 
 
-def test_a_signal_in_the_last_iteration_ends_the_run_behind_the_export():
+def test_a_signal_in_the_last_iteration_ends_the_run_after_the_export():
     done = []
     stop = StopOnSignal(lambda: done.append("collected"), None)
     hooks = [CallAfterTraining(lambda: done.append("exported")), stop]
@@ -88,7 +88,7 @@ def test_a_signal_in_the_last_iteration_ends_the_run_behind_the_export():
     assert ended.value.code == EXIT_STATUS and done == ["exported"]
 
 
-def test_a_signal_after_the_last_iteration_acts_as_ever():
+def test_a_signal_after_the_last_iteration_is_handled_by_the_former_handler():
     done = []
     before = signal.signal(signal.SIGUSR1, lambda *_: done.append("signalled"))
 

@@ -1,4 +1,4 @@
-"""Several processes train as one with the whole batch; which losses a batch can be cut for."""
+"""Several processes train as one process with the whole batch does."""
 
 import math
 
@@ -28,7 +28,7 @@ NOTHING_DRAWN = (
 
 
 def share_of(batch):
-    """What Detectron2's samplers give to this process."""
+    """The images that Detectron2's samplers give to this process."""
     return batch[comm.get_rank() :: comm.get_world_size()]
 
 
@@ -97,8 +97,8 @@ def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
     losses = ("fkd", "fgd", "mgd", "icd")
     compared = (*losses, "kd", "dist", "dkd")
     opts = ("MODEL.DISTILL.LOSSES", compared, "MODEL.DISTILL.ADAPTER", "conv1x1")
-    # a second step raises where a parameter took no part in the first; without
-    # find_unused_parameters, and though the second process has no objects at all
+    # DistributedDataParallel would raise in the second step if a parameter had no gradient in the
+    # first one; the second process has no objects at all
     first, second = in_processes(2, train, teacher_file, 2, *opts)
     assert not first["unloaded_tensors"] and not second["unloaded_tensors"]
     trained = [k for k in first["after"] if k.startswith("distiller.")]
@@ -181,7 +181,7 @@ SPANS = {
 }
 
 
-def test_every_loss_is_known_to_split_or_not():
+def test_every_loss_of_maps_is_in_one_of_the_two_lists():
     of_maps = {name for name, cls in KD_LOSS_REGISTRY if "maps" in cls().compares}
     assert {*CUT, *SPANS} == of_maps | {"ssim (scope batch)"}
 

@@ -1,12 +1,12 @@
-"""run.json: what a run leaves about itself."""
+"""`run.json` says how a run was made."""
 
 import pytest
 from ssimkd import ConfigError
 from ssimkd.engine.run_record import read_record, record_run
 
 
-@pytest.mark.parametrize("content", ["", '[{"comm', "3"])
-def test_an_unreadable_record_is_set_aside(tmp_path, caplog, content):
+@pytest.mark.parametrize("content", ['[{"comm', "3"])
+def test_an_unreadable_record_is_renamed_and_a_new_one_begins(tmp_path, caplog, content):
     (tmp_path / "run.json").write_text(content)
     with record_run(str(tmp_path)):
         assert len(read_record(str(tmp_path))) == 1
@@ -14,7 +14,7 @@ def test_an_unreadable_record_is_set_aside(tmp_path, caplog, content):
     assert "run.json cannot be read and is left out" in caplog.text
 
 
-def test_a_record_that_cannot_be_written_is_said(tmp_path):
+def test_a_record_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "run.json.tmp").mkdir()
     with (
         pytest.raises(ConfigError, match="OUTPUT_DIR .* cannot write run.json"),

@@ -1,4 +1,4 @@
-"""A long run with either driver: what a process holds stays as it is, as do the losses."""
+"""In a long run, a process's memory, files, threads and hooks do not grow."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SIZES = dict(max_iter=ITERATIONS, checkpoint_period=500)
 
 
 class Watch:
-    """Writes down, every 25 iterations, what the process and the model hold."""
+    """Writes every 25 iterations how much memory, files, threads and hooks there are."""
 
     def __init__(self, path):
         self.path = path
@@ -54,7 +54,7 @@ def held(model):
     [(yaml_words, ("SOLVER.BASE_LR", 0.005)), (lazy_words, ("optimizer.lr=1e-4",))],
     ids=["yaml", "lazy"],
 )
-def test_a_long_run_is_level_and_its_evaluations_leave_no_trace(
+def test_a_long_run_does_not_grow_and_its_evaluations_do_not_change_it(
     words, rate, few_shapes, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)

@@ -1,4 +1,4 @@
-"""Pictures while a run goes on: what they show, and that the run does not notice."""
+"""The pictures on TensorBoard show the right things, and do not change the training."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def test_what_a_detector_finds_is_on_the_picture(item):
     assert changed[top : bottom + 1, max(left, 3) - 3 : left + 4].any(1).mean() > 0.5
 
 
-def test_the_training_does_not_notice(student, item):
+def test_drawing_changes_no_weight_mode_or_random_state(student, item):
     model = student(*TEACHER, "VIS_PERIOD", 1)
     frozen = model.roi_heads.box_head.eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -82,7 +82,7 @@ def test_the_training_does_not_notice(student, item):
     assert not model.distiller.teacher.model.training
 
 
-def test_a_run_without_a_test_set_or_period_takes_none(student):
+def test_a_run_without_a_test_set_or_period_has_no_pictures(student):
     with_period, without = student("VIS_PERIOD", 1), student()
     assert build_pictures(with_period, [], None) is None
     assert build_pictures(without, [NAME], None) is None

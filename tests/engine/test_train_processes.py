@@ -1,4 +1,4 @@
-"""train_net.py in several processes: torchrun, one result, resumed by another number."""
+"""train_net.py in the processes of torchrun trains and resumes as one process does."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_torchrun_trains_on_the_same_images_to_the_same_weights(alone, tmp_path)
     out, _ = finish(begin([*TORCHRUN, 2], *YAML, "OUTPUT_DIR", tmp_path))
     assert_same(final(tmp_path), final(alone), rtol=1e-4, atol=1e-6)
     assert_same(metrics(tmp_path), metrics(alone), rtol=1e-4, atol=1e-5)
-    # written by the main process alone, but for a log of each
+    # only the main process writes files, except that each process has a log
     names = {x.name for x in tmp_path.iterdir()} - {"log.txt.rank1"}
     assert {x for x in names if "events" not in x} == {
         x.name for x in alone.iterdir() if "events" not in x.name
@@ -135,10 +135,10 @@ def test_a_killed_process_ends_the_run_and_it_can_be_resumed(few_images, tmp_pat
 @pytest.mark.parametrize(
     "opts, said",
     [
-        (["MODEL.NO_KEY", "1"], "error: MODEL.NO_KEY 1"),  # before they join
+        (["MODEL.NO_KEY", "1"], "error: MODEL.NO_KEY 1"),  # before they form a process group
         (["MODEL.DISTILL.TEACHER.WEIGHTS", "README.md"], "error: MODEL.DISTILL.TEACHER.WEIGHTS"),
     ],
 )
-def test_an_error_of_all_is_said_once(few_images, tmp_path, opts, said):
+def test_an_error_that_all_processes_have_is_printed_once(few_images, tmp_path, opts, said):
     _, err = finish(begin([*TORCHRUN, 2], *YAML, "OUTPUT_DIR", tmp_path, *opts), code=1)
     assert sum(line.startswith(said) for line in err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal, in log files, to Weights & Biases."""
+"""What a run writes to the terminal, to log.txt and to Weights & Biases."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ with quiet_terminal(sys.argv[1], 0):
 """
 
 
-def test_quiet_leaves_warnings_results_and_progress(tmp_path):
+def test_a_quiet_terminal_shows_warnings_results_and_progress(tmp_path):
     command = [sys.executable, "-c", QUIET, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = ["ssimkd.preflight", "detectron2.evaluation.testing", "detectron2.utils.events"]
@@ -44,7 +44,7 @@ def test_quiet_leaves_warnings_results_and_progress(tmp_path):
 
 
 class StandIn(types.ModuleType):
-    """What is used of the package wandb."""
+    """Has the functions of the package wandb that are called."""
 
     def __init__(self):
         super().__init__("wandb")

@@ -1,6 +1,7 @@
-"""An error of the user's is one line that says what to change; a bug keeps its traceback."""
+"""A user's error is one line that says what to change. A bug keeps its traceback."""
 
 import logging
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -9,24 +10,24 @@ from typing import ContextManager, Iterator, List, Tuple, Type, Union
 
 from omegaconf.errors import OmegaConfBaseException
 
-# How the last line of a traceback from another process names a user's error.
+# A traceback from another process ends with such a line where the error is a user's.
 WORKER = re.compile(r"^(ssimkd\.\w+(\.\w+)*|FloatingPointError): ")
-# Who raises an error for a wrong setting; behind any other module is the user's own code.
+# These packages raise errors for wrong settings. Any other module is the user's own code.
 LIBRARIES = {
     *("detectron2", "fvcore", "iopath", "yacs", "omegaconf", "hydra", "torch", "torchvision"),
     *("numpy", "PIL", "yaml", "antlr4", "pycocotools", __name__.split(".")[0]),
     *getattr(sys, "stdlib_module_names", ("ast", "collections", "copy", "functools", "importlib")),
 }
 LOGGERS = ("detectron2", "ssimkd")
-IN_LOG = " (traceback in "  # then the file
+IN_LOG = " (traceback in "  # the path of the log file follows
 
 
 class ConfigError(ValueError):
-    """Wrong settings, files or data: one line that names the key, file or level to change."""
+    """Settings, files or data are wrong. One line names the key, file or level to change."""
 
     def __init__(self, text: str = "") -> None:
         lines = text.strip().splitlines()
-        if text.startswith("Caught "):  # torch's, from a data worker: its traceback, then the line
+        if text.startswith("Caught "):  # torch adds the traceback of a data worker before the error
             lines = [WORKER.sub("", lines[-1])]
         super().__init__(" ".join(lines))
 
@@ -38,7 +39,7 @@ OUTPUT = "OUTPUT_DIR (.yaml) or train.output_dir (.py)"
 def is_user_error(error: BaseException) -> bool:
     """Whether an error says in one line what the user can change.
 
-    A FloatingPointError says which loss or gradient is not finite; an OSError may name a file.
+    A FloatingPointError names the loss or gradient that is not finite. An OSError may name a file.
     """
     if isinstance(error, OSError):
         return error.filename is not None
@@ -52,7 +53,7 @@ def one_line(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error of the user's as one line that names what to change."""
+    """A user's error as one line that names what to change."""
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the config'}: {one_line(error)}"
     return one_line(error) if isinstance(error, OSError) else str(error)
@@ -64,12 +65,12 @@ def as_config_error(
     failures: Union[Type[Exception], Tuple[Type[Exception], ...]] = ConfigError,
     sep: str = ": ",
 ) -> Iterator[None]:
-    """Around what may fail: the failure is a ConfigError that says what failed.
+    """Turns an exception of its block into a ConfigError that begins with `what`.
 
     Args:
-        what (str): the key to change, and what cannot be done; "" leaves the failure as it is.
-        failures (type or tuple): of a ConfigError its text follows, of others :func:`one_line`.
-        sep (str): between the two.
+        what (str): the key to change, and what cannot be done. "" leaves the exception as it is.
+        failures (type or tuple): the exceptions that are turned.
+        sep (str): stands between `what` and the text of the exception.
     """
     try:
         yield
@@ -81,20 +82,19 @@ def as_config_error(
 
 
 def as_output_error(what: str) -> ContextManager[None]:
-    """Around a change of a run's folder, in words: that it cannot be made is a ConfigError."""
+    """Turns an OSError of its block into a ConfigError that reads "OUTPUT_DIR: cannot `what`"."""
     return as_config_error(f"{OUTPUT}: cannot {what}", OSError)
 
 
 @contextmanager
 def as_setting_error(key: str) -> Iterator[None]:
-    """Around what Detectron2 builds from settings: its failure is a ConfigError that names the key.
+    """Turns what Detectron2 raises for a wrong setting into a ConfigError that names the key.
 
-    Detectron2 raises anything for a wrong setting, such as KeyError for an unknown name. The
-    traceback goes to log.txt. A failure of the user's own code, such as a backbone, or of this
-    package goes on as it is.
+    Detectron2 raises many types, such as KeyError for an unknown name. The traceback goes to
+    log.txt. A bug in the user's own code, such as a backbone, or in this package stays as it is.
 
     Args:
-        key (str): of the settings, such as "SOLVER".
+        key (str): the settings from which the block builds something, such as "SOLVER".
     """
     try:
         yield
@@ -109,28 +109,22 @@ def as_setting_error(key: str) -> Iterator[None]:
 
 
 def blames_settings(error: BaseException) -> bool:
-    """Whether an error comes from a library, and no code of the user's is on the way to it.
+    """Whether a wrong setting caused an error that :func:`as_setting_error` has caught.
 
-    This package raises a ValueError where an option is wrong; anything else is a bug of its own.
-
-    Args:
-        error (BaseException): as the context manager above catches it.
+    The error comes from a library, and the user's own code was not called on the way to it. This
+    package itself raises a ValueError for a wrong option. Any other error of its own is a bug.
     """
     own = __name__.split(".")[0]
-    modules = (
-        [own]
-        + [
-            str(frame.f_globals.get("__name__", own)).split(".")[0]  # a .py config has no name
-            for frame, _ in list(walk_tb(error.__traceback__))[2:]  # behind "yield" and the block
-        ]
-    )
+    frames = list(walk_tb(error.__traceback__))[2:]  # without "yield" and the block itself
+    names = [str(frame.f_globals.get("__name__", own)) for frame, _ in frames]  # a config has none
+    modules = [own, *(name.split(".")[0] for name in names)]
     if not LIBRARIES.issuperset(modules):
         return False
     return modules[-1] != own or isinstance(error, ValueError)
 
 
 def log_traceback(error: BaseException) -> List[str]:
-    """Writes an error's traceback to the log files of a run alone; returns their paths."""
+    """Writes an error's traceback to the log files, not to the terminal; returns their paths."""
     record = logging.LogRecord(
         *("ssimkd", logging.ERROR, __file__, 0, "The run ends with an error:", None),
         exc_info=(type(error), error, error.__traceback__),
@@ -138,7 +132,7 @@ def log_traceback(error: BaseException) -> List[str]:
     paths: List[str] = []
     for name in LOGGERS:
         for handler in log_files(name):
-            if handler.stream.name not in paths:  # one file may have several loggers
+            if handler.stream.name not in paths:  # several loggers may write to one file
                 handler.handle(record)
                 paths.append(handler.stream.name)
     return paths
@@ -147,16 +141,14 @@ def log_traceback(error: BaseException) -> List[str]:
 def log_files(name: str) -> Iterator[logging.StreamHandler]:
     """A logger's handlers that write to files."""
     for handler in logging.getLogger(name).handlers:
-        stream = getattr(handler, "stream", None)
-        if stream not in (None, sys.stdout, sys.stderr) and isinstance(
-            getattr(stream, "name", None), str
-        ):
+        path = getattr(getattr(handler, "stream", None), "name", None)
+        if isinstance(path, str) and os.path.isfile(path):  # a terminal's is "<stdout>"
             yield handler  # type: ignore[misc]
 
 
 @contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """Around a command: an error of the user's ends it with one line and exit status 1."""
+    """Ends the command with one line and exit status 1 where its block raises a user's error."""
     try:
         yield
     except Exception as error:
@@ -167,9 +159,10 @@ def exit_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def traceback_in_log() -> Iterator[None]:
-    """Around a run: the traceback of its error is in log.txt, once.
+    """Writes the traceback of an error of its block to log.txt, once.
 
-    Detectron2 logs the errors of its training loop; those of the user's do not reach the terminal.
+    Detectron2 logs an error of the training loop by itself. The traceback of a user's error is kept
+    off the terminal.
     """
     logged: List[BaseException] = []
 
@@ -183,7 +176,6 @@ def traceback_in_log() -> Iterator[None]:
                 handler.handle(record)
         return not is_user_error(error)
 
-    # by a filter of its logger: a progress bar puts another handler into the terminal's place
     logger = logging.getLogger("detectron2.engine.train_loop")
     logger.addFilter(keep_off_terminal)
     try:

@@ -22,7 +22,7 @@ SKIP = (
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line and this project's own flags; what is wrong is said in one line."""
+    """Detectron2's command line and this project's own flags. A wrong flag ends it in one line."""
     parser = default_argument_parser()
     parser.add_argument(
         "--skip-bad-images",
@@ -37,7 +37,7 @@ def argument_parser() -> argparse.ArgumentParser:
         type=minutes,
         default=30.0,  # Detectron2's DEFAULT_TIMEOUT
         metavar="MINUTES",
-        help="of waiting for another process (30); one that does not answer ends the run",
+        help="the run ends when a process waits longer than this for another one (default: 30)",
     )
 
     def fail(message: str) -> None:
@@ -73,10 +73,10 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
 
     Args:
         path (str), overrides (list[str]): see :func:`config_files.load_config`.
-        splits (sequence[str]): "TRAIN", "TEST": whose own data is registered (`DATASETS.COCO`).
+        splits (sequence[str]): "TRAIN", "TEST"; their data of `DATASETS.COCO` is registered.
 
     Raises:
-        ConfigError: it cannot be read, an override does not apply, or its own data is wrong.
+        ConfigError: the file cannot be read, an override does not apply, or the data is wrong.
     """
     if not path:
         raise ConfigError(
@@ -94,7 +94,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
 
 
 def check_no_none(node: CfgNode, name: str) -> None:
-    """Raises ConfigError for a key that is None, which yacs takes in place of any value."""
+    """Raises ConfigError for a key that is None. Yacs accepts None in place of any value."""
     for key, value in node.items():
         if value is None:
             raise ConfigError(f"{name}.{key} is None: give it a value, or leave it out")
@@ -119,9 +119,9 @@ def check_config(cfg, args: argparse.Namespace) -> str:
         raise ConfigError(f"{needed} is empty: name at least one data set")
     for key, names in used.items():
         check_datasets(names, key)
-    resumes = args.resume and bool(checkpoints_in(setting(cfg, "output")))
-    weights = str(setting(cfg, "weights") or "")
-    check_weights(key_of(cfg, "weights"), weights, resumes, args.eval_only)
+    if not (args.resume and checkpoints_in(setting(cfg, "output"))):
+        weights = str(setting(cfg, "weights") or "")
+        check_weights(key_of(cfg, "weights"), weights, needed=args.eval_only)
     device = str(setting(cfg, "device"))
     check_processes(args, device, key_of(cfg, "device"))
     if setting(cfg, "amp") and not torch.cuda.is_available() and not args.eval_only:
@@ -130,10 +130,8 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     return device
 
 
-def check_weights(key: str, weights: str, resumes: bool, needed: bool) -> None:
-    """Raises ConfigError where a checkpoint is needed and not named, or is no file."""
-    if resumes:
-        return
+def check_weights(key: str, weights: str, needed: bool) -> None:
+    """Raises ConfigError if a needed checkpoint is not named, or a named one does not exist."""
     if needed and not weights:
         raise ConfigError(f"{key} is empty: name the checkpoint to evaluate")
     if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
@@ -141,7 +139,7 @@ def check_weights(key: str, weights: str, resumes: bool, needed: bool) -> None:
 
 
 def check_processes(args: argparse.Namespace, device: str, device_key: str) -> None:
-    """Raises ConfigError for processes that cannot be, or a device that this machine lacks."""
+    """Raises ConfigError for an impossible number of processes, or a device that is not there."""
     for flag, value, least in (
         ("--num-gpus", args.num_gpus, 0),
         ("--num-machines", args.num_machines, 1),
@@ -151,11 +149,11 @@ def check_processes(args: argparse.Namespace, device: str, device_key: str) -> N
             raise ConfigError(f"{flag} is {value}: it must be at least {least}")
     if args.machine_rank >= args.num_machines:
         raise ConfigError(
-            f"--machine-rank is {args.machine_rank}: of --num-machines {args.num_machines} the "
-            f"last one is {args.num_machines - 1}"
+            f"--machine-rank is {args.machine_rank}: it must be below --num-machines, which is "
+            f"{args.num_machines}"
         )
     if args.num_machines > 1 and "://" not in args.dist_url:
-        raise ConfigError(f"--dist-url: {args.dist_url} is no address such as tcp://host:port")
+        raise ConfigError(f"--dist-url: {args.dist_url} is not an address such as tcp://host:port")
     cuda, gpus = device.startswith("cuda"), torch.cuda.device_count()
     if args.num_gpus > 1 and not cuda:
         raise ConfigError(
@@ -164,6 +162,6 @@ def check_processes(args: argparse.Namespace, device: str, device_key: str) -> N
         )
     if cuda and max(args.num_gpus, 1) > gpus:
         raise ConfigError(
-            f"--num-gpus is {args.num_gpus}, this machine has {gpus}; without any, set "
+            f"--num-gpus is {args.num_gpus} and this machine has {gpus} GPUs; without a GPU, set "
             f"{device_key} to cpu"
         )

@@ -1,4 +1,4 @@
-"""Stops a run before a step with NaN or infinity, or leaves the step out, and says why."""
+"""Keeps NaN and infinity out of the weights: the run stops, or leaves out the step."""
 
 import logging
 from typing import Any, Dict, List, Mapping, Optional
@@ -13,13 +13,13 @@ from ssimkd.modeling.nonfinite import explain_nonfinite
 from ssimkd.utils.compat import unwrap
 
 logger = logging.getLogger(__name__)
-# A loss scale starts at 2^16 and halves with each overflow: after so many, gradients do not fit
-# float16 at all.
+# The loss scale starts at 2^16 and halves with each overflow. After 20 overflows in a row it is
+# 2^-4, so the gradients themselves do not fit float16.
 MOST_OVERFLOWS = 20
 
 
 class _StepLeftOutError(Exception):
-    """Ends the optimizer's step before it begins; the gradients are not finite."""
+    """The gradients are not finite, so the optimizer's step must not begin."""
 
 
 class FiniteSteps:
@@ -47,14 +47,14 @@ class FiniteSteps:
         super().__init__(model, data_loader, optimizer)  # type: ignore[call-arg]
         self.allowed, self.skipped, self.overflows = skip, 0, 0
         self.batch: List[Dict[str, Any]] = []
-        self.losses: Optional[Mapping[str, Tensor]] = None  # of this step, once there are some
-        self.refused: Optional[FloatingPointError] = None  # what Detectron2 says of them
+        self.losses: Optional[Mapping[str, Tensor]] = None  # this step's, after its forward
+        self.refused: Optional[FloatingPointError] = None  # Detectron2's error about these losses
         self.stepped = False
         model.register_forward_pre_hook(self._keep_batch)
         optimizer.register_step_pre_hook(self._check_gradients)
 
     def run_step(self) -> None:
-        """One iteration, without a step of the optimizer where a loss or gradient is not finite."""
+        """One iteration. The optimizer makes no step where a loss or gradient is not finite."""
         self.losses, self.refused, self.stepped = None, None, False
         try:
             super().run_step()  # type: ignore[misc]
@@ -63,7 +63,7 @@ class FiniteSteps:
         except FloatingPointError as error:
             if self.losses is not None:
                 raise
-            # a part of the detector, such as its proposals, refuses to go on
+            # a part of the detector, such as its proposals, has refused the values
             raise FloatingPointError(self._explain(str(error))) from error
         if self.stepped:
             self.overflows = 0
@@ -75,7 +75,7 @@ class FiniteSteps:
             self.batch = inputs[0]
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """As Detectron2's, but its error is kept until the optimizer's step: it may be left out."""
+        """Keeps Detectron2's error until the optimizer's step, which may be left out."""
         self.losses = {name: loss.detach() for name, loss in loss_dict.items()}
         try:
             super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
@@ -88,22 +88,25 @@ class FiniteSteps:
         A step without gradients would do nothing as well, but Detectron2's clipping of gradients
         by value fails where there are none.
         """
-        if self.stepped:  # Detectron2's clipping optimizer calls the step of its parent
+        if self.stepped:  # Detectron2's clipping optimizer calls this hook a second time
             return
         self.stepped = True
         scaler = getattr(self, "grad_scaler", None)
-        if scaler is None or not scaler.is_enabled():  # else it has looked at the gradients
+        if scaler is None or not scaler.is_enabled():  # a scaler has checked the gradients already
             groups = optimizer.param_groups
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             if not get_total_norm(gradients).isfinite():
                 self._leave_out()
                 raise _StepLeftOutError
-        if self.refused:  # only the main process knows of it, so the step cannot be left out
+        # The gradient is finite, so only the main process knows of the loss. The other processes
+        # make the step, so it cannot be left out here.
+        if self.refused:
             raise FloatingPointError(self._explain())
 
     def _count_overflow(self) -> None:
-        """Sees to a step that mixed precision has left out."""
-        if any(comm.all_gather(self.refused is not None)):  # only the main process knows of it
+        """Counts a step that mixed precision has left out."""
+        # only the main process knows whether a loss was not finite
+        if any(comm.all_gather(self.refused is not None)):
             self._leave_out()
             return
         self.overflows += 1
@@ -121,12 +124,12 @@ class FiniteSteps:
         logger.warning("Left out a step (%d of %d allowed): %s", self.skipped, self.allowed, text)
 
     def _explain(self, text: str = "") -> str:
-        """What is not finite (unless the text says it) and why, the iteration and the images."""
+        """Says what is not finite (or `text`) and why, in which iteration and on which images."""
         images = ", ".join(str(x.get("file_name", "of no file")) for x in self.batch)
         what = text or self._wrong_losses() or f"the gradient of {self._wrong_gradients()}"
         try:
             why = explain_nonfinite(unwrap(self.model), self.batch)
-        except Exception as error:  # the first fault must not be lost behind a second one
+        except Exception as error:  # the message about the first error must still appear
             why = f"a second run on these images fails: {one_line(error)}"
         return f"{what}{why and f': {why}'} (iteration {self.iter}, images: {images})"
 
@@ -147,7 +150,7 @@ class FiniteSteps:
         return f"{names[0] if names else 'all parameters together'}{more} is not finite"
 
     def state_dict(self) -> Dict[str, Any]:
-        """Detectron2's, and how many steps were left out so far."""
+        """Adds the number of steps left out so far to Detectron2's state."""
         return {**super().state_dict(), "skipped_steps": self.skipped}  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -167,7 +170,7 @@ class FiniteAMPTrainer(FiniteSteps, AMPTrainer):
 def build_step_trainer(
     model: nn.Module, data_loader: Any, optimizer: Any, *, amp: bool, skip: int
 ) -> SimpleTrainer:
-    """The trainer that takes the steps of either driver; the arguments are :class:`FiniteSteps`'.
+    """The trainer that takes the steps of either driver.
 
     Args:
         model, data_loader, optimizer: as SimpleTrainer's.

@@ -1,4 +1,4 @@
-"""The hooks of a run, in the order in which they act: :func:`build_hooks`."""
+"""The hooks of a run. :func:`build_hooks` lists them in the order in which they act."""
 
 import logging
 from typing import Any, Callable, Dict, List, Optional, Set
@@ -16,7 +16,7 @@ from ssimkd.utils.random_state import get_random_state, set_random_state
 from .preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
-RUNNING = ("loss_normalizer",)  # attributes that training changes and state_dict leaves out
+RUNNING = ("loss_normalizer",)  # training changes these attributes; state_dict leaves them out
 
 
 def build_hooks(
@@ -34,30 +34,30 @@ def build_hooks(
     pictures: Optional[HookBase] = None,
     precise_bn: Optional[HookBase] = None,
 ) -> List[Optional[HookBase]]:
-    """The hooks of either driver, in order.
+    """The hooks of either driver, in the order in which they act.
 
     Args:
         model (nn.Module): without DistributedDataParallel around it.
         loader (ResumableLoader or iterable): the training data.
         checkpointer (RunCheckpointer): writes a checkpoint when the run is stopped.
-        scheduler (LRScheduler or ParamScheduler): of the learning rate.
-        checkpoints (PeriodicCheckpointer): writes them periodically.
+        scheduler (LRScheduler or ParamScheduler): sets the learning rate.
+        checkpoints (PeriodicCheckpointer): writes checkpoints periodically.
         export (CallAfterTraining): writes the student.
         test (callable): evaluates and returns the metrics.
-        eval_period, log_period (int): in iterations; the former may be 0, then it evaluates only
-            at the end.
+        eval_period (int): iterations between evaluations; 0 evaluates only at the end.
         build_writers (callable): makes the writers, on the main process.
-        pictures, precise_bn (HookBase or None): where the run has them.
+        log_period (int): iterations between log lines.
+        pictures, precise_bn (HookBase or None): optional hooks.
     """
     main = comm.is_main_process()
     resume = ExactResume(loader, model, checkpoints.period)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
-        precise_bn,  # changes the model, so it comes before the checkpoints
-        resume,  # its state is a part of the checkpoints
+        precise_bn,  # it changes the model, so it comes before the checkpoints
+        resume,  # the checkpoints hold its state, so it comes before them
         checkpoints if main else None,
-        export,  # before the last evaluation, whose failure must not cost the student
+        export,  # the student must be written even if the last evaluation fails
         StopOnSignal(resume.collect, checkpointer),
         CountSkipped(loader),
         pictures,
@@ -70,10 +70,10 @@ class ExactResume(HookBase):
     """Keeps the place in the data and the state of every process in the checkpoint.
 
     The state is that of the random generators, and the running number of foreground anchors by
-    which RetinaNet and FCOS divide their losses. It precedes the hook that writes checkpoints.
+    which RetinaNet and FCOS divide their losses.
 
     Args:
-        loader (ResumableLoader or iterable): the data. Only the former goes on where it was.
+        loader (ResumableLoader or iterable): the data. Only a ResumableLoader keeps its place.
         model (nn.Module): without DistributedDataParallel around it.
         period (int): iterations between checkpoints.
     """
@@ -90,8 +90,8 @@ class ExactResume(HookBase):
             return
         if len(self.states) != comm.get_world_size():
             logger.warning(
-                "The checkpoint is one of %d processes, not of %d: this resume is not exact "
-                "(weights and optimizer are; what is drawn at random is not)",
+                "The checkpoint is one of %d processes, not of %d: this resume is not exact. "
+                "Weights and optimizer are restored, and the random generators are not",
                 len(self.states),
                 comm.get_world_size(),
             )
@@ -101,7 +101,7 @@ class ExactResume(HookBase):
         vars(self.model).update(state.get("model", {}))
 
     def after_step(self) -> None:
-        """Collects the state of all processes where a checkpoint is about to be written."""
+        """Collects the state of all processes before a checkpoint is written."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
             self.collect()
@@ -119,7 +119,7 @@ class ExactResume(HookBase):
         return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Takes what the checkpoint kept. It is restored when training starts."""
+        """Takes the checkpoint's state, which is restored when training starts."""
         self.states = state["random"]
         if "data" in state and isinstance(self.loader, ResumableLoader):
             self.loader.load_state_dict(state["data"])
@@ -134,7 +134,7 @@ class CallAfterTraining(HookBase):
     that follows is not lost.
 
     Args:
-        function (callable): takes no arguments. The log names it.
+        function (callable): takes no arguments. A log line about a failure has its name.
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -142,7 +142,7 @@ class CallAfterTraining(HookBase):
         self.failure: Optional[Exception] = None
 
     def after_train(self) -> None:
-        """Calls it, but not after a failure of the training."""
+        """Calls the function, but not after a failure of the training."""
         # only a run that succeeded counts up to max_iter
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             try:
@@ -161,8 +161,8 @@ class CallAfterTraining(HookBase):
 class EvalHook(hooks.EvalHook):
     """Detectron2's hook, except that it does not evaluate after a failure in the last iteration.
 
-    Detectron2's own would evaluate there. It would wait for the other processes, and these wait for
-    a gradient of the process that has failed.
+    Detectron2's own hook would evaluate there and hang: it waits for the other processes, and they
+    wait for a gradient of the process that has failed.
     """
 
     def after_train(self) -> None:
@@ -175,14 +175,14 @@ class CountSkipped(HookBase):
     """Logs at the end of a training which images were skipped.
 
     Args:
-        loader (ResumableLoader or iterable): `skipped` of the former has a line for each image.
+        loader (ResumableLoader or iterable): `skipped` of a ResumableLoader has a line per image.
     """
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def after_train(self) -> None:
-        """Not after a failure, when some processes may be gone."""
+        """Logs them, but not after a failure, when other processes may have ended already."""
         if self.trainer.iter < self.trainer.max_iter or not hasattr(self.loader, "skipped"):
             return
         skipped: Set[str] = set().union(*comm.gather(self.loader.skipped))

@@ -1,7 +1,7 @@
-"""The processes of a run: torchrun's, or by `--num-gpus` Detectron2's own.
+"""Starts the processes of a run, or joins the processes that torchrun has started.
 
-torchrun says in environment variables which of its processes each one is. On a cluster, Slurm's
-`srun --ntasks-per-node 1` starts one torchrun on each machine. The rest is torch.distributed's.
+Detectron2 starts the processes of `--num-gpus`. torchrun tells each of its processes by environment
+variables which one it is. On a cluster, `srun --ntasks-per-node 1` starts a torchrun per machine.
 """
 
 import os
@@ -31,16 +31,16 @@ from ssimkd.utils.compat import create_local_process_group
 
 from .preemption import forward_to_children
 
-# What torchrun sets, and torch's "env://" and this file read.
+# torchrun sets these environment variables.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
-    """Runs `main` in every process of a run. An error ends all of them and is printed once.
+    """Runs `main` in every process of a run. An error ends all processes and is printed once.
 
     Args:
-        main (callable): one process of the run, takes `args`.
-        check (callable): takes `args`, raises ConfigError for what cannot run; returns the device.
+        main (callable): takes `args`; the work of one process.
+        check (callable): takes `args`, returns the device; raises ConfigError for a wrong setting.
         args (Namespace): of :func:`argument_parser`.
     """
     with exit_in_one_line():
@@ -54,11 +54,11 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
             start_processes(main, args)
             return
     os.environ.update(place)
-    record(run_process)(main, check, args)  # torchrun shows what is recorded
+    record(run_process)(main, check, args)  # torchrun prints the exception that is recorded
 
 
 def start_processes(main: Callable[[Any], None], args: Any) -> None:
-    """Starts a process for each GPU by Detectron2's launch. Ends as the first that failed."""
+    """Starts a process for each GPU. Exits with the status of the first one that fails."""
     if args.num_gpus > 1:
         forward_to_children()
     try:
@@ -71,13 +71,13 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
             args=(args,),
             timeout=timedelta(minutes=args.timeout),
         )
-    except ProcessRaisedException as error:  # its message is the traceback
+    except ProcessRaisedException as error:  # its message is the process's traceback
         last = str(error).rstrip().splitlines()[-1]
         if WORKER.match(last):
             raise ConfigError(WORKER.sub("", last)) from None
         raise
     except ProcessExitedException as error:
-        # a process that a signal has ended printed nothing; any other has printed its error
+        # a process that a signal has ended printed nothing; any other process printed its error
         sys.exit(error.exit_code if error.exit_code > 0 else f"error: {error}")
 
 
@@ -89,35 +89,31 @@ def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: 
     with print_error_once(store):
         join_group(store, check(args), timeout)
         main(args)
-        comm.synchronize()  # the main process may be writing still
+        comm.synchronize()  # the main process may still be writing files
         dist.destroy_process_group()
 
 
 def find_place(env: Mapping[str, str]) -> Dict[str, str]:
-    """Which process of how many this is.
-
-    Args:
-        env (mapping[str, str]): the environment.
-
-    Returns:
-        dict[str, str]: torchrun's variables; none where this process was started alone.
+    """torchrun's variables in the environment; none where torchrun did not start this process.
 
     Raises:
-        ConfigError: a variable is no such number.
+        ConfigError: a variable does not hold a possible number.
     """
     if not all(name in env for name in VARIABLES):
         return {}
     place = {name: env[name] for name in VARIABLES}
     for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if integer(place, part, least=0) >= integer(place, whole):
-            raise ConfigError(f"{part} is {place[part]} and {whole} {place[whole]}: not below it")
+            raise ConfigError(
+                f"{part} is {place[part]}: it must be below {whole}, which is {place[whole]}"
+            )
     if integer(place, "MASTER_PORT") > 65535:
-        raise ConfigError(f"MASTER_PORT is {place['MASTER_PORT']}: there are ports up to 65535")
+        raise ConfigError(f"MASTER_PORT is {place['MASTER_PORT']}: it must be at most 65535")
     return place
 
 
 def integer(env: Mapping[str, str], name: str, least: int = 1) -> int:
-    """The number in a variable; ConfigError where it holds none, or one below the least."""
+    """The number that a variable holds; raises ConfigError unless it is at least `least`."""
     value = env[name]
     if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < least:
         raise ConfigError(
@@ -127,10 +123,10 @@ def integer(env: Mapping[str, str], name: str, least: int = 1) -> int:
 
 
 def rendezvous(timeout: timedelta) -> dist.Store:
-    """Waits for the other processes; returns the store that they share.
+    """Waits for the other processes; returns the key-value store that all of them share.
 
     Raises:
-        ConfigError: they did not come.
+        ConfigError: a process did not connect in time.
     """
     rank, size, _, _, host, port = (os.environ[name] for name in VARIABLES)
     if rank == "0":
@@ -146,7 +142,7 @@ def rendezvous(timeout: timedelta) -> dist.Store:
 
 @contextmanager
 def print_error_once(store: dist.Store) -> Iterator[None]:
-    """As :func:`exit_in_one_line`, but prints nothing that another process has printed."""
+    """Does as :func:`exit_in_one_line`, but prints no line that another process has printed."""
     try:
         yield
     except Exception as error:
@@ -154,21 +150,21 @@ def print_error_once(store: dist.Store) -> Iterator[None]:
             raise
         said = describe_error(error)
         try:
-            # the images and the log that follow it are each process's own
+            # what follows the iteration or the log differs between processes
             key = said.split(" (iteration ")[0].split(IN_LOG)[0]
             first = store.add(f"error/{key}", 1) == 1
-        except RuntimeError:  # the store is gone, with the process that kept it
+        except RuntimeError:  # the process that kept the store has ended
             first = True
         sys.exit(f"error: {said}" if first else 1)
 
 
 def join_group(store: dist.Store, device: str, timeout: timedelta) -> None:
-    """Makes this process one of torch.distributed's and Detectron2's.
+    """Makes this process a member of the process groups of torch.distributed and Detectron2.
 
     Args:
         store (Store): of :func:`rendezvous`.
-        device (str): "cuda": NCCL and a GPU of its own; else gloo.
-        timeout (timedelta): of every collective operation.
+        device (str): "cuda" selects NCCL and a GPU for this process; any other selects gloo.
+        timeout (timedelta): limit of every collective operation.
 
     Raises:
         ConfigError: the machine has fewer GPUs than processes.
@@ -179,7 +175,7 @@ def join_group(store: dist.Store, device: str, timeout: timedelta) -> None:
         gpus = torch.cuda.device_count()
         if 1 < gpus < local_size:
             raise ConfigError(f"{local_size} processes share this machine, which has {gpus} GPUs")
-        # a cluster may show each process its own GPU alone
+        # on some clusters each process sees only its own GPU
         torch.cuda.set_device(local_rank if gpus >= local_size else 0)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout

@@ -1,4 +1,4 @@
-"""Training and evaluation of a LazyConfig, as `yaml_driver.py` does it for YAML.
+"""Training and evaluation of a LazyConfig. `yaml_driver.py` does the same for YAML.
 
 The config has the fields of Detectron2's `tools/lazyconfig_train_net.py`: model, optimizer,
 lr_multiplier, dataloader, train.
@@ -47,7 +47,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
     Args:
-        cfg (DictConfig): of a run.
+        cfg (DictConfig): the config.
         resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
 
     Returns:
@@ -92,7 +92,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             export_student(original, student.state_dict(), folder)
 
     exporting = CallAfterTraining(export)
-    with as_config_error("train.checkpointer", TypeError):  # an argument that does not exist
+    with as_config_error("train.checkpointer", TypeError):  # it names an unknown argument
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
     trainer.register_hooks(
         build_hooks(
@@ -134,7 +134,7 @@ def build_model(cfg) -> Any:
 
 
 def build_train_loader(cfg) -> Any:
-    """The training data; Detectron2's own loader gives way to a stream that can be resumed."""
+    """The training data. A ResumableLoader takes the place of Detectron2's own loader."""
     node = cfg.dataloader.train
     if target_of(node) is build_detection_train_loader:
         node._target_, node.worker_init_fn = ResumableLoader, ignore_cluster_signals
@@ -143,11 +143,11 @@ def build_train_loader(cfg) -> Any:
 
 
 def check_image_format(cfg, model: Any, *splits: str) -> None:
-    """Raises ConfigError unless mappers and student agree on the images' format.
+    """Raises ConfigError unless the mappers and the student have the same image format.
 
     Args:
-        cfg (DictConfig): has a mapper for each split; one that does not say is left alone.
-        model (nn.Module): a student; another model is left alone.
+        cfg (DictConfig): has a mapper for each split; a mapper without a format passes.
+        model (nn.Module): a student; any other model passes.
         splits (str): "train", "test".
     """
     for split in splits if isinstance(model, DistillMixin) else ():
@@ -178,7 +178,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
 
 
 def test_model(cfg, model: nn.Module) -> Dict[str, Any]:
-    """Evaluates by `cfg.dataloader`; the random state of the training around it stays as it is."""
+    """Evaluates by `cfg.dataloader`. The random state of a training stays as it is."""
     cfg = copy.deepcopy(cfg)
     if "evaluator" not in cfg.dataloader or not names_of(cfg, "TEST"):
         return {}
@@ -189,7 +189,7 @@ def test_model(cfg, model: nn.Module) -> Dict[str, Any]:
             node.mapper = NamingMapper(instantiate(node.mapper))
             loader = instantiate(node)
             evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
-        loader.worker_init_fn = ignore_cluster_signals  # as DistillTrainer.build_test_loader
+        loader.worker_init_fn = ignore_cluster_signals
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)

@@ -13,17 +13,18 @@ from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_STATUS = os.EX_TEMPFAIL  # 75: the job is to be started again, with --resume
-PERIOD = 10  # iterations after which several processes ask each other for signals
+EXIT_STATUS = os.EX_TEMPFAIL  # 75 means that the job should be started again, with --resume
+PERIOD = 10  # iterations between exchanges of signals, where there are several processes
 
 
 class StopOnSignal(HookBase):
     """Writes a checkpoint and ends the run with EXIT_STATUS after a signal.
 
-    One process ends after the iteration in which the signal comes. Several processes ask each other
-    every PERIOD iterations, and end after the same one. This hook follows the hooks that write
-    checkpoints and export the student. So after a signal in the last iteration both are done, and
-    only the evaluation is left out. A signal during the evaluation ends the process at once.
+    A single process ends after the iteration in which the signal comes. Several processes exchange
+    their signals every PERIOD iterations, and all end after the same iteration. This hook follows
+    the hooks that write checkpoints and export the student. So after a signal in the last iteration
+    both are done, and only the evaluation is left out. A signal during the evaluation ends the
+    process at once.
 
     Args:
         collect (callable): collects the state of all processes for the checkpoint.
@@ -32,8 +33,9 @@ class StopOnSignal(HookBase):
 
     def __init__(self, collect: Callable[[], None], checkpointer: DetectionCheckpointer) -> None:
         self.collect, self.checkpointer = collect, checkpointer
-        self.received = self.agreed = 0  # a signal to this process; to any process, known to all
-        self.before: Dict[int, Any] = {}
+        self.received = 0  # the signal that this process has received
+        self.agreed = 0  # a signal that any process has received and all know of
+        self.before: Dict[int, Any] = {}  # the handlers that this hook replaces
 
     def before_train(self) -> None:
         """Begins to wait for signals."""
@@ -61,7 +63,7 @@ class StopOnSignal(HookBase):
             self.trainer.max_iter,
             name,
         )
-        comm.synchronize()  # nobody leaves while the main process writes
+        comm.synchronize()  # wait until the main process has written the checkpoint
         raise SystemExit(EXIT_STATUS)
 
     def after_train(self) -> None:
@@ -73,9 +75,9 @@ class StopOnSignal(HookBase):
         if self.agreed:
             name = signal.Signals(self.agreed).name
             logger.warning("%s: stopped before the last evaluation, go on with --resume", name)
-            comm.synchronize()  # nobody leaves while the main process exports
+            comm.synchronize()  # wait until the main process has exported the student
             raise SystemExit(EXIT_STATUS)
-        if self.received:  # since
+        if self.received:  # since the last exchange: the former handler takes it
             signal.raise_signal(self.received)
 
 
@@ -85,7 +87,7 @@ def ignore_cluster_signals(worker: int = 0) -> None:
     A cluster sends its signals to all processes of a job. The training process still needs images
     to finish its iteration. It ends the loading processes afterwards, by the same signal.
     """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, which is no cluster
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it, and clusters do not run macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         Thread(target=_obey, args=(cast(Any, parent_process()).pid,), daemon=True).start()
 
@@ -97,13 +99,13 @@ def _obey(parent: int) -> None:
 
 
 def forward_to_children() -> None:
-    """Passes signals on to the processes of a run that this process has started (--num-gpus)."""
+    """Passes signals on to the processes that this process has started (--num-gpus)."""
 
     def forward(number: int, frame: Any) -> None:
         children = active_children()
         for child in children:
             os.kill(cast(int, child.pid), number)
-        if not children:  # there is no run yet, or no more
+        if not children:  # the processes have not started yet, or have ended
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

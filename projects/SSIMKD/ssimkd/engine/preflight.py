@@ -1,7 +1,7 @@
-"""What happens once before the first iteration: INHERIT, and a check of teacher and student.
+"""Prepares a student before its first iteration: INHERIT, and a check of teacher and student.
 
-A teacher that was loaded wrongly causes no error, and teaches noise. So on training images its maps
-must have the shape of the student's, and it should find the objects in these images.
+A teacher that was loaded wrongly causes no error, but the student learns noise from it. So its maps
+must have the shapes of the student's maps, and it should find the objects in training images.
 """
 
 import logging
@@ -28,7 +28,7 @@ from ssimkd.utils.random_state import preserve_random_state
 from .settings import DriverSettings
 
 logger = logging.getLogger(__name__)
-FOUND_IOU = 0.5  # overlap from which a detection has found an object
+FOUND_IOU = 0.5  # least overlap of a detection with the object that it finds
 LEAST_FOUND = 0.3  # share of the objects; trained detectors find about twice as many
 
 
@@ -39,9 +39,9 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
 
     Args:
         model (nn.Module): a student with its weights; another model is left alone.
-        loader (ResumableLoader or iterable): only the former can show images without taking them.
-        settings (DriverSettings): what is inherited, and how many images are looked at.
-        resumed (bool): the weights are a checkpoint's: nothing is inherited.
+        loader (ResumableLoader or iterable): only a ResumableLoader can show images in advance.
+        settings (DriverSettings): what is inherited, and how many images are checked.
+        resumed (bool): the weights come from a checkpoint of the run, so nothing is inherited.
 
     Raises:
         ConfigError: a module cannot be inherited, or maps do not agree cell by cell.
@@ -63,7 +63,7 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
                 inherited |= copied
             if check:
                 if not hasattr(loader, "peek"):
-                    text = "Teacher and student are not checked: a %s shows no images"
+                    text = "Teacher and student are not checked: a %s cannot show images in advance"
                     logger.warning(text, type(loader).__name__)
                     continue
                 batches = loader.peek(settings.check_images)
@@ -85,12 +85,12 @@ def check_pair(
     batches: List[List[Dict]],
     teacher: Tuple[nn.Module, Any, List[str]],
 ) -> None:
-    """Looks at one teacher and the student on the first training images.
+    """Checks one teacher and the student on the first training images.
 
     Args:
         model (nn.Module): the student.
-        name (str): of the teacher; "" of a single one.
-        distiller (Distiller): its own.
+        name (str): the teacher's name; "" where there is one teacher.
+        distiller (Distiller): the teacher's.
         batches (list[list[dict]]): images with "instances".
         teacher (tuple): what :meth:`TeacherSpec.load` returned.
     """
@@ -113,10 +113,10 @@ def check_pair(
 
 
 def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
-    """The shapes of the maps, in words; ConfigError unless teacher and student have the same."""
+    """The shapes of the maps, in words. Raises ConfigError unless teacher and student agree."""
     what = (
-        f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here, an "
-        "operator that Detectron2 compiles is missing"
+        f"MODEL.DISTILL.TEACHER.CONFIG: {distiller.spec.config} or the student cannot run here, "
+        "because an operator that Detectron2 compiles is missing"
     )
     with as_config_error(what, (ImportError, NotImplementedError)):
         student, _ = paired_maps(model, distiller, batch)
@@ -127,13 +127,14 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
 def check_detections(
     who: str, detector: nn.Module, batch: List[Dict], shown: str, wanted: str
 ) -> None:
-    """Logs how many objects of a batch a teacher finds; warns where they are few.
+    """Logs how many objects of a batch a teacher finds; warns if it finds few.
 
     Args:
         who (str): the teacher, in words.
         detector (nn.Module): the whole teacher.
         batch (list[dict]): images with "instances".
-        shown, wanted (str): channel order of the images, and of those that it was trained on.
+        shown (str): channel order of the images.
+        wanted (str): channel order of the images that the teacher was trained on.
     """
     found = total = 0
     try:
@@ -142,7 +143,7 @@ def check_detections(
             detections = detector([{"image": image}])[0]["instances"]
             found += count_found(detections, x["instances"].to(detections.scores.device))
             total += len(x["instances"])
-    except Exception as error:  # not every teacher has boxes, and it trains without them
+    except Exception as error:  # a teacher without boxes can still be distilled
         logger.warning("%s's detections cannot be checked: %s", who, one_line(error))
         return
     if not total:
@@ -153,15 +154,15 @@ def check_detections(
         logger.info(text)
     else:
         logger.warning(
-            "%s, fewer than %.0f %%. Do MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and are "
-            "these images of its kind? What it teaches may be noise",
+            "%s, fewer than %.0f %%. Do MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and was "
+            "it trained on images of this kind? The student may learn noise",
             text,
             100 * LEAST_FOUND,
         )
 
 
 def count_found(detections: Instances, targets: Instances) -> int:
-    """Objects that a detection overlaps, of the as many best scored ones as there are objects."""
+    """The number of objects that the best detections overlap; of n objects, the n best count."""
     best = detections.scores.argsort(descending=True)[: len(targets)]
     iou = pairwise_iou(targets.gt_boxes, detections.pred_boxes[best])
     return int((iou >= FOUND_IOU).any(dim=1).sum())

@@ -1,4 +1,4 @@
-"""What a run leaves about itself: `run.json` in its folder, and what its checkpoints keep of it."""
+"""Writes how a run was made to `run.json` in its folder, and describes it for its checkpoints."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ PACKAGES = ("ssimkd", "detectron2", "torch", "torchvision", "numpy")
 
 
 def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
-    """What a checkpoint keeps of a run.
+    """The description of a run that its checkpoints hold.
 
     Args:
-        cfg (CfgNode or DictConfig): its config.
+        cfg (CfgNode or DictConfig): the run's config.
         model (nn.Module): a student, or a plain detector, which has no teachers.
 
     Returns:
@@ -54,12 +54,12 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
 
 @contextmanager
 def record_run(folder: str) -> Iterator[None]:
-    """Around a run: adds its command, time, commit, versions and machine to `run.json`.
+    """Adds a run's command, times, commit, versions and machine to `run.json`.
 
-    A run that is resumed or evaluated later adds an entry of its own; one that fails has no end.
+    Resuming or evaluating a run adds another entry. The entry of a run that failed has no "ended".
 
     Args:
-        folder (str): the run's; it exists. Only the main process writes.
+        folder (str): the run's folder, which exists. Only the main process writes to it.
     """
     if not comm.is_main_process():
         yield
@@ -75,7 +75,7 @@ def record_run(folder: str) -> Iterator[None]:
     old, path = read_record(folder), os.path.join(folder, FILE)
     entries = [*old, entry]
     with as_output_error(f"write {FILE} to {folder}"):
-        if not old and os.path.exists(path):  # unreadable
+        if not old and os.path.exists(path):  # it could not be read
             os.replace(path, f"{path}.unreadable")
     write(folder, entries)
     yield
@@ -84,7 +84,7 @@ def record_run(folder: str) -> Iterator[None]:
 
 
 def read_record(folder: str) -> List[Dict[str, Any]]:
-    """The entries of a folder's `run.json`, oldest first; none where it cannot be read."""
+    """The entries of a folder's `run.json`, oldest first; none if it cannot be read."""
     path = os.path.join(folder, FILE)
     if not os.path.exists(path):
         return []
@@ -101,27 +101,27 @@ def read_record(folder: str) -> List[Dict[str, Any]]:
 
 
 def read_json(path: str) -> Any:
-    """What a file of a run holds.
+    """The content of a JSON file of a run.
 
     Raises:
-        ConfigError: it is no JSON, as where its writing was interrupted.
+        ConfigError: it is not valid JSON, such as after an interruption while it was written.
     """
     with open(path) as f:
         try:
             return json.load(f)
         except ValueError as error:
-            raise ConfigError(f"{path} is no whole JSON: {error}") from error
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
 def in_words(time: Optional[str]) -> str:
-    """An entry's "started" or "ended" for people; None: it has no end."""
+    """An entry's "started" or "ended" as people write it; None is a run that has not ended."""
     if time is None:
         return "not ended, or failed"
     return f"{datetime.fromisoformat(time):%d %b %Y, %H:%M} UTC"
 
 
 def write(folder: str, entries: List[Dict[str, Any]]) -> None:
-    """Replaces `run.json` at once: an interruption leaves the former one."""
+    """Replaces `run.json` as a whole. An interruption leaves the former file."""
     with (
         as_output_error(f"write {FILE} to {folder}"),
         atomic_write(os.path.join(folder, FILE), "w") as f,
@@ -135,7 +135,7 @@ def now() -> str:
 
 
 def commit() -> Optional[str]:
-    """Commit of this package's source, with "-dirty" where it was changed; None outside of git."""
+    """Commit of this package's source, with "-dirty" if it was changed; None outside of git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(
@@ -147,13 +147,13 @@ def commit() -> Optional[str]:
 
 
 def versions() -> Dict[str, str]:
-    """Of the installed packages that decide a run."""
+    """Name -> version of the installed packages on which the results depend."""
     found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     return {name: found[name] for name in PACKAGES if name in found}
 
 
 def machine() -> str:
-    """Processor, cores and GPUs, in words: what a run's time depends on."""
+    """Processor, cores and GPUs, in words; a run's time depends on them."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     processor = found[1] if found else platform.processor() or platform.machine()

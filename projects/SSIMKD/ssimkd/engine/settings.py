@@ -1,4 +1,4 @@
-"""What the driver itself reads of a config; everything else is read by what it configures."""
+"""The settings of a config that the drivers themselves read."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping
@@ -15,16 +15,16 @@ CHECK_IMAGES = 8
 
 @dataclass
 class DriverSettings:
-    """Settings of the training loop; a `.yaml` config has them in MODEL.DISTILL, a `.py` in train.
+    """Settings of the training loop. They stand in MODEL.DISTILL (`.yaml`) or in train (`.py`).
 
     Attributes:
-        inherit (dict[str, list[str]]): teacher's name ("" of a single one) -> modules of the
-            student that start from its weights, see `teacher/inherit.py`.
+        inherit (dict[str, list[str]]): teacher's name ("" if there is one teacher) -> modules of
+            the student that start from its weights, see `teacher/inherit.py`.
         check_images (int): training images on which teacher and student are checked before the
-            first iteration, see `preflight.py`; 0: no check.
+            first iteration, see `preflight.py`; 0 leaves out the check.
         skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
             stops, see `finite_steps.py`.
-        wandb_project (str): project in Weights & Biases; "": none.
+        wandb_project (str): project in Weights & Biases; "" leaves it out.
     """
 
     inherit: Dict[str, List[str]]
@@ -34,13 +34,10 @@ class DriverSettings:
 
 
 def read_settings(cfg: Any) -> DriverSettings:
-    """The driver's settings of a config.
-
-    Args:
-        cfg (CfgNode or DictConfig): of a run.
+    """The driver's settings of a config (CfgNode or DictConfig).
 
     Raises:
-        ConfigError: one is of the wrong type.
+        ConfigError: a setting has the wrong type.
     """
     yaml = isinstance(cfg, CfgNode)
 
@@ -69,7 +66,7 @@ def read_settings(cfg: Any) -> DriverSettings:
 
 
 def modules_of(modules: Any) -> List[str]:
-    """A list of different names of modules; ConfigError of anything else."""
+    """INHERIT as a list. Raises ConfigError unless it holds different names of modules."""
     listed = isinstance(modules, (list, tuple, ListConfig))
     if not listed or not all(isinstance(name, str) for name in modules):
         raise ConfigError(f"INHERIT must be a list of names of modules, got {modules!r}")

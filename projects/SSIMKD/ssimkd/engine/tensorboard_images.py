@@ -1,7 +1,7 @@
 """Pictures on TensorBoard while a run trains: detections, and where student and teacher differ.
 
-They always show the same image, the first of the test set. Detectron2's own key asks for them:
-`VIS_PERIOD` (.yaml) or `model.vis_period` (.py), in iterations; 0 means none.
+They always show the same image, the first of the test set. Detectron2's own key `VIS_PERIOD`
+(.yaml) or `model.vis_period` (.py) sets the iterations between pictures; 0 means none.
 """
 
 from typing import Any, Callable, Dict, Optional, Sequence
@@ -19,18 +19,18 @@ from ssimkd.evaluation.similarity import render, similarity_maps
 from ssimkd.modeling.paired_maps import evaluation_mode
 from ssimkd.utils.random_state import preserve_random_state
 
-LEAST_SCORE = 0.3  # lower ones are not drawn: early in a run they would cover the image
+LEAST_SCORE = 0.3  # early in a run, detections of lower scores would cover the image
 
 
 def build_pictures(
     model: Any, names: Sequence[str], load: Callable[[], Any]
 ) -> Optional["Pictures"]:
-    """The hook that takes pictures, on the main process; None if the run asks for none.
+    """The hook that draws pictures, on the main process; None where no pictures are wanted.
 
     Args:
         model (nn.Module): without DistributedDataParallel around it.
-        names (sequence[str]): the test sets; without any there are no pictures.
-        load (callable): returns the first one's items, as the model takes them.
+        names (sequence[str]): the test sets; there are no pictures without a test set.
+        load (callable): returns the items of the first test set, as the model takes them.
     """
     period = getattr(model, "vis_period", 0)
     if not (period > 0 and len(names) and comm.is_main_process()):

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal, and in Weights & Biases."""
+"""Where a run writes its progress: the terminal, log.txt, and Weights & Biases."""
 
 import logging
 import os
@@ -16,11 +16,11 @@ LOGGERS = ("detectron2", "fvcore", "ssimkd")
 
 @contextmanager
 def wandb_run(project: str, folder: str) -> Iterator[None]:
-    """Around a training: what its main process writes for TensorBoard goes to Weights & Biases too.
+    """Sends what the main process writes for TensorBoard to Weights & Biases as well.
 
     Args:
-        project (str): the run's project there; "" leaves it out.
-        folder (str): of the run, which gets its name.
+        project (str): the project in Weights & Biases; "" leaves it out.
+        folder (str): the run's folder; the run in Weights & Biases has the folder's name.
 
     Raises:
         ConfigError: wandb cannot be imported.
@@ -39,14 +39,14 @@ def wandb_run(project: str, folder: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_terminal(folder: str, rank: int) -> Iterator[None]:
-    """Around a run: warnings, results and progress are on the terminal; log.txt has everything.
+    """Shows warnings, results and progress on the terminal. Only log.txt has everything.
 
     Args:
-        folder (str): of log.txt, as Detectron2's `default_setup` will name it, which comes later.
-        rank (int): of this process.
+        folder (str): the run's folder, in which log.txt is.
+        rank (int): this process's rank.
     """
     shown = ("detectron2.evaluation.testing", "detectron2.utils.events")
-    # the calls of default_setup: it will find these loggers
+    # Detectron2's default_setup comes later, and keeps the loggers that these calls set up
     setup_logger(folder, distributed_rank=rank)
     for name in LOGGERS[1:]:
         setup_logger(folder, distributed_rank=rank, name=name)

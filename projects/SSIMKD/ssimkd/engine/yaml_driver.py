@@ -1,7 +1,7 @@
 """Training and evaluation of a YAML config.
 
-Detectron2's DefaultTrainer does the work. What is added is a teacher that is built before the data
-is read, a stream of data that can be resumed, and the export of the student.
+Detectron2's DefaultTrainer does the work. This file adds a teacher that is built before the data is
+read, a stream of data that can be resumed, and the export of the student.
 """
 
 import logging
@@ -39,7 +39,7 @@ from .tensorboard_images import build_pictures
 from .writers import wandb_run
 
 logger = logging.getLogger(__name__)
-LOG_PERIOD = 20  # iterations, as DefaultTrainer's
+LOG_PERIOD = 20  # iterations; DefaultTrainer has the same number
 
 
 class DistillTrainer(DefaultTrainer):
@@ -50,7 +50,7 @@ class DistillTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg) -> None:
-        # DefaultTrainer's constructor makes its own trainer of steps and checkpointer
+        # DefaultTrainer's constructor would build another trainer of steps and checkpointer
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -92,7 +92,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """Detectron2's data, sampler and mapper in a stream that can be resumed."""
+        """Detectron2's data set, sampler and mapper, in a stream that can be resumed."""
         with as_setting_error("DATASETS, DATALOADER or INPUT"):
             parts = _train_loader_from_config(cfg)
         names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
@@ -103,7 +103,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        """Detectron2's; it names an image that it cannot read, and outlives a job's signals."""
+        """Detectron2's loader, which names an unreadable image and ignores a job's signals here."""
         with as_setting_error(f"DATASETS.TEST: {dataset_name}"):
             mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -112,31 +112,31 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """Detectron2's; a failure names SOLVER."""
+        """Detectron2's optimizer. An error names the key SOLVER."""
         with as_setting_error("SOLVER"):
             return super().build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        """Detectron2's; a failure names SOLVER."""
+        """Detectron2's scheduler. An error names the key SOLVER."""
         with as_setting_error("SOLVER"):
             return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        """The data set's own metrics; detections go to `inference/`."""
+        """Evaluates by the data set's own metrics; detections are written to `inference/`."""
         return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """Evaluates; the random state of the training around it stays as it is."""
+        """Evaluates. The random state of a training stays as it is."""
         with preserve_random_state():
             results = super().test(cfg, model, evaluators)
         save_results(results, cfg.OUTPUT_DIR)
         return results
 
     def build_hooks(self):
-        """The hooks of `hooks.py`, by this config."""
+        """The hooks of `hooks.py` for this config."""
         cfg, model, tests = self.cfg, unwrap(self.model), self.cfg.DATASETS.TEST
 
         def test() -> Dict[str, Any]:
@@ -161,7 +161,7 @@ class DistillTrainer(DefaultTrainer):
         )
 
     def build_precise_bn(self):
-        """Detectron2's hook for TEST.PRECISE_BN, with a stream of data of its own; or None."""
+        """Detectron2's hook for TEST.PRECISE_BN, with its own stream of data; None if it is off."""
         if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
             return None
         cfg = self.cfg.clone()
@@ -188,11 +188,11 @@ class DistillTrainer(DefaultTrainer):
             export_student(self.cfg, unwrap(self.model).state_dict(), folder)
 
     def state_dict(self):
-        """Optimizer and loss scale as well, which Detectron2 before 2022 left out."""
+        """Adds the optimizer and loss scale, which Detectron2 up to v0.6 leaves out."""
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict):
-        """Takes a checkpoint of any Detectron2; one without optimizer resumes inexactly."""
+        """Takes a checkpoint of any Detectron2. Without an optimizer, the resume is not exact."""
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint holds no optimizer state: this resume is not exact")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
@@ -204,7 +204,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a YAML config.
 
     Args:
-        cfg (CfgNode): with `MODEL.DISTILL`.
+        cfg (CfgNode): the config, with `MODEL.DISTILL`.
         resume (bool): go on from the last checkpoint in `cfg.OUTPUT_DIR`.
 
     Returns:
