@@ -31,7 +31,7 @@ class BCKDLoss(KDLoss):
         cls, box (float): factors of the two parts.
 
     Raises:
-        ValueError: an option is out of its range.
+        ConfigError: an option is out of its range.
     """
 
     compares = ("dense",)

@@ -5,6 +5,7 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_integers
 
@@ -37,7 +38,7 @@ class CrossKDLoss(KDLoss):
         cls, box (float): factors of the two parts.
 
     Raises:
-        ValueError: an option is out of its range.
+        ConfigError: an option is out of its range.
     """
 
     compares = ("dense", "cross")
@@ -54,7 +55,7 @@ class CrossKDLoss(KDLoss):
         check_integers(1, layer=layer)
         check_coefficients(cls=cls, box=box, exponent=exponent)
         if exponent < 1:
-            raise ValueError(f"exponent must be at least 1, got {exponent!r}")
+            raise ConfigError(f"exponent must be at least 1, got {exponent!r}")
         self.layer, self.exponent = layer, float(exponent)
         self.cls, self.box = float(cls), float(box)
 

@@ -33,7 +33,7 @@ class DISTLoss(KDLoss):
         beta, gamma (float): factors of the two parts.
 
     Raises:
-        ValueError: an option is out of its range.
+        ConfigError: an option is out of its range.
     """
 
     compares = ("roi", "dense")

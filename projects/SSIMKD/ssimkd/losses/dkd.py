@@ -33,7 +33,7 @@ class DKDLoss(KDLoss):
         temperature (float): T.
 
     Raises:
-        ValueError: an option is out of its range.
+        ConfigError: an option is out of its range.
     """
 
     compares = ("roi",)

@@ -5,6 +5,7 @@ from typing import Any, Dict, Tuple
 import torch
 from torch import Tensor
 
+from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive
 
@@ -49,7 +50,7 @@ class SoftTargetLoss(KDLoss):
             each part. A head both of whose factors are 0 is neither run nor compared.
 
     Raises:
-        ValueError: an option is out of its range.
+        ConfigError: an option is out of its range.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SoftTargetLoss(KDLoss):
         }
         self.compares = tuple(kind for kind, factor in used.items() if factor)
         if not self.compares:
-            raise ValueError("a factor must be above 0, or there is nothing to compare")
+            raise ConfigError("a factor must be above 0, or there is nothing to compare")
 
     def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
         """Part -> scalar >= 0."""
