@@ -77,7 +77,7 @@ CASES = [
     ([YAML, f"{KD}.SSIM.WEIGHT", "-1.0"], f"{KD}.SSIM: weight must be a finite number >= 0"),
     ([YAML, f"{KD}.CHECK_IMAGES", "-1"], f"{KD}: check_images must be an integer >= 0"),
     ([YAML, f"{KD}.INHERIT", "['tail']"], f"{KD}.INHERIT: the student has no weights in 'tail'"),
-    # what Detectron2 refuses, by the key that it belongs to
+    # Detectron2 raises an error; the line names the key
     ([YAML, "SOLVER.LR_SCHEDULER_NAME", "X"], "SOLVER: ValueError: Unknown LR scheduler: X (trace"),
     ([YAML, "DATALOADER.SAMPLER_TRAIN", "X"], "DATALOADER or INPUT: ValueError: Unknown training"),
     ([YAML, "MODEL.META_ARCHITECTURE", "X"], "MODEL: KeyError: \"No object named 'X' found"),

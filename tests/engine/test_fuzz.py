@@ -1,6 +1,6 @@
-"""Random overrides: each is taken, or refused in one line.
+"""Random overrides are accepted, or end in an error of one line.
 
-A seeded mutator, so that a failure comes again. `make soak` runs many more.
+The seeds are fixed, so that a failure can be repeated. `make soak` runs many more.
 """
 
 import random

@@ -112,7 +112,7 @@ def test_zero_images_switch_it_off(student, caplog):
     prepare(model, Never(), replace(SETTINGS, check_images=0), resumed=False)
 
 
-def test_a_plain_detector_and_other_loaders_are_left_alone(student, caplog):
+def test_plain_detectors_and_other_loaders_are_not_checked(student, caplog):
     prepare(build_model(shapes_cfg("vanilla")), None, SETTINGS, resumed=False)
     assert not caplog.records
     prepare(student(), iter([]), SETTINGS, resumed=False)

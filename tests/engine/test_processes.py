@@ -112,7 +112,7 @@ def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
 
 
 def skip_steps(allowed):
-    """Four steps; in the second one the loss of the second process alone is NaN."""
+    """Takes four steps. In the second one, only the second process has a loss that is NaN."""
     batches = [batch(0), batch(1, value=math.nan if comm.get_rank() else 1.0), batch(2), batch(3)]
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

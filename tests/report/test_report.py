@@ -257,7 +257,7 @@ def test_missing_and_broken_files_leave_their_sections_out(folder, tmp_path, how
         "Command, commit and versions are not known", "The errors are not counted",
     ):  # fmt: skip
         assert words in page.text, words
-    assert page.text.count("is no whole JSON") == (2 if how == "broken" else 0)
+    assert page.text.count("is not valid JSON") == (2 if how == "broken" else 0)
     assert page.numbers["twin/AP"] == DASH and float(page.numbers["twin/parameters"]) > 0
 
 

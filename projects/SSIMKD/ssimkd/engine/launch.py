@@ -82,7 +82,7 @@ def start_processes(main: Callable[[Any], None], args: Any) -> None:
 
 
 def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -> None:
-    """This process's part of a run that torchrun has started."""
+    """Joins the run that torchrun has started, and does this process's work."""
     timeout = timedelta(minutes=args.timeout)
     with exit_in_one_line():
         store = rendezvous(timeout)
@@ -94,7 +94,7 @@ def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: 
 
 
 def find_place(env: Mapping[str, str]) -> Dict[str, str]:
-    """torchrun's variables in the environment; none where torchrun did not start this process.
+    """Returns torchrun's variables, or nothing if torchrun did not start this process.
 
     Raises:
         ConfigError: a variable does not hold a possible number.

@@ -57,7 +57,7 @@ class StopOnSignal(HookBase):
         name = f"model_{self.trainer.iter:07d}"
         self.checkpointer.save(name, iteration=self.trainer.iter)
         logger.warning(
-            "%s: stopped after %d iterations of %d; %s.pth is written, go on with --resume",
+            "%s: stopped after %d iterations of %d; %s.pth is written. Go on with --resume",
             signal.Signals(self.agreed).name,
             done,
             self.trainer.max_iter,
@@ -74,7 +74,7 @@ class StopOnSignal(HookBase):
             return
         if self.agreed:
             name = signal.Signals(self.agreed).name
-            logger.warning("%s: stopped before the last evaluation, go on with --resume", name)
+            logger.warning("%s: stopped before the last evaluation. Go on with --resume", name)
             comm.synchronize()  # wait until the main process has exported the student
             raise SystemExit(EXIT_STATUS)
         if self.received:  # since the last exchange: the former handler takes it

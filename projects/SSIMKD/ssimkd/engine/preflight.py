@@ -29,7 +29,7 @@ from .settings import DriverSettings
 
 logger = logging.getLogger(__name__)
 FOUND_IOU = 0.5  # least overlap of a detection with the object that it finds
-LEAST_FOUND = 0.3  # share of the objects; trained detectors find about twice as many
+LEAST_FOUND = 0.3  # share of the objects; a trained detector finds about twice this share
 
 
 def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool) -> None:

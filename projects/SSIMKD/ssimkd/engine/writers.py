@@ -39,7 +39,7 @@ def wandb_run(project: str, folder: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_terminal(folder: str, rank: int) -> Iterator[None]:
-    """Shows warnings, results and progress on the terminal. Only log.txt has everything.
+    """Shows warnings, results and progress on the terminal. log.txt has every line.
 
     Args:
         folder (str): the run's folder, in which log.txt is.
