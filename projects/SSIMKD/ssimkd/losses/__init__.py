@@ -11,8 +11,9 @@ from typing import Any
 
 from ssimkd.registry import KD_LOSS_REGISTRY, register_loss
 
-from .base import Context, KDLoss, MapLoss
+from .base import KDLoss, MapLoss
 from .build import build_loss
+from .padding import Context
 
 __all__ = ["KD_LOSS_REGISTRY", "Context", "KDLoss", "MapLoss", "build_loss", "register_loss"]
 

@@ -13,107 +13,17 @@ A loss whose `compares` names kinds of heads is called with what they answer in 
     student, teacher   Dict[str, Any]   kind of head -> its answers, see `responses.py`
 """
 
-import math
-from collections import defaultdict
-from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Tuple
 
 import torch
-from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError
-from ssimkd.ssim.normalize import check_options, inside_of, normalize_maps
+from ssimkd.ssim.normalize import check_options, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
+from .padding import Context
+
 Maps = Dict[str, Tensor]
-
-
-@dataclass
-class Context:
-    """The batch that the maps belong to.
-
-    Attributes:
-        image_sizes (list[(int, int)]): height and width of each image in pixels, without padding.
-        strides (dict[str, int]): level -> pixels per cell.
-        targets (list[Instances] or None): ground truth of each image, with boxes in pixels.
-        mask_padding (bool): whether cells outside an image are left out.
-        iteration (int): number of the training iteration, from 0.
-    """
-
-    image_sizes: List[Tuple[int, int]]
-    strides: Dict[str, int]
-    targets: Optional[List[Instances]] = None
-    mask_padding: bool = True
-    iteration: int = 0
-
-    def require_targets(self, loss: str) -> List[Instances]:
-        """The ground truth, for a loss that cannot be computed without it.
-
-        Raises:
-            ConfigError: the batch has none.
-        """
-        if self.targets is None:
-            raise ConfigError(
-                f"MODEL.DISTILL.LOSSES: {loss} needs the ground truth, and the batch has no "
-                f"instances: remove {loss}, or train on annotated images"
-            )
-        return self.targets
-
-    def cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:
-        """Height and width of each image in cells of a level; a part of a cell counts as one.
-
-        Args:
-            level (str): a key of `strides`.
-            maps (Tensor): (N, C, H, W), maps of that level.
-
-        Returns:
-            list[(int, int)]: at most (H, W) each; (H, W) for every image without `mask_padding`.
-        """
-        height, width = maps.shape[-2:]
-        if not self.mask_padding:
-            return [(height, width)] * len(self.image_sizes)
-        stride = self.strides[level]
-        return [
-            (min(height, math.ceil(h / stride)), min(width, math.ceil(w / stride)))
-            for h, w in self.image_sizes
-        ]
-
-    def inside(self, level: str, maps: Tensor) -> Optional[Tensor]:
-        """Which cells of the maps belong to the images.
-
-        Args:
-            level, maps: see :meth:`cells`.
-
-        Returns:
-            Tensor or None: boolean, (N, 1, H, W); None where all cells do.
-        """
-        cells = self.cells(level, maps)
-        if all(size == maps.shape[-2:] for size in cells):
-            return None
-        return inside_of(torch.tensor(cells).to(maps.device, non_blocking=True), maps)
-
-    def crops(self, level: str, *maps: Tensor) -> Iterator[Tuple[List[Tensor], float]]:
-        """Cuts maps to their images; images of the same size in cells stay together.
-
-        Args:
-            level (str): a key of `strides`.
-            maps (Tensor): (N, ..., H, W), several maps of that level.
-
-        Yields:
-            (list of (n, ..., h, w), float): the maps of n images, and their share n / N.
-        """
-        groups = defaultdict(list)
-        for image, size in enumerate(self.cells(level, maps[0])):
-            groups[size].append(image)
-        if len(groups) == 1:
-            ((h, w),) = groups
-            yield [m[..., :h, :w] for m in maps], 1.0
-            return
-        images = [m.unbind() for m in maps]
-        for (h, w), members in groups.items():
-            cut = [torch.stack([x[i][..., :h, :w] for i in members]) for x in images]
-            yield cut, len(members) / len(self.image_sizes)
 
 
 class KDLoss(nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import Context, KDLoss
+from .base import KDLoss
+from .padding import Context
 from .responses import Answers, binary_cross_entropy, giou_cost
 
 

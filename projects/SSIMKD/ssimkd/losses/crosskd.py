@@ -9,7 +9,8 @@ from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .base import Context, KDLoss
+from .base import KDLoss
+from .padding import Context
 from .responses import Answers, binary_cross_entropy, giou_cost
 
 

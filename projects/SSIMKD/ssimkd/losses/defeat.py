@@ -8,7 +8,8 @@ from torch import Tensor
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import Context, KDLoss, Maps
+from .base import KDLoss, Maps
+from .padding import Context
 
 # A box belongs to the finest level if its side, the root of its area, is below twice this number of
 # pixels, to the next level if it is below four times it, and so on [authors; as FPN's p2, p3, ...]

@@ -8,7 +8,8 @@ from torch import Tensor
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive
 
-from .base import Context, KDLoss
+from .base import KDLoss
+from .padding import Context
 from .responses import Answers, by_stage
 
 

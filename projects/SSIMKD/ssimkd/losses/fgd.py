@@ -9,7 +9,8 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive
 
 from .attention import channel_attention, spatial_attention
-from .base import Context, KDLoss, Maps
+from .base import KDLoss, Maps
+from .padding import Context
 
 
 class ContextBlock(nn.Module):

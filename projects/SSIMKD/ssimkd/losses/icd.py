@@ -21,7 +21,8 @@ from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .base import Context, KDLoss, Maps
+from .base import KDLoss, Maps
+from .padding import Context
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
 SCALES = 5  # classes of a box's side: below 64, 128, 256, 512 pixels, or longer

@@ -9,7 +9,8 @@ from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive
 
-from .base import Context, KDLoss
+from .base import KDLoss
+from .padding import Context
 from .responses import (
     AnchorAnswers,
     Answers,

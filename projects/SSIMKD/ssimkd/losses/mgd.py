@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import Context, KDLoss, Maps
+from .base import KDLoss, Maps
+from .padding import Context
 
 
 @register_loss("mgd")

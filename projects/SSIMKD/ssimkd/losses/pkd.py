@@ -7,7 +7,8 @@ from torch import Tensor
 from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import normalize_maps
 
-from .base import Context, KDLoss, Maps
+from .base import KDLoss, Maps
+from .padding import Context
 
 
 @register_loss("pkd")

@@ -9,7 +9,8 @@ from ssimkd.ssim import ssim_loss
 from ssimkd.ssim.loss import check_options
 from ssimkd.ssim.normalize import NORMALIZATIONS
 
-from .base import Context, MapLoss
+from .base import MapLoss
+from .padding import Context
 
 
 @register_loss("ssim")
