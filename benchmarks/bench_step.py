@@ -110,7 +110,7 @@ class Bench:
         images = self.model.preprocess_image(self.batch).tensor
         maps, preprocessing = self.model.backbone(images), self.model.preprocessing
         distiller = self.distillers[loss]
-        student, teacher = distiller.match_maps(self.batch, maps, images, preprocessing)
+        student, teacher, *_ = distiller.match(self.batch, maps, images, preprocessing)
         return {level: m.requires_grad_() for level, m in student.items()}, teacher
 
     def compare(self, loss: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:

@@ -222,16 +222,16 @@ class NanTeacher:
     def __call__(self):
         from ssimkd.modeling.distiller import Distiller
 
-        match_maps, steps = Distiller.match_maps, []
+        match, steps = Distiller.match, []
 
         def spoiled(*args):
-            student, teacher = match_maps(*args)
+            student, teacher, *answers = match(*args)
             steps.extend([1] * student["p3"].requires_grad)
             if len(steps) in (2, 5):
                 teacher["p3"][0, 0, 0, 0] = float("nan")
-            return student, teacher
+            return student, teacher, *answers
 
-        Distiller.match_maps = spoiled
+        Distiller.match = spoiled
 
 
 def test_a_run_leaves_out_the_allowed_number_of_steps_with_nan_and_then_ends(lazy, tmp_path):

@@ -175,7 +175,7 @@ def test_a_teacher_without_detections_causes_a_warning(student, caplog, monkeypa
     detector.proposal_generator = None  # as a Fast R-CNN, which wants proposals in the data
     monkeypatch.setattr(TeacherSpec, "load", lambda self, device: (detector, cfg, absent))
     model = student(*TEACHER)
-    model.distiller.match_maps = lambda *args: ({}, {})
+    model.distiller.match = lambda *args: ({}, {}, {}, {})
     prepare(model, Loader([image_batch((96, 96))]), SETTINGS, resumed=False)
     assert "The teacher's detections cannot be checked: AssertionError" in caplog.text
 

@@ -231,7 +231,7 @@ class Distiller(nn.Module):
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
 
         Raises:
-            ConfigError: see :meth:`build_teacher` and :meth:`match_maps`.
+            ConfigError: see :meth:`build_teacher` and :meth:`match`.
         """
         iteration = get_event_storage().iter
         student, teacher, *answers = self.match(
@@ -247,16 +247,6 @@ class Distiller(nn.Module):
             factor = loss.weight * self.loss_weight * ramp
             losses[f"{loss.name}_kd_loss"] = factor * torch.stack(weighted).sum()
         return losses
-
-    def match_maps(
-        self,
-        batched_inputs: List[Dict],
-        student_maps: Maps,
-        images: Tensor,
-        preprocessing: Preprocessing,
-    ) -> Tuple[Maps, Maps]:
-        """The maps of :meth:`match`."""
-        return self.match(batched_inputs, student_maps, images, preprocessing)[:2]
 
     def match(
         self,
@@ -321,7 +311,7 @@ class Distiller(nn.Module):
         """Each loss by level, not weighted.
 
         Args:
-            student, teacher (dict[str, Tensor]): what :meth:`match_maps` returns.
+            student, teacher (dict[str, Tensor]): what :meth:`match` returns.
             batched_inputs (list[dict]): the batch that they belong to.
             iteration (int): of the training, from 0.
             answers (sequence[dict]): those of student and teacher, as :meth:`match` returns them;

@@ -22,7 +22,7 @@ def paired_maps(
         batch (list[dict]): what the student takes; images may have targets.
 
     Returns:
-        (dict, dict): see :meth:`Distiller.match_maps`.
+        (dict, dict): see :meth:`Distiller.match`.
     """
     return pair(model, distiller, batch)[:2]
 
