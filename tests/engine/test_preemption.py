@@ -12,7 +12,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.engine.hooks import CallAfterTraining, EvalHook
-from ssimkd.engine.preemption import EXIT_STATUS, StopOnSignal, forward_to_children
+from ssimkd.engine.preemption import EXIT_STATUS, SAME, StopOnSignal, forward_to_children
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,6 +86,27 @@ def test_a_signal_in_the_last_iteration_ends_the_run_after_the_export():
     with pytest.raises(SystemExit) as ended:
         end_with(1, hooks)
     assert ended.value.code == EXIT_STATUS and done == ["exported"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_first_ctrl_c_writes_a_checkpoint_and_the_second_ends_at_once(tmp_path, again):
+    def batches():
+        signal.raise_signal(signal.SIGINT)
+        if again:
+            time.sleep(SAME + 0.1)
+            signal.raise_signal(signal.SIGINT)
+        while True:
+            yield [{}]
+
+    model = Sum()
+    trainer = SimpleTrainer(model, batches(), torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpointer = RunCheckpointer(model, str(tmp_path), trainer=trainer)
+    trainer.register_hooks([StopOnSignal(lambda: None, checkpointer)])
+    with pytest.raises(KeyboardInterrupt if again else SystemExit) as ended:
+        trainer.train(0, 100)
+    assert again or ended.value.code == 130
+    assert (tmp_path / "model_0000000.pth").exists() != again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_after_the_last_iteration_is_handled_by_the_former_handler():

@@ -1,8 +1,9 @@
-"""When a cluster takes its machines back, the run writes a checkpoint and ends."""
+"""After Ctrl-C, or when a cluster takes its machines back, a run writes a checkpoint and ends."""
 
 import logging
 import os
 import signal
+import time
 from multiprocessing import active_children, parent_process
 from threading import Thread
 from typing import Any, Callable, Dict, cast
@@ -12,19 +13,21 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STATUS = os.EX_TEMPFAIL  # 75 means that the job should be started again, with --resume
+INTERRUPTED = 128 + signal.SIGINT  # the status of a program that Ctrl-C has ended
+SAME = 1.0  # seconds within which several SIGINT are one: terminal and parent may both send it
 PERIOD = 10  # iterations between exchanges of signals, where there are several processes
 
 
 class StopOnSignal(HookBase):
-    """Writes a checkpoint and ends the run with EXIT_STATUS after a signal.
+    """Writes a checkpoint and ends the run with EXIT_STATUS, or INTERRUPTED, after a signal.
 
     A single process ends after the iteration in which the signal comes. Several processes exchange
     their signals every PERIOD iterations, and all end after the same iteration. This hook follows
     the hooks that write checkpoints and export the student. So after a signal in the last iteration
     both are done, and only the evaluation is left out. A signal during the evaluation ends the
-    process at once.
+    process at once, as the second Ctrl-C does at any time.
 
     Args:
         collect (callable): collects the state of all processes for the checkpoint.
@@ -34,6 +37,7 @@ class StopOnSignal(HookBase):
     def __init__(self, collect: Callable[[], None], checkpointer: DetectionCheckpointer) -> None:
         self.collect, self.checkpointer = collect, checkpointer
         self.received = 0  # the signal that this process has received
+        self.when = 0.0  # its time
         self.agreed = 0  # a signal that any process has received and all know of
         self.before: Dict[int, Any] = {}  # the handlers that this hook replaces
 
@@ -42,7 +46,9 @@ class StopOnSignal(HookBase):
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = number
+        if number == self.received == signal.SIGINT and time.monotonic() - self.when > SAME:
+            raise KeyboardInterrupt
+        self.received, self.when = number, time.monotonic()
 
     def after_step(self) -> None:
         """Ends the run if any process has received a signal."""
@@ -64,7 +70,10 @@ class StopOnSignal(HookBase):
             name,
         )
         comm.synchronize()  # wait until the main process has written the checkpoint
-        raise SystemExit(EXIT_STATUS)
+        raise SystemExit(self._status())
+
+    def _status(self) -> int:
+        return INTERRUPTED if self.agreed == signal.SIGINT else EXIT_STATUS
 
     def after_train(self) -> None:
         """Restores the handlers, and ends a run that received a signal in its last iteration."""
@@ -76,16 +85,16 @@ class StopOnSignal(HookBase):
             name = signal.Signals(self.agreed).name
             logger.warning("%s: stopped before the last evaluation. Go on with --resume", name)
             comm.synchronize()  # wait until the main process has exported the student
-            raise SystemExit(EXIT_STATUS)
+            raise SystemExit(self._status())
         if self.received:  # since the last exchange: the former handler takes it
             signal.raise_signal(self.received)
 
 
 def ignore_cluster_signals(worker: int = 0) -> None:
-    """Lets a process that loads images ignore the cluster's signals, but not its parent's.
+    """Lets a process that loads images ignore signals, but not those of its parent.
 
-    A cluster sends its signals to all processes of a job. The training process still needs images
-    to finish its iteration. It ends the loading processes afterwards, by the same signal.
+    A cluster, or Ctrl-C, sends its signals to all processes of a job. The training process still
+    needs images to finish its iteration. It ends the loading processes afterwards, by SIGTERM.
     """
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it, and clusters do not run macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

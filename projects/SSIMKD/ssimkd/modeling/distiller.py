@@ -291,7 +291,7 @@ class Distiller(nn.Module):
 
     def context(self, batched_inputs: List[Dict], iteration: int = 0) -> Context:
         """What the losses know of a batch besides its maps."""
-        has_targets = "instances" in batched_inputs[0]
+        has_targets = all("instances" in x for x in batched_inputs)
         return Context(
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             strides=self.strides,
