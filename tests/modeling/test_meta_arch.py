@@ -1,6 +1,7 @@
 """The student: the stock detector plus one loss per distillation loss."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -129,3 +130,4 @@ def test_a_copy_of_a_student_shares_its_teacher(student):
     model = student()
     losses_of(model)
     assert copy.deepcopy(model).distiller.teacher is model.distiller.teacher
+    assert pickle.loads(pickle.dumps(model)).distiller.teacher is None

@@ -60,6 +60,9 @@ class Teacher:
     def __deepcopy__(self, memo) -> "Teacher":
         return self  # it never changes, so copies of a student share it
 
+    def __reduce__(self) -> Tuple[type, Tuple]:
+        return type(None), ()  # a student that is pickled leaves it out, as checkpoints do
+
     # torch.inference_mode is not faster (docs/performance.md), and autograd could not save its maps
     @torch.no_grad()
     def __call__(
