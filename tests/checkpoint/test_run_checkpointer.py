@@ -120,7 +120,7 @@ def test_a_damaged_byte_is_found_or_has_no_effect(tmp_path):
         try:
             assert resume(tmp_path) == 4
         except ConfigError as error:
-            assert "none of the checkpoints" in str(error) and path.name in str(error)
+            assert path.name in str(error)
             faults += 1
     assert faults > 20
 
