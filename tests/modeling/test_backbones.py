@@ -129,6 +129,12 @@ def test_what_cannot_be_built_is_one_line_that_names_the_key(options, words):
         TorchvisionBackbone(**options)
 
 
+def test_weights_of_the_library_need_rgb_images():
+    cfg = shapes_cfg("vanilla", *SMALL, "MODEL.TORCHVISION.NAME", "resnet18")
+    with pytest.raises(ConfigError, match="INPUT.FORMAT is BGR, and the weights of resnet18"):
+        build_model(cfg)
+
+
 def test_timm(monkeypatch):
     timm = pytest.importorskip("timm", reason="timm is an optional package")
     backbone = TimmBackbone("resnet18", norm="BN").eval()
@@ -175,6 +181,7 @@ def test_a_student_is_exported_evaluated_and_resumed_without_a_download(
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fetch)
     opts = [*SMALL, "MODEL.TORCHVISION.NAME", "resnet18", "OUTPUT_DIR", str(tmp_path)]
+    opts += ["INPUT.FORMAT", "RGB"]
     opts += ["DATASETS.TRAIN", few_names[:1], "DATASETS.TEST", few_names[1:], "SOLVER.STEPS", ()]
     opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "SOLVER.MAX_ITER", 2]
     cfg = shapes_cfg("ssimkd", *opts, "SOLVER.IMS_PER_BATCH", 2, "MODEL.DISTILL.CHECK_IMAGES", 0)

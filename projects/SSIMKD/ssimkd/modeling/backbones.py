@@ -328,10 +328,20 @@ def options_of(cfg, node) -> Dict[str, Any]:
     """Arguments of a backbone from its config node, `cfg.MODEL.TORCHVISION` or `.TIMM`.
 
     The library's weights are not fetched where a checkpoint, MODEL.WEIGHTS, replaces them.
+
+    Raises:
+        ConfigError: the library's weights would get other images than those they were trained on.
     """
+    weights = "" if cfg.MODEL.WEIGHTS else node.WEIGHTS
+    if weights == "DEFAULT" and cfg.INPUT.FORMAT != "RGB":
+        raise ConfigError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, and the weights of {node.NAME} were trained on "
+            "RGB images: set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to [123.675, 116.28, 103.53] "
+            "and MODEL.PIXEL_STD to [58.395, 57.12, 57.375]"
+        )
     return dict(
         name=node.NAME,
-        weights="" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
+        weights=weights,
         norm=node.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         out_features=cfg.MODEL.FPN.IN_FEATURES,
