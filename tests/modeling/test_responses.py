@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
 from ssimkd.modeling.meta_arch import capture_backbone
-from ssimkd.modeling.paired_maps import pair
+from ssimkd.modeling.paired_maps import paired_outputs
 from ssimkd.modeling.responses import at_cells, capture_heads, common_places
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.utils.compat import FCOS, model_zoo
@@ -239,7 +239,7 @@ def test_a_batch_is_the_mean_of_its_images_weighted_by_their_proposals(files):
     batch = rich_batch((64, 96), (64, 96))
 
     def compare(images):
-        *maps, student, teacher = pair(model, model.distiller, images)
+        *maps, student, teacher = paired_outputs(model, model.distiller, images)
         parts = model.distiller.compare(*maps, images, 0, (student, teacher))["kd"]
         objects = sum(x.scores().sum() for x in teacher["rpn"].values()).item()
         return parts, {"roi": len(student["roi"][0].logits), "rpn": objects}

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from omegaconf import ListConfig
 
 from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.modeling.several_teachers import name_of_entry
 from ssimkd.utils.config_keys import value_of
 from ssimkd.utils.validate import check_integers
 
@@ -53,7 +54,7 @@ def read_settings(cfg: Any) -> DriverSettings:
     inherit = read("inherit", [])
     if yaml and cfg.MODEL.DISTILL.TEACHERS:
         inherit = {
-            str(entry.get("NAME", f"teacher{number}")): entry.get("INHERIT", [])
+            name_of_entry(entry, number): entry.get("INHERIT", [])
             for number, entry in enumerate(cfg.MODEL.DISTILL.TEACHERS, start=1)
             if isinstance(entry, Mapping)
         }

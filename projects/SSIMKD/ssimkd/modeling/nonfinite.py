@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssimkd.utils.random_state import preserve_random_state
 
 from .distiller import Distiller
-from .paired_maps import evaluation_mode, pair
+from .paired_maps import evaluation_mode, paired_outputs
 from .several_teachers import distillers_of
 
 
@@ -38,7 +38,7 @@ def explain_nonfinite(model: nn.Module, batch: List[Dict]) -> str:
 
 def nonfinite_terms(model: Any, distiller: Distiller, batch: List[Dict]) -> Iterator[str]:
     """A text for each loss and level of one teacher that is not finite."""
-    student, teacher, *answers = pair(model, distiller, batch)
+    student, teacher, *answers = paired_outputs(model, distiller, batch)
     spoilt = {}  # level, or kind of head -> whose it is
     for whose, maps, answered in zip(("student", "teacher"), (student, teacher), answers):
         for name, given in (*maps.items(), *answered.items()):

@@ -24,11 +24,11 @@ def paired_maps(
     Returns:
         (dict, dict): see :meth:`Distiller.match`.
     """
-    return pair(model, distiller, batch)[:2]
+    return paired_outputs(model, distiller, batch)[:2]
 
 
 @torch.no_grad()
-def pair(
+def paired_outputs(
     model: Any, distiller: Distiller, batch: List[Dict]
 ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Answers, Answers]:
     """As :func:`paired_maps`, with the answers of both detectors' heads to the detections."""

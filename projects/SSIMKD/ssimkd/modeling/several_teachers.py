@@ -185,4 +185,9 @@ def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str
         one.merge_from_list(settings)
     except ValueError as error:  # the type of a value is wrong
         raise ConfigError(f"MODEL.DISTILL.TEACHERS: {error}") from error
-    return str(entry.get("NAME", f"teacher{number}")), one
+    return name_of_entry(entry, number), one
+
+
+def name_of_entry(entry: Mapping[str, Any], number: int) -> str:
+    """The name of the teacher in an entry of TEACHERS, the `number`-th one, counted from 1."""
+    return str(entry.get("NAME", f"teacher{number}"))
