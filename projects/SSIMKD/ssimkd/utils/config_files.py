@@ -149,15 +149,15 @@ def merge_yaml(cfg: CfgNode, path: str) -> None:
 
 def merge_overrides(cfg: CfgNode, overrides: Sequence) -> None:
     """Merges "KEY", value, ... into a config, in place. A key of a float also takes an integer."""
-    values = list(overrides)
-    for i in range(1, len(values), 2):
+    for i in range(0, len(overrides), 2):
+        override = list(overrides[i : i + 2])
         node: Any = cfg
-        for part in str(values[i - 1]).split("."):
+        for part in str(override[0]).split("."):
             node = node.get(part) if isinstance(node, CfgNode) else None
-        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(values[i])):
-            values[i] = float(values[i])
-    with as_config_error(" ".join(map(str, overrides)), WRONG_SETTING):
-        cfg.merge_from_list(values)
+        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(override[-1])):
+            override[1] = float(override[1])
+        with as_config_error(" ".join(map(str, override)), WRONG_SETTING):
+            cfg.merge_from_list(override)
 
 
 def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
