@@ -1,6 +1,7 @@
 """Runs a function in several processes. They are forked, so they need not import again."""
 
 import gc
+import signal
 import socket
 from argparse import Namespace
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ def free_port():
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]
+
+
+@contextmanager
+def signal_handlers():
+    """Restores the handlers of the signals that torchrun replaces."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -77,7 +89,7 @@ def in_processes(count, function, *args, minutes=1.0):
         start_method="fork",
     )
     failed = None
-    with without_collector():
+    with without_collector(), signal_handlers():
         try:
             found = elastic_launch(config, entry)()
         except ChildFailedError as error:

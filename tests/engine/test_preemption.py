@@ -102,11 +102,12 @@ def test_the_first_ctrl_c_writes_a_checkpoint_and_the_second_ends_at_once(tmp_pa
     trainer = SimpleTrainer(model, batches(), torch.optim.SGD(model.parameters(), lr=0.1))
     checkpointer = RunCheckpointer(model, str(tmp_path), trainer=trainer)
     trainer.register_hooks([StopOnSignal(lambda: None, checkpointer)])
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt if again else SystemExit) as ended:
         trainer.train(0, 100)
     assert again or ended.value.code == 130
     assert (tmp_path / "model_0000000.pth").exists() != again
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_after_the_last_iteration_is_handled_by_the_former_handler():
