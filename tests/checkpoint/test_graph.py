@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import shapes_cfg, zoo_cfg
+from conftest import save_teacher, shapes_cfg, zoo_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
@@ -21,7 +21,12 @@ try:
 except ImportError:
     exporting = None  # v0.5
 NEEDS_EXPORT = pytest.mark.skipif(exporting is None, reason="Detectron2 v0.5")
-CONFIG, WEIGHTS = "configs/shapes/teacher.yaml", "configs/shapes/teacher.pth"
+BACKBONE = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone", "MODEL.WEIGHTS", "")
+NETWORK = ("MODEL.TORCHVISION.NAME", "mobilenet_v2", "MODEL.TORCHVISION.WEIGHTS", "")
+DETECTORS = {  # name -> config of the Shapes data, and overrides
+    "teacher": ("teacher", ()),
+    "mobilenet_v2": ("vanilla", (*BACKBONE, *NETWORK)),  # with random weights
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +40,48 @@ def images(files):
     return [torch.as_tensor(cv2.imread(path).transpose(2, 0, 1)) for path in files]
 
 
-# Programs that read a graph without importing Detectron2 or this package.
+# Programs that read a graph where neither Detectron2 nor this package can be imported.
 READ = {
     "torchscript": """
-import sys, numpy, torch, torchvision
+import sys
+sys.modules.update(detectron2=None, ssimkd=None)
+import numpy, torch, torchvision
 graph = torch.jit.load(sys.argv[1])
 found = graph(torch.as_tensor(numpy.load(sys.argv[2])))
 boxes, scores, classes = (tensor.numpy() for tensor in found)
 """,
     "onnx": """
-import sys, numpy, onnxruntime
+import sys
+sys.modules.update(detectron2=None, ssimkd=None)
+import numpy, onnxruntime
 graph = onnxruntime.InferenceSession(sys.argv[1])
 names = ["pred_boxes", "scores", "pred_classes"]
 boxes, scores, classes = graph.run(names, {"image": numpy.load(sys.argv[2])})
 """,
 }
 WRITE = """
-assert not {"detectron2", "ssimkd"} & set(sys.modules)
 numpy.savez(sys.argv[3], boxes=boxes, scores=scores, classes=classes)
 """
 
 
 @NEEDS_EXPORT
 @pytest.mark.parametrize("kind", READ)
-def test_a_graph_finds_what_detectron2_finds(kind, files, images, tmp_path, capsys):
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_graph_finds_what_detectron2_finds(name, kind, files, images, tmp_path, capsys):
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is an optional package")
     shapes = {tuple(image.shape) for image in images}
     assert len(shapes) > 1  # The graph is traced on one size.
-    words = ["--config-file", CONFIG, "--weights", WEIGHTS, "--out", str(tmp_path)]
-    export_student.main([*words, "--format", kind, "--images", *files])
+    config, opts = DETECTORS[name]
+    weights = "configs/shapes/teacher.pth"
+    if opts:
+        weights = save_teacher(shapes_cfg(config, *opts), tmp_path / "weights.pth")
+    words = ["--config-file", f"configs/shapes/{config}.yaml", "--weights", weights]
+    words += ["--format", kind, "--images", *files, "--out", str(tmp_path)]
+    export_student.main([*words, *opts])
     path = tmp_path / f"student{graph.SUFFIXES[kind]}"
     assert capsys.readouterr().out.endswith(f"{path}: agrees with the detector on 8 images\n")
-    predictor = DefaultPredictor(shapes_cfg("teacher", "MODEL.WEIGHTS", WEIGHTS))
+    predictor = DefaultPredictor(shapes_cfg(config, *opts, "MODEL.WEIGHTS", weights))
     other = next(i for i, image in enumerate(images) if image.shape != images[0].shape)
     np.save(tmp_path / "image.npy", images[other].numpy())
     command = [sys.executable, "-c", READ[kind] + WRITE, str(path)]

@@ -1,16 +1,25 @@
 """Networks of torchvision and timm as backbones: their features, weights, norms, and a step."""
 
+import subprocess
+import sys
+
+import cv2
 import pytest
 import torch
 import torchvision
 from conftest import image_batch, save_teacher, shapes_cfg
-from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
-from ssimkd import ConfigError, add_ssimkd_config
+from ssimkd import ConfigError
+from ssimkd.checkpoint.export import plain_config, to_yaml
 from ssimkd.engine import yaml_driver
+from ssimkd.engine.arguments import load_config
+from ssimkd.engine.lazy_driver import build_model as build_lazy_model
 from ssimkd.modeling.backbones import STRIDES, TimmBackbone, TorchvisionBackbone
+from ssimkd.modeling.several_teachers import build_teachers
 from torch import nn
 
 NETWORKS = {  # -> channels of res2 to res5, by the papers and torchvision's sources
@@ -40,26 +49,14 @@ def test_strides_and_channels_are_those_of_the_maps(name):
     backbone = TorchvisionBackbone(name).eval()
     shapes = backbone.output_shape()
     assert tuple(shape.channels for shape in shapes.values()) == NETWORKS[name]
-    for size in ((64, 96), (96, 32)):
-        maps = backbone(torch.rand(1, 3, *size))
-        for feature, stride in STRIDES.items():
+    for size, padded in (((96, 64), (96, 64)), ((71, 33), (96, 64))):
+        # as a detector pads them
+        images = ImageList.from_tensors([torch.rand(3, *size)], backbone.size_divisibility).tensor
+        assert tuple(images.shape[-2:]) == padded
+        for feature, maps in backbone(images).items():
+            stride = STRIDES[feature]
             assert shapes[feature].stride == stride
-            assert maps[feature].shape == (
-                1,
-                shapes[feature].channels,
-                *(n // stride for n in size),
-            )
-
-
-@torch.no_grad()
-def test_odd_images_are_padded_so_that_every_network_gives_whole_cells():
-    cfg = shapes_cfg("vanilla", *SMALL, "MODEL.TORCHVISION.NAME", "convnext_tiny")
-    cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    model = build_model(cfg).eval()
-    images = model.preprocess_image(image_batch((75, 101)))
-    assert tuple(images.tensor.shape[-2:]) == (96, 128)
-    maps = model.backbone(images.tensor)
-    assert {level: tuple(m.shape[-2:]) for level, m in maps.items()}["p2"] == (24, 32)
+            assert maps.shape == (1, shapes[feature].channels, *(n // stride for n in padded))
 
 
 @torch.no_grad()
@@ -84,7 +81,7 @@ def test_a_file_of_the_library_is_loaded_completely(tmp_path):
         ConfigError, match=r"MODEL.TORCHVISION.WEIGHTS: .*own.pth does not fit resn"
     ):
         TorchvisionBackbone("resnet18", weights=path)
-    with pytest.raises(ConfigError, match=r"WEIGHTS: .*none.pth cannot be read"):
+    with pytest.raises(ConfigError, match="WEIGHTS: there is no file .*none.pth"):
         TorchvisionBackbone("resnet18", weights=str(tmp_path / "none.pth"))
 
 
@@ -129,13 +126,46 @@ def test_what_cannot_be_built_is_one_line_that_names_the_key(options, words):
         TorchvisionBackbone(**options)
 
 
-def test_weights_of_the_library_need_rgb_images():
-    cfg = shapes_cfg("vanilla", *SMALL, "MODEL.TORCHVISION.NAME", "resnet18")
-    with pytest.raises(ConfigError, match="INPUT.FORMAT is BGR, and the weights of resnet18"):
-        build_model(cfg)
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of torchvision's images
+YAML_PIXELS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+LAZY_PIXELS = ("model.input_format", "model.pixel_mean", "model.pixel_std")
 
 
-def test_timm(monkeypatch):
+def yaml_model(values, weights):
+    name = ("MODEL.TORCHVISION.NAME", "resnet18", "MODEL.TORCHVISION.WEIGHTS", weights)
+    opts = [x for pair in zip(YAML_PIXELS, values) for x in pair]
+    return build_model(shapes_cfg("vanilla", *SMALL, *name, *opts))
+
+
+def lazy_model(values, weights):
+    opts = [f"{key}={value}".replace(" ", "") for key, value in zip(LAZY_PIXELS, values)]
+    opts += [f"model.backbone.bottom_up.weights={weights}", "train.device=cpu"]
+    opts += ["model.distiller=null"]
+    return build_lazy_model(load_config("configs/ssimkd_resnet18.py", opts))
+
+
+@pytest.mark.parametrize("build", [yaml_model, lazy_model])
+def test_weights_of_the_library_need_images_as_in_their_training(
+    build, monkeypatch, tmp_path, caplog
+):
+    own, fetch = torchvision.models.resnet18(weights=None).state_dict(), "load_state_dict_from_url"
+    monkeypatch.setattr(torchvision.models._api, fetch, lambda *args, **kwargs: own)
+    model = build(("RGB", MEAN, STD), "DEFAULT")
+    build_teachers(model)
+    text = r"the weights of resnet18 .* model.pixel_mean to \[123.675, 116.28, 103.53\]"
+    for name, value in (("input_format", "BGR"), ("pixel_mean", STD), ("pixel_std", MEAN)):
+        right, wrong = getattr(model, name), value if value == "BGR" else torch.tensor(value)
+        setattr(model, name, wrong)
+        with pytest.raises(ConfigError, match=text):
+            build_teachers(model)
+        setattr(model, name, right)
+    torch.save(own, tmp_path / "own.pth")
+    assert not caplog.records
+    build_teachers(build(("BGR", MEAN, STD), str(tmp_path / "own.pth")))  # perhaps trained in BGR
+    assert f"own.pth: if they are the library's, {text[:23]}" in caplog.text
+
+
+def test_timm(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is an optional package")
     backbone = TimmBackbone("resnet18", norm="BN").eval()
     own = timm.create_model("resnet18", features_only=True, pretrained=False).eval()
@@ -144,6 +174,15 @@ def test_timm(monkeypatch):
     with torch.no_grad():
         for mine, theirs in zip(backbone(images).values(), own(images)[1:]):
             assert torch.equal(mine, theirs)
+    path, whole = str(tmp_path / "own.pth"), timm.create_model("resnet18", pretrained=False)
+    torch.save(whole.state_dict(), path)
+    loaded = TimmBackbone("resnet18", weights=path)
+    assert torch.equal(loaded.body.network.conv1.weight, whole.conv1.weight)
+    assert loaded.pixels == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with pytest.raises(ConfigError, match=r"MODEL.TIMM.WEIGHTS: .*own.pth .* not fit resnet10t"):
+        TimmBackbone("resnet10t", weights=path)
+    with pytest.raises(ConfigError, match="MODEL.TIMM.NAME: timm has no network 'resnet19'"):
+        TimmBackbone("resnet19")
 
 
 def test_without_timm_the_error_names_it(monkeypatch):
@@ -169,8 +208,20 @@ def test_a_student_learns_from_a_teacher_of_any_backbone(library_teacher, tmp_pa
     assert any(".layer2." in n for n in moved) and not any(".layer1." in n for n in moved)
 
 
-def test_a_student_is_exported_evaluated_and_resumed_without_a_download(
-    monkeypatch, tmp_path, few_names, teacher_file
+# A program that does what the head of `student.yaml` says.
+READ = """
+import sys, cv2, torch, ssimkd
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+ssimkd.add_ssimkd_config(cfg)
+cfg.merge_from_file(sys.argv[1])
+torch.save(DefaultPredictor(cfg)(cv2.imread(sys.argv[2]))["instances"].get_fields(), sys.argv[3])
+"""
+
+
+def test_a_student_is_resumed_evaluated_and_exported_without_a_download(
+    monkeypatch, tmp_path, few_names, few_shapes, teacher_file
 ):
     """Weights "DEFAULT" are fetched when training starts from them, and never after that."""
     own, fetched = torchvision.models.resnet18(weights=None).state_dict(), []
@@ -181,20 +232,36 @@ def test_a_student_is_exported_evaluated_and_resumed_without_a_download(
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fetch)
     opts = [*SMALL, "MODEL.TORCHVISION.NAME", "resnet18", "OUTPUT_DIR", str(tmp_path)]
-    opts += ["INPUT.FORMAT", "RGB"]
+    opts += [x for pair in zip(YAML_PIXELS, ("RGB", MEAN, STD)) for x in pair]
     opts += ["DATASETS.TRAIN", few_names[:1], "DATASETS.TEST", few_names[1:], "SOLVER.STEPS", ()]
-    opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "SOLVER.MAX_ITER", 2]
+    opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "SOLVER.MAX_ITER", 1]
     cfg = shapes_cfg("ssimkd", *opts, "SOLVER.IMS_PER_BATCH", 2, "MODEL.DISTILL.CHECK_IMAGES", 0)
     yaml_driver.train(cfg, resume=False)
     assert len(fetched) == 1
+    first = torch.load(tmp_path / "model_final.pth")["model"]
+    cfg.SOLVER.MAX_ITER = 2
+    yaml_driver.train(cfg, resume=True)
+    last = torch.load(tmp_path / "model_final.pth")
+    name = "backbone.bottom_up.body.layer4.1.conv2.weight"
+    assert last["iteration"] == 1 and 0 < (last["model"][name] - first[name]).abs().max() < 0.1
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     assert "bbox" in yaml_driver.evaluate(cfg, resume=False)
+    assert len(fetched) == 1
     text = (tmp_path / "student.yaml").read_text()
     assert text.startswith("# The backbone comes with the package ssimkd")
-    plain = get_cfg()
-    add_ssimkd_config(plain)
-    plain.merge_from_file(str(tmp_path / "student.yaml"))
-    model = build_model(plain)
-    saved = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
-    assert model.load_state_dict(saved) and type(model).__name__ == "GeneralizedRCNN"
-    assert len(fetched) == 1
+    assert "Import ssimkd, and call ssimkd.add_ssimkd_config(cfg) before" in text
+    image = f"{few_shapes}/ssimkd_shapes/val/000000.jpg"
+    command = [sys.executable, "-c", READ, str(tmp_path / "student.yaml"), image]
+    subprocess.run([*command, str(tmp_path / "found.pth")], check=True)
+    found = torch.load(tmp_path / "found.pth", weights_only=False)
+    expected = DefaultPredictor(cfg)(cv2.imread(image))["instances"].get_fields()
+    assert len(expected["scores"]) > 0
+    torch.testing.assert_close(found["scores"], expected["scores"])
+    torch.testing.assert_close(found["pred_boxes"].tensor, expected["pred_boxes"].tensor)
+    assert torch.equal(found["pred_classes"], expected["pred_classes"])
+
+
+def test_the_student_of_a_lazy_config_says_which_package_it_needs():
+    cfg = load_config("configs/ssimkd_resnet18.py", [])
+    assert to_yaml(plain_config(cfg, "")).startswith("# The backbone comes with the package ssimkd")
+    assert to_yaml(plain_config(load_config("configs/ssimkd_R50.py", []), "")).startswith("model:")

@@ -22,10 +22,8 @@ from .reader import CheckpointReader
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."
-NEEDS_PACKAGE = (
-    "# The backbone comes with the package ssimkd: import ssimkd, and call\n"
-    "# ssimkd.add_ssimkd_config(cfg) before cfg.merge_from_file.\n"
-)
+NEEDS_PACKAGE = "# The backbone comes with the package ssimkd, which has to be installed.\n"
+NEEDS_KEYS = "# Import ssimkd, and call ssimkd.add_ssimkd_config(cfg) before cfg.merge_from_file.\n"
 
 
 def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
@@ -82,7 +80,7 @@ def to_yaml(plain) -> str:
     """
     if isinstance(plain, CfgNode):
         used = any(library in plain.MODEL for library in LIBRARIES)
-        return (NEEDS_PACKAGE if used else "") + plain.dump()
+        return (NEEDS_PACKAGE + NEEDS_KEYS if used else "") + plain.dump()
     try:
         text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
         yaml.unsafe_load(text)  # as LazyConfig.load reads it
@@ -91,7 +89,7 @@ def to_yaml(plain) -> str:
             "YAML cannot express what the node model holds, such as a lambda; import it by a name "
             f"from a module instead ({one_line(error)})"
         ) from error
-    return text
+    return (NEEDS_PACKAGE if "_target_: ssimkd." in text else "") + text
 
 
 def with_names(node: Any) -> Any:

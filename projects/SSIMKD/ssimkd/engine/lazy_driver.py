@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
-from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
@@ -60,7 +60,8 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
 def _train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
-    student = build_model(without_pretraining(cfg) if cfg.train.init_checkpoint else cfg)
+    loaded = cfg.train.init_checkpoint or (resume and checkpoints_in(folder))
+    student = build_model(without_pretraining(cfg) if loaded else cfg)
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ssimkd.checkpoint.export import export_student
-from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
@@ -48,15 +48,17 @@ class DistillTrainer(DefaultTrainer):
 
     Args:
         cfg (CfgNode): with `MODEL.DISTILL`.
+        resume (bool): the weights will be those of a checkpoint in the folder, if it has one.
     """
 
-    def __init__(self, cfg) -> None:
+    def __init__(self, cfg, resume: bool = False) -> None:
         # DefaultTrainer's constructor would build another trainer of steps and checkpointer
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.settings = read_settings(cfg)
-        model = self.build_model(cfg)
+        resumed = resume and checkpoints_in(cfg.OUTPUT_DIR)
+        model = self.build_model(without_pretraining(cfg) if resumed else cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         if cfg.DATASETS.UNLABELED and takes_unlabeled(model):
@@ -252,7 +254,7 @@ def train(cfg, resume: bool) -> Dict[str, Any]:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
-        trainer = DistillTrainer(cfg)
+        trainer = DistillTrainer(cfg, resume)
         trainer.resume_or_load(resume=resume)
         if not resume:
             trainer.checkpointer.move_earlier_checkpoints()

@@ -11,8 +11,9 @@ these features, so that no network is listed here. A new kind of backbone is one
 TorchvisionBackbone, and one function like :func:`build_torchvision_fpn_backbone`.
 """
 
+import logging
 import os
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torchvision
@@ -22,8 +23,10 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from ssimkd.errors import ConfigError, one_line
+from ssimkd.checkpoint.export import read_weights
+from ssimkd.errors import ConfigError, as_config_error, one_line
 
+logger = logging.getLogger(__name__)
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 COARSEST = 32
 PROBE = (224, 320)  # height and width of the image that finds the features; the sides differ
@@ -38,12 +41,16 @@ class TorchvisionBackbone(Backbone):
     Args:
         name (str): in `torchvision.models`, such as "mobilenet_v2" or "resnet18".
         weights (str): "DEFAULT" for the library's own ImageNet weights, which are downloaded; a
-            file that holds a state dict of the network; "" for random weights.
+            file or URL with a state dict of the network; "" for random weights.
         norm (str): of the batch norms. "FrozenBN": statistics, scale and shift stay as they are.
             "BN": they are trained. "SyncBN": they are trained, with statistics of all processes.
         freeze_at (int): 0: all parameters are trained; 2 to 5: those that the features up to res2,
             res3, res4 or res5 need stay as they are.
         out_features (sequence[str]): of STRIDES.
+
+    Attributes:
+        pixels (sequence[float], sequence[float]): mean and standard deviation of R, G and B, in
+            [0, 1], of the images that the weights were trained on; None with random weights.
 
     Raises:
         ConfigError: there is no such network, its features do not have these strides, or the
@@ -51,6 +58,7 @@ class TorchvisionBackbone(Backbone):
     """
 
     key = "MODEL.TORCHVISION"
+    pixels: Optional[Tuple[Sequence[float], Sequence[float]]] = None
 
     def __init__(
         self,
@@ -62,10 +70,13 @@ class TorchvisionBackbone(Backbone):
         out_features: Sequence[str] = tuple(STRIDES),
     ) -> None:
         super().__init__()
+        self.name, self.weights = name, weights
         if norm not in NORMS:
             raise ConfigError(f"{self.key}.NORM: {norm!r} is none of {', '.join(NORMS)}")
         if not out_features or not set(out_features) <= set(STRIDES):
             raise ConfigError(f"{self.key}: out_features must be some of {', '.join(STRIDES)}")
+        if weights not in ("", "DEFAULT") and "://" not in weights and not os.path.isfile(weights):
+            raise ConfigError(f"{self.key}.WEIGHTS: there is no file {weights}")
         self._out_features = [feature for feature in STRIDES if feature in out_features]
         self._out_feature_strides = {feature: STRIDES[feature] for feature in self._out_features}
         # up to the coarsest: beyond it there would be parameters without gradient
@@ -99,6 +110,8 @@ class TorchvisionBackbone(Backbone):
         network = torchvision.models.get_model(name, weights=None)
         if weights:
             load_torchvision_weights(network, name, weights)
+            images = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+            self.pixels = images.mean, images.std
         modules, channels = find_features(network)
         wanted = {modules[feature]: feature for feature in self.features}
         return create_feature_extractor(network, wanted), channels
@@ -153,15 +166,25 @@ class TimmBackbone(TorchvisionBackbone):
         try:
             import timm
         except ImportError as error:
-            raise ConfigError(f"{self.key}: timm is not installed: pip install timm") from error
-        file = {} if weights in ("", "DEFAULT") else {"pretrained_cfg_overlay": {"file": weights}}
-        options: Dict[str, Any] = dict(features_only=True, pretrained=bool(weights), **file)
+            raise ConfigError(f"{self.key} needs pip install timm ({one_line(error)})") from error
+        if not timm.is_model(name):
+            raise ConfigError(f"{self.key}.NAME: timm has no network {name!r}")
+        options: Dict[str, Any] = dict(pretrained=bool(weights))
+        if weights not in ("", "DEFAULT"):
+            with as_config_error(f"{self.key}.WEIGHTS"):
+                options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
         try:
-            network = timm.create_model(name, **options)
+            if len(options) > 1:
+                timm.create_model(name, **options)  # strict, which features_only is not
+            network = timm.create_model(name, features_only=True, **options)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
-                f"{self.key}: {name}, weights {weights!r}: {one_line(error)}"
+                f"{self.key}.WEIGHTS: {weights} cannot be fetched or does not fit {name}; a file "
+                f"can be named here: {shortened(error)}"
             ) from error
+        network.pretrained_cfg.pop("state_dict", None)  # it would be kept in memory
+        if weights:
+            self.pixels = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
         return TimmFeatures(network, self.features), {
             feature: network.feature_info.channels()[index]
             for feature, index in timm_indices(network).items()
@@ -272,7 +295,7 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
     Args:
         network (nn.Module): of torchvision.
         name (str): of the network in torchvision.
-        weights (str): "DEFAULT", or a file.
+        weights (str): "DEFAULT", or a file or URL.
 
     Raises:
         ConfigError: they cannot be downloaded or read, or are those of another network.
@@ -290,15 +313,43 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
                 "name it here"
             ) from error
     else:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # a file that is no checkpoint can raise anything
-            raise ConfigError(f"{key}: {weights} cannot be read: {one_line(error)}") from error
+        with as_config_error(key):
+            state = read_weights(weights)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{key}: {weights} does not fit {name}: {text}") from error
+        raise ConfigError(f"{key}: {weights} does not fit {name}: {shortened(error)}") from error
+
+
+def shortened(error: Exception) -> str:
+    """The beginning of a long message."""
+    return " ".join(str(error).split())[:200]
+
+
+def check_pixels(detector: Any) -> None:
+    """Checks that a backbone with weights of its library gets such images as these were trained on.
+
+    Raises:
+        ConfigError: another channel order, mean or standard deviation. For a file, whose weights
+            may have been trained otherwise, this is only a warning.
+    """
+    for backbone in detector.modules():
+        if not (isinstance(backbone, TorchvisionBackbone) and backbone.pixels):
+            continue
+        mean, std = ([round(255 * x, 3) for x in values] for values in backbone.pixels)
+        order = getattr(detector, "input_format", None) or getattr(detector, "image_format", "RGB")
+        given = torch.cat([detector.pixel_mean.flatten(), detector.pixel_std.flatten()]).cpu()
+        if order == "RGB" and torch.allclose(given, torch.tensor([*mean, *std]), rtol=1e-3):
+            continue
+        text = (
+            f"the weights of {backbone.name} were trained on other images than those of this "
+            f"config: set INPUT.FORMAT (.yaml) or input_format and image_format (.py) to RGB, "
+            f"MODEL.PIXEL_MEAN or model.pixel_mean to {mean}, and MODEL.PIXEL_STD or "
+            f"model.pixel_std to {std}"
+        )
+        if backbone.weights == "DEFAULT":
+            raise ConfigError(text)
+        logger.warning("%s: if they are the library's, %s", backbone.weights, text)
 
 
 def build_fpn(cfg, bottom_up: TorchvisionBackbone, dense: bool) -> FPN:
@@ -328,20 +379,10 @@ def options_of(cfg, node) -> Dict[str, Any]:
     """Arguments of a backbone from its config node, `cfg.MODEL.TORCHVISION` or `.TIMM`.
 
     The library's weights are not fetched where a checkpoint, MODEL.WEIGHTS, replaces them.
-
-    Raises:
-        ConfigError: the library's weights would get other images than those they were trained on.
     """
-    weights = "" if cfg.MODEL.WEIGHTS else node.WEIGHTS
-    if weights == "DEFAULT" and cfg.INPUT.FORMAT != "RGB":
-        raise ConfigError(
-            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, and the weights of {node.NAME} were trained on "
-            "RGB images: set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to [123.675, 116.28, 103.53] "
-            "and MODEL.PIXEL_STD to [58.395, 57.12, 57.375]"
-        )
     return dict(
         name=node.NAME,
-        weights=weights,
+        weights="" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
         norm=node.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         out_features=cfg.MODEL.FPN.IN_FEATURES,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.teacher.preprocessing import Preprocessing
 
+from .backbones import check_pixels
 from .distiller import Distiller, Unlabeled
 from .responses import HeadOutputs
 
@@ -112,13 +113,16 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
 def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:
     """Builds every teacher of a student, so that a failure comes before the first step.
 
+    It also checks that the student's pretrained backbone gets the images that it needs.
+
     Args:
-        model (nn.Module): the student.
+        model (nn.Module): the student, or any other model.
         class_names (sequence[str]): those of its training data; (): not known.
 
     Raises:
-        ConfigError: see :meth:`Distiller.build_teacher`.
+        ConfigError: see :meth:`Distiller.build_teacher` and :func:`check_pixels`.
     """
+    check_pixels(model)
     for name, distiller in distillers_of(model):
         with naming_teacher(name):
             distiller.build_teacher(model.device, class_names)
