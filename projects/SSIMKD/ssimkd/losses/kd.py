@@ -45,6 +45,13 @@ class SoftTargetLoss(KDLoss):
     for each, such as roi_cls_stage1. No ground truth is needed, but images without labels take no
     part: the student's heads do not see them.
 
+    All factors are 1, as in ALDI (github.com/justinkay/aldi), whose ROI parts have the same mean
+    over R. The RPN's mean is another one. ALDI and Chen et al. take it over the anchors that are
+    sampled with the ground truth, 256 in each of N images. Here all anchors take part, and W is the
+    number of objects that the teacher expects. So rpn_cls is at least 256 N / W times theirs, and
+    rpn_box, a sum of four coordinates, about four times ALDI's mean. ALDI's w is 0 or 1. Chen et
+    al. weight the background in roi_cls by 1.5, with which equal answers are not the optimum.
+
     Args:
         weight (float): lambda.
         temperature (float): T.
@@ -70,23 +77,12 @@ class SoftTargetLoss(KDLoss):
         super().__init__(weight)
         check_positive(temperature=temperature)
         self.temperature = temperature
-        self.factors = dict(
-            rpn_cls=rpn_cls,
-            rpn_box=rpn_box,
-            roi_cls=roi_cls,
-            roi_box=roi_box,
-            dense_cls=dense_cls,
-            dense_box=dense_box,
-            centerness=centerness,
-        )
+        rpn, roi = dict(rpn_cls=rpn_cls, rpn_box=rpn_box), dict(roi_cls=roi_cls, roi_box=roi_box)
+        dense = dict(dense_cls=dense_cls, dense_box=dense_box, centerness=centerness)
+        self.factors = {**rpn, **roi, **dense}
         check_coefficients(**self.factors)
-        used = {
-            "rpn": rpn_cls + rpn_box,
-            "roi": roi_cls + roi_box,
-            "roi_box": roi_box,
-            "dense": dense_cls + dense_box + centerness,
-        }
-        self.compares = tuple(kind for kind, factor in used.items() if factor)
+        used = {"rpn": rpn, "roi": roi, "roi_box": {"": roi_box}, "dense": dense}
+        self.compares = tuple(kind for kind, factors in used.items() if any(factors.values()))
         if not self.compares:
             raise ConfigError("a factor must be above 0, or there is nothing to compare")
 

@@ -24,6 +24,7 @@ from ssimkd.teacher.heads import (
     CHANNELS,
     NAMES,
     Facts,
+    box_predictors,
     check_class_names,
     check_has,
     check_heads,
@@ -110,6 +111,7 @@ class Distiller(nn.Module):
         self.adapters = nn.ModuleDict()
         self.of_maps = not losses or any("maps" in loss.compares for loss in losses)
         self.student_heads: Dict[str, Facts] = {}
+        self.stages = 1  # of the student's box head
         self.strides: Dict[str, int] = {}  # of all levels of the student
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher
@@ -178,6 +180,7 @@ class Distiller(nn.Module):
             return
         if any(loss.compares != ("maps",) for loss in self.losses.values()):
             self.student_heads = describe_heads(detector)
+            self.stages = len(box_predictors(detector))
         self.strides = {level: shape.stride for level, shape in student_shapes.items()}
         for loss in self.losses.values():
             check_compared(loss, self.student_heads)
@@ -212,7 +215,7 @@ class Distiller(nn.Module):
         """
         if not self.enabled:
             return
-        teacher = Teacher(self.spec, device, self.kinds)
+        teacher = Teacher(self.spec, device, self.kinds, self.stages)
         for loss in self.losses.values():
             kinds = [kind for kind in loss.compares if kind in self.student_heads]
             check_heads(loss.name, kinds, self.student_heads, teacher.heads)

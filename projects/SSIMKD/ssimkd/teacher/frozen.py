@@ -30,18 +30,24 @@ class Teacher:
         spec (TeacherSpec): what to build and load.
         device (torch.device): where it starts. Later it moves to the device of its inputs.
         kinds (sequence[str]): the kinds of its heads that are kept; see `heads.py`.
+        stages (int): how many stages of a Cascade's box head are kept.
 
     Raises:
         ConfigError: the config or the checkpoint cannot be read, or the checkpoint does not hold
             every tensor of the backbone and these heads with its shape and with finite values.
     """
 
-    def __init__(self, spec: TeacherSpec, device: torch.device, kinds: Sequence[str] = ()) -> None:
+    def __init__(
+        self, spec: TeacherSpec, device: torch.device, kinds: Sequence[str] = (), stages: int = 1
+    ) -> None:
         model, cfg, absent = spec.load(device)
         self.heads = describe_heads(model) if kinds else {}
         self.class_names = training_classes(cfg)
         modules = [
-            name for kind in kinds if self.heads.get(kind) for name in modules_of(model, kind)
+            name
+            for kind in kinds
+            if self.heads.get(kind)
+            for name in modules_of(model, kind, stages)
         ]
         for name, tensor in model.state_dict().items():
             if not name.startswith(tuple(f"{module}." for module in modules)):

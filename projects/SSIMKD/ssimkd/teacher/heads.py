@@ -104,16 +104,28 @@ def check_heads(
         for fact in {**student[kind], **teacher[kind]}:
             own, other = student[kind].get(fact), teacher[kind].get(fact)
             if own != other:
+                remedy = f"; set MODEL.DISTILL.{loss.upper()}.ROI_BOX (roi_box in a .py) to 0"
                 raise ConfigError(
                     f"MODEL.DISTILL.LOSSES: {loss} cannot compare {NAMES[kind]} of student and "
                     f"teacher: {fact} is {own} in the student and {other} in the teacher"
+                    f"{remedy if kind == 'roi_box' else ''}"
                 )
 
 
-def modules_of(detector: nn.Module, kind: str) -> List[str]:
-    """The names of the modules that a kind of head consists of."""
-    names = {name for name, _ in detector.named_modules()}
-    return [name for name in MODULES.get(kind, ()) if name in names]
+def modules_of(detector: nn.Module, kind: str, stages: int) -> List[str]:
+    """The names of the modules that a kind of head consists of.
+
+    Args:
+        detector (nn.Module): the teacher.
+        kind (str): a kind of head.
+        stages (int): of a box head of several stages, as many are named.
+    """
+    found = []
+    modules = dict(detector.named_modules())
+    for name in (name for name in MODULES.get(kind, ()) if name in modules):
+        parts = isinstance(modules[name], nn.ModuleList) and kind == "roi"
+        found += [f"{name}.{k}" for k in range(stages)] if parts else [name]
+    return found
 
 
 def check_has(loss: str, kind: str, whose: str, heads: Dict[str, Facts]) -> None:
