@@ -5,7 +5,13 @@ import torch
 from conftest import shapes_cfg
 from detectron2.engine import TrainerBase, hooks
 from ssimkd import ConfigError
-from ssimkd.engine.hooks import CallAfterTraining, CountSkipped, EvalHook, ExactResume
+from ssimkd.engine.hooks import (
+    CallAfterTraining,
+    CountSkipped,
+    EvalHook,
+    ExactResume,
+    ReadMetrics,
+)
 from ssimkd.engine.preemption import StopOnSignal
 from ssimkd.engine.yaml_driver import DistillTrainer
 
@@ -31,6 +37,7 @@ def test_the_order_of_the_hooks(few_images, tmp_path):
         StopOnSignal,
         CountSkipped,
         EvalHook,
+        ReadMetrics,
         hooks.PeriodicWriter,
     ]
 

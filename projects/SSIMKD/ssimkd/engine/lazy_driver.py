@@ -103,6 +103,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
             checkpoints=checkpoints,
             export=exporting,
             test=test,
+            read_metrics=trainer.read_metrics,
             eval_period=cfg.train.eval_period,
             build_writers=lambda: default_writers(folder, cfg.train.max_iter),
             log_period=cfg.train.log_period,

@@ -151,6 +151,7 @@ class DistillTrainer(DefaultTrainer):
             checkpoints=hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             export=self.exporting,
             test=test,
+            read_metrics=self._trainer.read_metrics,
             eval_period=cfg.TEST.EVAL_PERIOD,
             build_writers=self.build_writers,
             log_period=LOG_PERIOD,

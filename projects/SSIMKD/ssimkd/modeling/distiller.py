@@ -7,7 +7,6 @@ The values in the order in which they are computed:
     losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
 """
 
-import math
 from contextlib import nullcontext, suppress
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -33,6 +32,7 @@ from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.validate import check_coefficients, check_integers
 
+from .late_log import LateLog
 from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 from .responses import Answers, HeadOutputs, pair_answers
 
@@ -100,6 +100,7 @@ class Distiller(nn.Module):
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher
         self.teacher: Optional[Teacher] = None
+        self.log = LateLog()  # of the values by level
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -218,7 +219,8 @@ class Distiller(nn.Module):
         preprocessing: Preprocessing,
         outputs: Optional[HeadOutputs] = None,
     ) -> Dict[str, Tensor]:
-        """The weighted losses of one batch. Their values by level go to the event storage.
+        """The weighted losses of one batch. Their values by level go to the event storage, later if
+        a GPU computes them; see :class:`LateLog`.
 
         Args:
             batched_inputs (list[dict]): what the student was given.
@@ -238,7 +240,9 @@ class Distiller(nn.Module):
             batched_inputs, student_maps, images, preprocessing, outputs
         )
         terms = self.compare(student, teacher, batched_inputs, iteration, answers)
-        log_terms(terms)
+        self.log.put(
+            {f"{name}_kd/{level}": x for name, by in terms.items() for level, x in by.items()}
+        )
         ramp = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
         losses = {}
         for loss in self.losses.values():
@@ -347,12 +351,3 @@ def check_compared(loss: KDLoss, heads: Dict[str, Facts]) -> None:
             f"MODEL.DISTILL.{loss.name.upper()}.LAYER is {loss.layer}, and the student's head has "
             f"{convolutions} convolutions"
         )
-
-
-def log_terms(terms: Terms) -> None:
-    """Puts `<loss>_kd/<level>` into the event storage, where it is finite."""
-    values = {f"{loss}_kd/{level}": x for loss, by in terms.items() for level, x in by.items()}
-    numbers = torch.stack([value.detach() for value in values.values()]).tolist()
-    for name, number in zip(values, numbers):
-        if math.isfinite(number):
-            get_event_storage().put_scalar(name, number)

@@ -148,7 +148,7 @@ def _by_definition(
             teacher = teacher.detach()
         inside = None
         if any(size != tuple(student.shape[2:]) for size in sizes):
-            inside = inside_of(torch.tensor(sizes, device=student.device), student)
+            inside = inside_of(sizes, student)
         maps = normalize_maps(student, teacher, normalize, normalize_scope, inside)
         losses = []
         for image, (h, w) in enumerate(sizes):
