@@ -194,7 +194,7 @@ def test_losses_are_read_together_and_belong_to_their_iterations():
     assert trainer.kept == []
     found = {name: trainer.storage.history(name).values() for name in ("loss_a", "total_loss")}
     assert [iteration for _, iteration in found["loss_a"]] == [0, 1, 3]
-    weight, values = torch.tensor([1.0, 2.0]), dict((i, v) for v, i in found["loss_a"])
+    weight, values = torch.tensor([1.0, 2.0]), {i: v for v, i in found["loss_a"]}
     assert values[0] == pytest.approx(weight.sqrt().sum().item())
     assert trainer.storage.iter == 4
 

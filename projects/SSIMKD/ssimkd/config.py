@@ -48,8 +48,9 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
     # Overrides of CONFIG: ["KEY", value, ...] for a .yaml, ["key=value", ...] for a .py
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
-    # "float32", "bfloat16" or "float16": the teacher's weights and arithmetic
-    cfg.MODEL.DISTILL.TEACHER.PRECISION = "float32"
+    # Of the teacher's weights and arithmetic: "float32", "bfloat16", "float16"; "auto": half
+    # precision where the student trains in it (SOLVER.AMP), float32 otherwise
+    cfg.MODEL.DISTILL.TEACHER.PRECISION = "auto"
     # True: the teacher runs through torch.compile
     cfg.MODEL.DISTILL.TEACHER.COMPILE = False
     # Factor of all losses of this teacher

@@ -21,7 +21,7 @@ from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .base import KDLoss, Maps
+from .base import KDLoss, Maps, in_float
 from .padding import Context
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
@@ -233,6 +233,7 @@ class ICDLoss(KDLoss):
         Raises:
             ConfigError: there is no ground truth, or it has a class that the student lacks.
         """
+        student, teacher = in_float(student, teacher)
         targets = context.require_targets(self.name)
         if context.iteration < self.detach_iters:
             # DistributedDataParallel waits for the adapters' gradients, so these become 0

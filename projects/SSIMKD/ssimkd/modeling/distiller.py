@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
+from ssimkd.ssim.normalize import as_float
 from ssimkd.teacher.frozen import Teacher
 from ssimkd.teacher.heads import (
     CHANNELS,
@@ -264,7 +265,7 @@ class Distiller(nn.Module):
 
         Returns:
             (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
-            equal shapes, in float32 or float64.
+            equal shapes, each in the precision in which its detector made it.
             (dict, dict): what their heads answer; see :func:`pair_answers`.
 
         Raises:
@@ -273,23 +274,24 @@ class Distiller(nn.Module):
         if self.teacher is None:
             self.build_teacher(images.device)
         assert self.teacher is not None
-        with torch.autocast(images.device.type, enabled=False):
-            teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
-            height, width = images.shape[-2:]
-            student, teacher = {}, {}
-            answers: Tuple[Answers, Answers] = {}, {}
-            for level, name in self.teacher_levels.items():
-                student[level], teacher[level] = match_cells(
-                    (level, student_maps[level], (height, width)),
-                    (name, teacher_maps[name], teacher_size),
-                    self.student_shapes[level].stride,
-                )
-                if level in self.adapters:
-                    student[level] = self.adapters[level](student[level])
-            if outputs is not None and self.kinds:
-                context = self.context(batched_inputs)
+        teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
+        height, width = images.shape[-2:]
+        student, teacher = {}, {}
+        answers: Tuple[Answers, Answers] = {}, {}
+        for level, name in self.teacher_levels.items():
+            student[level], teacher[level] = match_cells(
+                (level, student_maps[level], (height, width)),
+                (name, teacher_maps[name], teacher_size),
+                self.student_shapes[level].stride,
+            )
+            if level in self.adapters:
+                student[level] = self.adapters[level](student[level])
+        if outputs is not None and self.kinds:
+            context = self.context(batched_inputs)
+            maps = {name: as_float(x) for name, x in teacher_maps.items()}  # as its heads are
+            with torch.autocast(images.device.type, enabled=False):
                 answers = pair_answers(
-                    outputs, self.teacher.model, teacher_maps, self.kinds, context, self.layer
+                    outputs, self.teacher.model, maps, self.kinds, context, self.layer
                 )
         return (student, teacher, *answers)
 

@@ -44,6 +44,11 @@ def inside_of(sizes: Sequence[Tuple[int, int]], maps: Tensor) -> Tensor:
     return inside
 
 
+def as_float(x: Tensor) -> Tensor:
+    """x in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def normalize_maps(
     student: Tensor, teacher: Tensor, normalize: str, normalize_scope: str, inside: Optional[Tensor]
 ) -> Tuple[Tensor, Tensor]:
@@ -57,9 +62,10 @@ def normalize_maps(
         inside (Tensor or None): see the head of this file.
 
     Returns:
-        (Tensor, Tensor): (N, C, H, W) each.
+        (Tensor, Tensor): (N, C, H, W) each, in float32; float64 stays.
     """
     check_options(normalize, normalize_scope)
+    student, teacher = as_float(student), as_float(teacher)
     if normalize == "none":
         return student, teacher
     if normalize == "standardize":

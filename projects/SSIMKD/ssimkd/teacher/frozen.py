@@ -55,7 +55,7 @@ class Teacher:
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         keep_modules(model, ["backbone", *modules])
         self.model = model
-        self.network = TeacherNetwork(model.backbone, device, spec.precision, spec.compile)
+        self.network = TeacherNetwork(model.backbone, spec.precision, spec.compile)
 
     def __deepcopy__(self, memo) -> "Teacher":
         return self  # it never changes, so copies of a student share it

@@ -19,7 +19,7 @@ from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.validate import check_switches
 
-from .network import PRECISIONS
+from .network import AUTO, PRECISIONS
 
 
 @dataclass
@@ -31,7 +31,8 @@ class TeacherSpec:
             zoo or among this project's configs.
         weights (str): path or URL; "" is the zoo's checkpoint for `config`.
         opts (sequence[str]): overrides of the config, in the syntax of its kind.
-        precision (str): of backbone and neck: "float32", "bfloat16" or "float16".
+        precision (str): of backbone and neck: "float32", "bfloat16" or "float16"; "auto": that of
+            the student, which is half precision only in mixed precision.
         compile (bool): run backbone and neck through torch.compile.
 
     Raises:
@@ -41,15 +42,15 @@ class TeacherSpec:
     config: str
     weights: str = ""
     opts: Sequence = ()
-    precision: str = "float32"
+    precision: str = AUTO
     compile: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.opts, ListConfig):  # from a LazyConfig
             self.opts = cast(List, OmegaConf.to_container(self.opts))
-        if self.precision not in PRECISIONS:
+        if self.precision not in (AUTO, *PRECISIONS):
             raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join(PRECISIONS)}, "
+                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join((AUTO, *PRECISIONS))}, "
                 f"got {self.precision!r}"
             )
         check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
