@@ -5,6 +5,7 @@ r"""Compares the losses on the Shapes data with equal budgets, seeds and searche
     python benchmarks/compare.py --methods vanilla ssim l2 --seeds 1 2 3 --budget 500
     python benchmarks/compare.py --ablation window sigma        # variants of ssim, one change each
     python benchmarks/compare.py --methods ssim ssim:SSIM.BORDER=zero:WARMUP_ITERS=100 "ssim:*0.5"
+    python benchmarks/compare.py --methods ssim dist ssim+dist  # two losses at once
     python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda  # overrides for every run
 
 Finished runs are not repeated when the command is started again. With --records
@@ -16,7 +17,9 @@ the default weight measure the gradients. The search starts at the weight whose 
 is nearest to RATIO times the detector's. It tries factors of four around it, and goes on while the
 best weight is at an edge. The students of the search train at the shortest budget and are evaluated
 on a fifth of the training images, which they do not see. Variants of --ablation take the weight of
-ssim. Differences are taken to ssim, or to the first of --methods if ssim is not among them.
+ssim. In ssim+dist, ssim has the weight of its own search, and the search of dist starts at the
+weight that is best for dist alone. Differences are taken to ssim, or to the first of --methods if
+ssim is not among them.
 
 The folder --out then holds table.md, plot.png and records.json (every finished run, for --records).
 """
@@ -83,6 +86,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.runner = args, Runner()
+        self.found: Dict[str, float] = {}  # name of a method -> the weight that its search chose
 
     def plan(
         self, kind: str, method: Method, weight: float, iters: int, seed: int, opts: Sequence[str]
@@ -94,8 +98,13 @@ class Comparison:
         settings += ["SOLVER.STEPS", (last_quarter, last_tenth)]
         if method.loss:
             name, config = f"{method.name}-w{weight:g}", DISTILLED
-            settings += ["MODEL.DISTILL.LOSSES", (method.loss,), *method.opts]
-            settings += [f"MODEL.DISTILL.{method.loss.upper()}.WEIGHT", weight]
+            weights = {method.loss: weight}
+            if method.partner:
+                partner = method.partner
+                weights = {partner: self.found.get(partner, default_weight(partner)), **weights}
+            settings += ["MODEL.DISTILL.LOSSES", tuple(weights), *method.opts]
+            for loss, value in weights.items():
+                settings += [f"MODEL.DISTILL.{loss.upper()}.WEIGHT", value]
         folder = Path(self.args.out).resolve() / kind / re.sub(r"[^\w.=-]+", "_", name)
         return Run(folder / f"seed{seed}", config, (*map(str, settings), *opts, *self.args.opts))
 
@@ -113,6 +122,16 @@ class Comparison:
             power = round(math.log(RATIO / ratio, STEP)) if ratio else 0
             centres[method.name] = default_weight(method.loss) * STEP**power
         return centres
+
+    def search_all(self, methods: Sequence[Method]) -> Dict[str, Dict[float, float]]:
+        """Searches single losses, then pairs. What a pair needs is searched too. See `search`."""
+        parts = [name for m in methods if m.partner for name in (m.partner, m.loss)]
+        single = {m.name: m for m in methods if not m.partner}
+        single.update({name: parse_method(name) for name in parts})
+        scores = self.search([*single.values()], self.probe([*single.values()]))
+        self.found = {name: best(found) for name, found in scores.items()}
+        pairs = [method for method in methods if method.partner]
+        return {**scores, **self.search(pairs, {m.name: self.found[m.loss] for m in pairs})}
 
     def search(
         self, methods: Sequence[Method], centres: Mapping[str, float]
@@ -266,7 +285,7 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--methods", nargs="+", default=[], help="vanilla or LOSS[:KEY=VALUE|:*FACTOR]...")
+    add("--methods", nargs="+", default=[], help="vanilla or [LOSS+]LOSS[:KEY=VALUE|:*FACTOR]...")
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help="variants of ssim")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of every method")
     add("--budget", type=int, nargs="+", default=[500], help="iterations; each makes a table")
@@ -292,7 +311,7 @@ def main() -> None:
             restore(args.records, out)
         names = dict.fromkeys(method.searched_as for method in methods if method.loss)
         searched = [parse_method(n) for n in names if args.search_seeds]
-        scores = comparison.search(searched, comparison.probe(searched)) if searched else {}
+        scores = comparison.search_all(searched) if searched else {}
         weights = choose(methods, scores)
         rows = comparison.compare(weights)
         gather(out)

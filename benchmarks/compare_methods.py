@@ -42,7 +42,8 @@ class Method(NamedTuple):
 
     Attributes:
         name (str): its name on the command line and in the table.
-        loss (str): a name in the registry; "" for the plain student.
+        loss (str): a name in the registry, whose weight is searched; "" for the plain student.
+        partner (str): a loss beside it, with the weight that its own search finds; "" for none.
         opts (tuple[str]): further overrides.
         factor (float): the searched weight is multiplied by it.
         searched_as (str): name of the method whose search gives the weight.
@@ -53,19 +54,21 @@ class Method(NamedTuple):
     opts: Tuple[str, ...] = ()
     factor: float = 1.0
     searched_as: str = ""
+    partner: str = ""
 
 
 def parse_method(text: str, searched_as: str = "") -> Method:
-    """Parses LOSS[:KEY=VALUE | :*FACTOR]..., where the keys are below MODEL.DISTILL.
+    """Parses [PARTNER+]LOSS[:KEY=VALUE | :*FACTOR]..., where the keys are below MODEL.DISTILL.
 
     Raises:
         ConfigError: there is no such loss or setting.
     """
     if text == PLAIN:
         return Method(text)
-    loss, *changes = text.split(":")
+    names, *changes = text.split(":")
+    partner, _, loss = names.rpartition("+")
     opts: List[str] = []
-    factor, kept = 1.0, [loss]
+    factor, kept = 1.0, [names]
     try:
         for change in changes:
             if change.startswith("*"):
@@ -76,10 +79,12 @@ def parse_method(text: str, searched_as: str = "") -> Method:
                 raise ConfigError("the weight is searched; write :*FACTOR for a multiple of it")
             opts += [f"MODEL.DISTILL.{key}", value]
             kept.append(change)
-        build_loss(loss, load_config(str(ROOT / DISTILLED), opts).MODEL.DISTILL)
+        node = load_config(str(ROOT / DISTILLED), opts).MODEL.DISTILL
+        for name in filter(None, (partner, loss)):
+            build_loss(name, node)
     except ValueError as error:
         raise ConfigError(f"method {text}: {error}") from error
-    return Method(text, loss, tuple(opts), factor, searched_as or ":".join(kept))
+    return Method(text, loss, tuple(opts), factor, searched_as or ":".join(kept), partner)
 
 
 def default_weight(loss: str) -> float:

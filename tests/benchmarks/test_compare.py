@@ -185,6 +185,23 @@ def test_the_search_starts_where_the_gradients_are_in_proportion(tmp_path, execu
     assert option(calls[0], "DATASETS.TRAIN") == "('ssimkd_shapes_search_train',)"
 
 
+def test_a_pair_trains_with_the_partners_own_weight(tmp_path, executed):
+    best = {"('l1',)": ("L1", 16.0), "('kd',)": ("KD", 1.0), "('l1', 'kd')": ("KD", 0.25)}
+
+    def ap(run):
+        loss, target = best[option(run, "MODEL.DISTILL.LOSSES")]
+        return -abs(math.log(float(option(run, f"MODEL.DISTILL.{loss}.WEIGHT")) / target))
+
+    calls = executed(ap, gradient_ratio=None)
+    pair = parse_method("l1+kd")
+    scores = comparison(tmp_path).search_all([pair])
+    assert {name: compare.best(found) for name, found in scores.items()} == {
+        "l1": 16.0, "kd": 1.0, "l1+kd": 0.25
+    }  # fmt: skip
+    pairs = [run for run in calls if option(run, "MODEL.DISTILL.LOSSES") == "('l1', 'kd')"]
+    assert pairs and {weight_of(run) for run in pairs} == {16.0}
+
+
 def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
     def ap(run):
         if weight_of(run) > 4:

@@ -17,12 +17,14 @@ OWN_KEYS = (
     ("MODEL", "TIMM"),
     ("DATASETS", "COCO"),
     ("DATASETS", "NUM_CLASSES_FROM_DATA"),
+    ("DATASETS", "UNLABELED"),
+    ("SOLVER", "IMS_PER_BATCH_UNLABELED"),
     ("DATALOADER", "SKIP_BAD_IMAGES"),
 )
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL`, two backbones and three other keys to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL`, two backbones and five other keys to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
     the code of a loss's own authors. [shapes]: measured on the Shapes data by
@@ -31,8 +33,14 @@ def add_ssimkd_config(cfg: CN) -> None:
     Raises:
         ConfigError: a registered loss has the name of another key of `MODEL.DISTILL`.
     """
-    # Your own data sets in COCO's format, a list of {NAME, JSON, IMAGES}
+    # Your own data sets in COCO's format, a list of {NAME, JSON, IMAGES}; without JSON it is a
+    # folder of images for UNLABELED
     cfg.DATASETS.COCO = []
+    # Data sets whose images come beside those of TRAIN in every step, for the distillation alone;
+    # their annotations are ignored
+    cfg.DATASETS.UNLABELED = ()
+    # Images of UNLABELED in a step, in all processes together; 0: as many as IMS_PER_BATCH
+    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 0
     # True: the heads get as many classes as the first data set of TRAIN has
     cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
 
@@ -86,6 +94,10 @@ def add_ssimkd_config(cfg: CN) -> None:
     # Iterations in which the losses' weights grow linearly from 0; 0: full weight at once, which is
     # as good [shapes: warmup]
     cfg.MODEL.DISTILL.WARMUP_ITERS = 0
+    # First iteration without distillation: the teacher is not run from here on; 0: there is none
+    cfg.MODEL.DISTILL.STOP_ITER = 0
+    # Iterations before STOP_ITER in which the weights fall linearly to 0; 0: full weight up to it
+    cfg.MODEL.DISTILL.COOLDOWN_ITERS = 0
     # Project in Weights & Biases that receives the training log; "": none
     cfg.MODEL.DISTILL.WANDB_PROJECT = ""
 

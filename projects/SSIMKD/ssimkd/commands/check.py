@@ -29,7 +29,7 @@ from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import argument_parser, check_config, load_config
 from ssimkd.engine.writers import LOGGERS
-from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import build_teachers, distillers_of
 from ssimkd.utils.config_keys import datasets_of, setting
@@ -73,12 +73,17 @@ def listen() -> Remarks:
 
 def build(cfg) -> Any:
     """The student of a config with its teachers."""
+    with naming_lazy_fields(not isinstance(cfg, CfgNode)):
+        return _build(cfg)
+
+
+def _build(cfg) -> Any:
     lazy = not isinstance(cfg, CfgNode)
     model: Any = (
         lazy_driver.build_model(cfg) if lazy else yaml_driver.DistillTrainer.build_model(cfg)
     )
     if lazy:
-        lazy_driver.check_image_format(cfg, model, "train", "test")
+        lazy_driver.check_image_format(cfg, model, "train", "test", "unlabeled")
         build_teachers(model, training_classes(cfg))
     if not any(distiller.enabled for _, distiller in distillers_of(model)):
         raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
@@ -114,20 +119,27 @@ def prepared(detector: Any, image_format: str) -> str:
 
 def short(cfg, folder: str, iterations: int, num_gpus: int):
     """The config of a short run that learns nothing: no warm-up, evaluation or picture is left."""
-    batch = setting(cfg, "batch")
-    if batch % num_gpus:
-        raise ConfigError(f"--num-gpus: {batch} images cannot be shared by {num_gpus} GPUs")
-    batch //= num_gpus
+    batches = {}
+    for name in ("batch", "unlabeled batch"):
+        total = setting(cfg, name) or 0
+        if total % num_gpus:
+            raise ConfigError(f"--num-gpus: {total} images cannot be shared by {num_gpus} GPUs")
+        batches[name] = total // num_gpus
+    batch, unlabeled = batches.values()
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.merge_from_list([
             "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (),
             "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", batch, "DATASETS.TEST", (),
+            "SOLVER.IMS_PER_BATCH_UNLABELED", unlabeled,
             "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "", "MODEL.DISTILL.WARMUP_ITERS", 0,
+            "MODEL.DISTILL.COOLDOWN_ITERS", 0, "MODEL.DISTILL.STOP_ITER", 0,
         ])  # fmt: skip
         return cfg
     cfg.dataloader.train.total_batch_size = batch
+    if "unlabeled" in cfg.dataloader:
+        cfg.dataloader.unlabeled.total_batch_size = unlabeled
     cfg.dataloader.pop("evaluator", None)
     cfg.optimizer.lr = 0.0
     cfg.train.output_dir, cfg.train.max_iter = folder, iterations
@@ -135,8 +147,9 @@ def short(cfg, folder: str, iterations: int, num_gpus: int):
     if "vis_period" in cfg.model:
         cfg.model.vis_period = 0
     for node in (cfg.model.distiller, *cfg.model.distiller.values()):  # one teacher, or several
-        if isinstance(node, MutableMapping) and "warmup_iters" in node:
-            node["warmup_iters"] = 0
+        for name in ("warmup_iters", "cooldown_iters", "stop_iter"):
+            if isinstance(node, MutableMapping) and name in node:
+                node[name] = 0
     return cfg
 
 

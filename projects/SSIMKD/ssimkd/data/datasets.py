@@ -1,6 +1,7 @@
 """The data sets that a run names: registering a user's own, and checking all before the start."""
 
 import os
+import re
 from itertools import chain, product
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
@@ -12,9 +13,13 @@ from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.config_keys import key_of, names_of
 
 from .coco_json import read_coco
+from .image_folder import list_images
 from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
+PART = re.compile(
+    r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]"
+)  # "name[10%:50%]", either number may be left out
 LAZY_KEYS = {"coco", "num_classes_from_data"}
 FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
 HOW_TO_SET = {  # head -> the keys that set its number of classes
@@ -30,8 +35,8 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
     Args:
         cfg (CfgNode or DictConfig): `DATASETS.COCO` and `.NUM_CLASSES_FROM_DATA`, or the optional
             `datasets.coco` and `.num_classes_from_data`. The latter key is False afterwards.
-        splits (sequence[str]): "TRAIN", "TEST": which data the run uses. The classes of the first
-            one are counted; those of "TRAIN" if none is used.
+        splits (sequence[str]): "TRAIN", "TEST", "UNLABELED": which data the run uses. The classes
+            of the first one are counted; those of "TRAIN" if none is used.
 
     Raises:
         ConfigError: a key is wrong, a file is missing or is not in COCO's format.
@@ -46,7 +51,12 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
         entries, count = node.get("coco", []), node.get("num_classes_from_data", False)
     names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
     if splits or count:
-        register_coco(entries, list(chain(*names.values())), names.get("TEST", ()))
+        used = {split: [PART.sub(r"\1", name) for name in names[split]] for split in names}
+        unlabeled = used.pop("UNLABELED", [])
+        labeled = list(chain(*used.values()))
+        register_coco(entries, labeled, used.get("TEST", ()), unlabeled)
+        for name in chain(*names.values()):
+            register_part(name)
     if not count:
         return
     split = next(iter(names))
@@ -61,39 +71,79 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
 
 
 def register_coco(
-    entries: Sequence[Mapping[str, str]], names: Sequence[str], scored: Sequence[str] = ()
+    entries: Sequence[Mapping[str, str]],
+    names: Sequence[str],
+    scored: Sequence[str] = (),
+    unlabeled: Sequence[str] = (),
 ) -> None:
     """Registers a user's data in COCO's format; class names come from the json.
 
     Args:
-        entries (sequence[mapping]): NAME (for DATASETS.TRAIN and TEST), JSON (annotation file),
-            IMAGES (folder), in capitals or not. One that is registered already is left alone.
-        names (sequence[str]): the data sets that are used. Only their files are read.
+        entries (sequence[mapping]): NAME (for DATASETS.TRAIN, TEST and UNLABELED), JSON (annotation
+            file), IMAGES (folder), in capitals or not. One that is registered already is left
+            alone. One without JSON has all images of the folder, without labels.
+        names (sequence[str]): the data sets whose labels are used.
         scored (sequence[str]): those on which detections are evaluated.
+        unlabeled (sequence[str]): those that are used without labels. No other files are read.
 
     Raises:
         ConfigError: a key is missing or unknown, a file does not exist or is not in COCO's format,
-            or another data set has the name.
+            labels are used that are not there, or another data set has the name.
     """
     key = "DATASETS.COCO"
     for entry in entries:
         values = {str(k).upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else {}
-        if set(values) != KEYS:
+        if {"JSON", *values} != KEYS:
             raise ConfigError(
                 f"{key}: an entry is a mapping of {', '.join(sorted(KEYS))}, got {entry!r}"
             )
-        name, json_file, images = (str(values[k]) for k in ("NAME", "JSON", "IMAGES"))
-        if name not in names:
+        name, images, json_file = str(values["NAME"]), str(values["IMAGES"]), values.get("JSON")
+        if name not in names and name not in unlabeled:
             continue
         if not os.path.isdir(images):
             raise ConfigError(f"{key}: {name}: there is no folder {images}")
-        with as_config_error(f"{key}: {name}: {json_file}", sep=" "):
-            metadata = read_coco(json_file, images, name in scored)
-        if name not in DatasetCatalog:
-            register_coco_instances(name, metadata, json_file, images)
+        if json_file is None:
+            if name in names:
+                raise ConfigError(
+                    f"{key}: {name} has no JSON and thus no labels: name it in DATASETS.UNLABELED "
+                    "alone"
+                )
+            if name not in DatasetCatalog:
+                DatasetCatalog.register(name, lambda folder=images: list_images(folder))
+                MetadataCatalog.get(name).set(image_root=images)
+        else:
+            json_file = str(json_file)
+            with as_config_error(f"{key}: {name}: {json_file}", sep=" "):
+                metadata = read_coco(json_file, images, name in scored)
+            if name not in DatasetCatalog:
+                register_coco_instances(name, metadata, json_file, images)
         found = MetadataCatalog.get(name)
         if (found.get("json_file"), found.get("image_root")) != (json_file, images):
             raise ConfigError(f"{key}: another data set is called {name}: choose another NAME")
+
+
+def register_part(name: str) -> None:
+    """Registers a part of a data set, such as "cracks_train[:10%]": the first tenth of its images.
+
+    Args:
+        name (str): another name, or one that is registered already, is left alone.
+    """
+    found = PART.fullmatch(name)
+    if not found or found[1] not in DatasetCatalog or name in DatasetCatalog:
+        return
+    whole, start, stop = found[1], int(found[2] or 0), int(found[3] or 100)
+
+    def describe() -> None:
+        metadata = MetadataCatalog.get(whole).as_dict()
+        MetadataCatalog.get(name).set(**{k: v for k, v in metadata.items() if k != "name"})
+
+    def load() -> List[Dict]:
+        records = DatasetCatalog.get(whole)
+        describe()  # some data sets know their classes only now
+        return records[len(records) * start // 100 : len(records) * stop // 100]
+
+    describe()
+    DatasetCatalog.register(name, load)
 
 
 def check_datasets(names: Sequence[str], key: str) -> None:
@@ -105,6 +155,10 @@ def check_datasets(names: Sequence[str], key: str) -> None:
     """
     missing = []
     for name in names:
+        if isinstance(name, str) and PART.fullmatch(name) and "TEST" in key.upper():
+            raise ConfigError(
+                f"{key}: {name} is a part of a data set, and only the whole is scored"
+            )
         if not isinstance(name, str) or name not in DatasetCatalog:
             raise ConfigError(
                 f"{key}: no data set {name!r} is registered; DATASETS.COCO (.yaml) or "

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 from collections import defaultdict
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from .bad_images import BadImageError, NamingMapper
 
 logger = logging.getLogger(__name__)
 MAX_BAD_IN_A_ROW = 10  # With more unreadable images in a row the data or the disk is wrong.
+LABELS = ("annotations", "sem_seg_file_name", "pan_seg_file_name", "segments_info")  # of a record
 SKIPPED = "skipped"  # An item that replaces unreadable images has a line for each under this key.
 # Detectron2's samplers keep in these attributes what they drew at random.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
@@ -51,6 +52,7 @@ class ResumableLoader:
         total_batch_size (int): images per iteration in all processes together.
         aspect_ratio_grouping (bool): a batch holds landscape images or portrait images.
         num_workers (int): processes that load images.
+        labels (bool): False: what a record says of its image's content is left out.
         skip_bad_images (bool): the next image of the data set with the same orientation replaces
             one that cannot be read, for any number of processes and after a resume. More than ten
             bad images in a row, or bad images in half of the data set, are an error.
@@ -63,6 +65,7 @@ class ResumableLoader:
 
     Attributes:
         skipped (set[str]): a line for each image that this process has skipped so far.
+        unlabeled (ResumableLoader or None): another stream, whose batches are added to these.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class ResumableLoader:
         total_batch_size: int,
         aspect_ratio_grouping: bool = True,
         num_workers: int = 0,
+        labels: bool = True,
         skip_bad_images: bool = False,
         **options,
     ) -> None:
@@ -87,7 +91,7 @@ class ResumableLoader:
                     f"to False: a record of the data set has no {error}"
                 ) from error
         records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
-        self.dataset = MapDataset(records, NamingMapper(mapper))
+        self.dataset = MapDataset(records, NamingMapper(mapper if labels else Unlabeled(mapper)))
         self.skip_bad_images = skip_bad_images
         self.skipped: Set[str] = set()
         self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
@@ -95,26 +99,32 @@ class ResumableLoader:
         if left or not self.batch_size:
             raise ConfigError(
                 f"the batch of {total_batch_size} images cannot be shared by "
-                f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH (.yaml) "
-                "or total_batch_size (.py)"
+                f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH"
+                f"{'' if labels else '_UNLABELED'} (.yaml) or total_batch_size (.py)"
             )
         self.options = dict(collate_fn=trivial_batch_collator, num_workers=num_workers, **options)
         self.batches = 0  # given so far
+        self.unlabeled: Optional[ResumableLoader] = None  # its images come after those of a batch
 
     def __iter__(self) -> Iterator[List[Dict]]:
         with preserve_random_state():
             positions: Any = self._positions()
             loader = iter(DataLoader(self._seeded(), batch_sampler=positions, **self.options))
+        more = iter(self.unlabeled or repeat([]))
         while True:
             with preserve_random_state():
                 batch = next(loader)
             for item in batch:
                 self._count_skipped(item)
+            batch = [*batch, *next(more)]
             self.batches += 1
             yield batch
 
     def peek(self, images: int) -> List[List[Dict]]:
-        """The next batches with at least so many images. The stream does not move on."""
+        """The next batches with at least so many images, without those of `unlabeled`.
+
+        The stream does not move on.
+        """
         count = math.ceil(images / self.batch_size)
         with preserve_random_state():
             dataset = self._seeded()
@@ -144,12 +154,31 @@ class ResumableLoader:
     def state_dict(self) -> Dict[str, Any]:
         """What the sampler drew when it was built, and the number of batches given so far."""
         drawn = {name: vars(self.sampler)[name] for name in DRAWN if name in vars(self.sampler)}
-        return {"sampler": drawn, "batches": self.batches}
+        state = {"sampler": drawn, "batches": self.batches}
+        if self.unlabeled is not None:
+            state["unlabeled"] = self.unlabeled.state_dict()
+        return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continues the stream at the state's position. To be called before the first batch."""
         vars(self.sampler).update(state["sampler"])
         self.batches = state["batches"]
+        if self.unlabeled is not None:
+            if "unlabeled" in state:
+                self.unlabeled.load_state_dict(state["unlabeled"])
+            else:
+                logger.warning("The images without labels start anew: this resume is not exact")
+
+
+class Unlabeled:
+    """Wraps a mapper (record -> item), which then sees no labels."""
+
+    def __init__(self, mapper: Callable[[Dict], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: Dict) -> Any:
+        """Maps a record in Detectron2's format."""
+        return self.mapper({key: record[key] for key in record if key not in LABELS})
 
 
 class SeededDataset(Dataset):

@@ -14,7 +14,7 @@ from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
 
-SPLITS = ("TRAIN", "TEST")
+SPLITS = ("TRAIN", "TEST", "UNLABELED")
 SKIP = (
     ["DATALOADER.SKIP_BAD_IMAGES", "True"],
     ["+dataloader.train.skip_bad_images=True"],  # of a LazyConfig
@@ -73,7 +73,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
 
     Args:
         path (str), overrides (list[str]): see :func:`config_files.load_config`.
-        splits (sequence[str]): "TRAIN", "TEST"; their data of `DATASETS.COCO` is registered.
+        splits (sequence[str]): some of SPLITS; their data of `DATASETS.COCO` is registered.
 
     Raises:
         ConfigError: the file cannot be read, an override does not apply, or the data is wrong.
@@ -112,7 +112,7 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     Returns:
         str: the config's device, such as "cuda" or "cpu".
     """
-    splits = ("TEST",) if args.eval_only else ("TEST", "TRAIN")
+    splits = ("TEST",) if args.eval_only else ("UNLABELED", "TEST", "TRAIN")
     used = datasets_of(cfg, *splits)
     *_, needed = used
     if not used[needed]:

@@ -216,7 +216,8 @@ class CountSkipped(HookBase):
         """Logs them, but not after a failure, when other processes may have ended already."""
         if self.trainer.iter < self.trainer.max_iter or not hasattr(self.loader, "skipped"):
             return
-        skipped: Set[str] = set().union(*comm.gather(self.loader.skipped))
+        own = self.loader.skipped | getattr(self.loader.unlabeled, "skipped", set())
+        skipped: Set[str] = set().union(*comm.gather(own))
         if skipped:
             lines = "\n".join(sorted(skipped))
             logger.warning("%d images were skipped (--skip-bad-images):\n%s", len(skipped), lines)

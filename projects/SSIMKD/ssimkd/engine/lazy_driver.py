@@ -22,10 +22,16 @@ from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import (
+    ConfigError,
+    as_config_error,
+    as_output_error,
+    as_setting_error,
+    naming_lazy_fields,
+)
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
-from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.config_keys import datasets_of, names_of, target_of, without_pretraining
@@ -43,6 +49,7 @@ from .writers import wandb_run
 logger = logging.getLogger(__name__)
 
 
+@naming_lazy_fields()
 def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
@@ -64,12 +71,14 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
-    check_image_format(cfg, student, "train", "test")
+    check_image_format(cfg, student, "train", "test", "unlabeled")
     build_teachers(student, training_classes(cfg))
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
     loader = build_train_loader(cfg)
+    if "unlabeled" in cfg.dataloader and takes_unlabeled(student):
+        add_unlabeled(cfg, loader)
     with as_setting_error("train.ddp"):
         model = create_ddp_model(student, **cfg.train.ddp)
     skip = settings.skip_nonfinite_steps
@@ -124,6 +133,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     return results
 
 
+@naming_lazy_fields()
 def build_model(cfg) -> Any:
     """The model of a LazyConfig on its device.
 
@@ -143,13 +153,34 @@ def build_train_loader(cfg) -> Any:
         return instantiate(node)
 
 
+def add_unlabeled(cfg, loader: Any) -> None:
+    """Adds the stream of `dataloader.unlabeled`, in which labels are ignored, to the training data.
+
+    Raises:
+        ConfigError: one of the two is not the call of Detectron2's own loader.
+    """
+    node, train_node = cfg.dataloader.unlabeled, cfg.dataloader.train
+    own = target_of(node) is build_detection_train_loader and isinstance(loader, ResumableLoader)
+    if not own:
+        raise ConfigError(
+            "dataloader.unlabeled: it and dataloader.train must be calls of Detectron2's "
+            "build_detection_train_loader. A loader of your own gives records without "
+            '"instances" among the others'
+        )
+    node._target_, node.worker_init_fn, node.labels = ResumableLoader, ignore_cluster_signals, False
+    node.skip_bad_images = node.get("skip_bad_images", train_node.get("skip_bad_images", False))
+    with as_setting_error("dataloader.unlabeled"):
+        loader.unlabeled = instantiate(node)
+    logger.info("%d images without labels", len(loader.unlabeled.dataset))
+
+
 def check_image_format(cfg, model: Any, *splits: str) -> None:
     """Raises ConfigError unless the mappers and the student have the same image format.
 
     Args:
         cfg (DictConfig): has a mapper for each split; a mapper without a format passes.
         model (nn.Module): a student; any other model passes.
-        splits (str): "train", "test".
+        splits (str): "train", "test", "unlabeled".
     """
     for split in splits if isinstance(model, DistillMixin) else ():
         key = f"dataloader.{split}.mapper.image_format"
@@ -162,6 +193,7 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
             )
 
 
+@naming_lazy_fields()
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = without_pretraining(cfg)

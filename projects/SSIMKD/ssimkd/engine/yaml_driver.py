@@ -8,8 +8,9 @@ import logging
 import weakref
 from typing import Any, Dict
 
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
@@ -24,7 +25,7 @@ from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
-from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.utils.compat import create_ddp_model, unwrap
 from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
@@ -58,6 +59,8 @@ class DistillTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
+        if cfg.DATASETS.UNLABELED and takes_unlabeled(model):
+            loader.unlabeled = self.build_unlabeled_loader(cfg)
         model = create_ddp_model(model, broadcast_buffers=False)
         skip = self.settings.skip_nonfinite_steps
         self._trainer = build_step_trainer(
@@ -70,6 +73,18 @@ class DistillTrainer(DefaultTrainer):
         )
         self.exporting = CallAfterTraining(self.export)
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers: int):
+        """Detectron2's, which here scales the number of images without labels as well."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:
+            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED * num_workers
+            scaled.defrost()
+            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+            if cfg.is_frozen():
+                scaled.freeze()
+        return scaled
 
     @classmethod
     def build_model(cls, cfg):
@@ -94,12 +109,20 @@ class DistillTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg):
         """Detectron2's data set, sampler and mapper, in a stream that can be resumed."""
         with as_setting_error("DATASETS, DATALOADER or INPUT"):
-            parts = _train_loader_from_config(cfg)
-        names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
-        options = {name: parts[name] for name in names}
-        options["skip_bad_images"] = cfg.DATALOADER.SKIP_BAD_IMAGES
-        options["worker_init_fn"] = ignore_cluster_signals
-        return ResumableLoader(parts["dataset"], **options)
+            return build_stream(cfg, _train_loader_from_config(cfg))
+
+    @classmethod
+    def build_unlabeled_loader(cls, cfg):
+        """The images of DATASETS.UNLABELED, by the same mapper, in a stream of the same kind."""
+        with as_setting_error("DATASETS.UNLABELED, DATALOADER or INPUT"):
+            dataset = [x for name in cfg.DATASETS.UNLABELED for x in DatasetCatalog.get(name)]
+            logger.info("%d images without labels", len(dataset))
+            sampler = TrainingSampler(len(dataset))
+            parts = _train_loader_from_config(cfg, dataset=dataset, sampler=sampler)
+            parts["total_batch_size"] = (
+                cfg.SOLVER.IMS_PER_BATCH_UNLABELED or cfg.SOLVER.IMS_PER_BATCH
+            )
+            return build_stream(cfg, parts, labels=False)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -199,6 +222,24 @@ class DistillTrainer(DefaultTrainer):
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def build_stream(cfg, parts: Dict[str, Any], **options: Any) -> ResumableLoader:
+    """The stream of what Detectron2 has prepared for its own loader.
+
+    Args:
+        cfg (CfgNode): the config.
+        parts (dict): the arguments of Detectron2's `build_detection_train_loader`.
+        options: further arguments of :class:`ResumableLoader`.
+    """
+    names = ("mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers")
+    return ResumableLoader(
+        parts["dataset"],
+        **{name: parts[name] for name in names},
+        skip_bad_images=cfg.DATALOADER.SKIP_BAD_IMAGES,
+        worker_init_fn=ignore_cluster_signals,
+        **options,
+    )
 
 
 def train(cfg, resume: bool) -> Dict[str, Any]:

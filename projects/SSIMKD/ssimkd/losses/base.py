@@ -36,6 +36,8 @@ class KDLoss(nn.Module):
 
     name: str  # set by `register_loss`
     compares: Tuple[str, ...] = ("maps",)  # or the kinds of heads that the loss can compare
+    # Images without labels take part in a loss of maps alone that does not need boxes
+    needs_boxes: bool = False
     layer: int = 0  # for the kind "cross": see `crosskd.py`
 
     def __init__(self, weight: float) -> None:

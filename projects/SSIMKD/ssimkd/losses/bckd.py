@@ -25,7 +25,8 @@ class BCKDLoss(KDLoss):
     P as in `kd`. The levels are added. The weight has a gradient in the first part only.
 
     As in the authors' code the box part takes GIoU, where the paper says IoU. It is not as in that
-    code that a level without ground truth costs nothing: P is of all levels.
+    code that a level without ground truth costs nothing: P is of all levels. Images without labels
+    take no part.
 
     Args:
         weight (float): lambda.

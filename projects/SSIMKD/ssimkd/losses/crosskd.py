@@ -30,7 +30,7 @@ class CrossKDLoss(KDLoss):
 
     The paper does not say what its sums over the whole map are divided by: here it is P as in `kd`,
     and the boxes of an anchor count as much as the teacher sees an object there, since there are
-    many more anchors than objects. FCOS's centerness takes no part.
+    many more anchors than objects. FCOS's centerness and images without labels take no part.
 
     Args:
         weight (float): lambda.

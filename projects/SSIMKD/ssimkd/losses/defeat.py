@@ -24,7 +24,8 @@ class DeFeatLoss(KDLoss):
     2021, with the masks of their code. Each ground-truth box belongs to one level, by its size. It
     covers the cells from the one of its upper left corner to the one before that of its lower right
     corner, and at least the first. All other cells of the level are background. The means are taken
-    over the cells of all images and over channels; a mean over no cells is 0.
+    over the cells of all images and over channels; a mean over no cells is 0. Images without labels
+    take no part.
 
     Two parts of the authors' method are left out: the 3 x 3 convolution that they train between the
     student's maps and this loss (MODEL.DISTILL.ADAPTER is similar), and their loss on the head.
@@ -33,6 +34,8 @@ class DeFeatLoss(KDLoss):
         weight (float): lambda.
         foreground_weight, background_weight (float): a and b, >= 0.
     """
+
+    needs_boxes = True
 
     def __init__(
         self,

@@ -23,7 +23,8 @@ class DISTLoss(KDLoss):
     "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022. Of a box head the table is
     softmax(z), (R, K + 1): a row is a proposal, a column a class or the background. Of a dense head
     it is sigmoid(z), (cells, A K), one table per level, and the levels are added. Stages of a box
-    head are added as well. The places of a column are those of the whole batch.
+    head are added as well. The places of a column are those of the whole batch, in which images
+    without labels take no part.
 
     Of a row or column that is constant, which the rounding would decide, r is not defined: it costs
     1/2 where one of the two is constant and 0 where both are. The authors add 1e-8 to the norms'

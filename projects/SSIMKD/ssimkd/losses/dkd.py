@@ -23,7 +23,8 @@ class DKDLoss(KDLoss):
     class that the student's own loss gives to the proposal, which may be the background:
     b = (p_y, 1 - p_y), and q is the softmax over all classes but y. With alpha 1 and 1 - p_y of the
     teacher in place of beta the sum is the divergence of `kd`. A box head of several stages has a
-    value for each, such as target_stage1. The ground truth is needed.
+    value for each, such as target_stage1. The ground truth is needed: images without labels take no
+    part.
 
     The logarithm of 1 - p_y is computed from the logits. The authors take it of a sum of
     probabilities, which is infinite where they are sharp.

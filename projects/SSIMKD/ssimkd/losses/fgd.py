@@ -52,7 +52,8 @@ class FGDLoss(KDLoss):
 
     Where code and paper differ, the code is followed, with one exception: it stretches the boxes of
     a padded image to the padded map, and here they stay in place. Most of the authors' configs also
-    start from the teacher's neck and head, see MODEL.DISTILL.INHERIT.
+    start from the teacher's neck and head, see MODEL.DISTILL.INHERIT. Images without labels take no
+    part.
 
     Args:
         weight (float): factor of the whole loss.
@@ -60,6 +61,8 @@ class FGDLoss(KDLoss):
         foreground, background, attention, relation (float): the paper's alpha, beta, gamma and
             lambda, for sums over elements.
     """
+
+    needs_boxes = True
 
     def __init__(
         self,

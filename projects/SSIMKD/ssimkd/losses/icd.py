@@ -163,7 +163,7 @@ class ICDLoss(KDLoss):
 
     The parts of the loss are L_distill by level, and "aux". Images are decoded one after another,
     without their padding. An image of 800 x 1333 pixels needs 1.8 GB (p2 to p6, C = 256, 100
-    queries), of which 0.3 GB stay until the backward pass.
+    queries), of which 0.3 GB stay until the backward pass. Images without labels take no part.
 
     Args:
         weight (float): lambda, for all parts.
@@ -176,6 +176,8 @@ class ICDLoss(KDLoss):
         detach_iters (int): first iterations, in which the student's maps get no gradient while
             decoder and projection learn.
     """
+
+    needs_boxes = True
 
     def __init__(
         self,

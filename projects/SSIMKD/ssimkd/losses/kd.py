@@ -42,7 +42,8 @@ class SoftTargetLoss(KDLoss):
     pixels. P is the number of anchors with an object by which a dense detector divides its own
     losses (running mean). The divergences have the gradients of cross-entropies with the teacher's
     probabilities as targets, and are 0 where both agree. A box head of several stages has a value
-    for each, such as roi_cls_stage1. No ground truth is needed.
+    for each, such as roi_cls_stage1. No ground truth is needed, but images without labels take no
+    part: the student's heads do not see them.
 
     Args:
         weight (float): lambda.

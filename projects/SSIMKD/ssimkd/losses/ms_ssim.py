@@ -13,8 +13,7 @@ from ssimkd.ssim.normalize import NORMALIZATIONS
 
 from .base import MapLoss
 
-# Below this similarity, the logarithm continues as its tangent. A smaller value would make the
-# tangent's slope, 1 / FLOOR, so steep that exp(log) becomes 0
+# The least similarity in the product of powers, whose slope grows without bound towards 0
 FLOOR = 0.1
 
 
@@ -30,10 +29,11 @@ class MSSSIMLoss(MapLoss):
     - Small maps. A further scale is used as long as its shorter side is at least the window, so
       that a map of less than two windows has one scale and its MS-SSIM is SSIM. The exponents of
       the scales used are scaled to the sum 1 (the published five have the sum 1.0001).
-    - Negative similarity, which has no real power. The product is computed as exp(sum of exponent x
-      log similarity), and below 0.1 the logarithm continues as its tangent. Where all means are at
-      least 0.1 the loss is that of Wang et al.; where one is lower, the gradient stays finite and
-      points towards similarity.
+    - Negative similarity, which has no real power. In the product no mean counts for less than 0.1,
+      and exponent x (mean - 0.1) is added for each that is lower. Where all means are at least 0.1
+      the loss is that of Wang et al.; where all are lower MS-SSIM is their mean, weighted by the
+      exponents. It grows with each mean, and one scale gives SSIM. Powers continued linearly one by
+      one would not do: the product of two negative ones is positive.
 
     Args:
         weight (float): lambda.
@@ -73,16 +73,16 @@ class MSSSIMLoss(MapLoss):
         self.scale_exponents = tuple(scale_exponents)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar in [0, 1/2) for (n, C, h, w) maps."""
+        """Scalar in [0, 1] for (n, C, h, w) maps."""
         exponents = self.exponents_for(min(student.shape[-2:]))
-        logarithm = torch.zeros_like(student[:, :, 0, 0])
-        for scale, exponent in enumerate(exponents):
+        means = []
+        for scale in range(len(exponents)):
             if scale > 0:
                 student, teacher = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (student, teacher))
             luminance = 1 if scale == len(exponents) - 1 else 0
             terms = ssim.ssim_map(student, teacher, exponents=(luminance, 1, 1), **self.options)
-            logarithm = logarithm + exponent * _log(terms.mean(dim=(2, 3)))
-        return (1 - logarithm.exp().mean()) / 2
+            means.append(terms.mean(dim=(2, 3)))
+        return (1 - combine(means, exponents).mean()) / 2
 
     def exponents_for(self, side: int) -> List[float]:
         """Exponents of the scales that a map has whose shorter side is `side` cells; sum 1."""
@@ -95,7 +95,18 @@ class MSSSIMLoss(MapLoss):
         return [exponent / sum(used) for exponent in used]
 
 
-def _log(x: Tensor) -> Tensor:
-    """log(x) down to FLOOR and its tangent there below."""
-    tangent = math.log(FLOOR) + x / FLOOR - 1
-    return torch.where(x < FLOOR, tangent, x.clamp_min(FLOOR).log())
+def combine(means: Sequence[Tensor], exponents: Sequence[float]) -> Tensor:
+    """The product of powers, continued linearly where a mean is below FLOOR.
+
+    Args:
+        means (sequence[Tensor]): of each scale, all of one shape, in [-1, 1].
+        exponents (sequence[float]): of each scale, > 0; their sum is 1.
+
+    Returns:
+        Tensor: of that shape, in [-1, 1]; it grows with each mean.
+    """
+    product, missing = torch.ones_like(means[0]), torch.zeros_like(means[0])
+    for mean, exponent in zip(means, exponents):
+        product = product * mean.clamp_min(FLOOR) ** exponent
+        missing = missing + exponent * (mean - FLOOR).clamp_max(0)
+    return product + missing

@@ -38,9 +38,13 @@ from .levels import check_channels, check_levels, match_cells, match_levels, sel
 from .responses import Answers, HeadOutputs, pair_answers
 
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
-OPTIONS = ("in_features", "level_weights", "adapter", "mask_padding", "warmup_iters")
+OPTIONS = (
+    *("in_features", "level_weights", "adapter", "mask_padding"),
+    *("warmup_iters", "cooldown_iters", "stop_iter"),
+)
 Maps = Dict[str, Tensor]
 Terms = Dict[str, Dict[str, Tensor]]
+Unlabeled = Tuple[List[Dict], Maps, Tensor]  # records, what the backbone returned, and was given
 
 
 class Distiller(nn.Module):
@@ -58,7 +62,7 @@ class Distiller(nn.Module):
             `in_features`; empty: 1.
         adapter (str): "none" or "conv1x1", a convolution to the teacher's channels for each level.
         mask_padding (bool): leave out the cells that only pad an image to the size of its batch.
-        warmup_iters (int): iterations over which the weights grow linearly from 0.
+        warmup_iters, cooldown_iters, stop_iter (int): see :func:`weight_factor`.
         loss_weight (float): factor of all losses, to balance several teachers.
 
     Raises:
@@ -76,13 +80,30 @@ class Distiller(nn.Module):
         adapter: str = "none",
         mask_padding: bool = True,
         warmup_iters: int = 0,
+        cooldown_iters: int = 0,
+        stop_iter: int = 0,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_integers(**{"MODEL.DISTILL.WARMUP_ITERS": warmup_iters})
+        self.schedule = dict(warmup=warmup_iters, cooldown=cooldown_iters, stop=stop_iter)
+        iterations = dict(
+            warmup_iters=warmup_iters, cooldown_iters=cooldown_iters, stop_iter=stop_iter
+        )
+        check_integers(**{f"MODEL.DISTILL.{k.upper()}": n for k, n in iterations.items()})
+        if cooldown_iters > stop_iter:
+            raise ConfigError(
+                f"MODEL.DISTILL.COOLDOWN_ITERS is {cooldown_iters}: it ends at STOP_ITER, which is "
+                f"{stop_iter}"
+            )
         check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
         if adapter not in ("none", "conv1x1"):
             raise ConfigError(f"MODEL.DISTILL.ADAPTER must be none or conv1x1, got {adapter!r}")
+        for loss in losses:
+            if not isinstance(loss, KDLoss):
+                raise ConfigError(
+                    "MODEL.DISTILL.LOSSES: an entry is a loss such as L(SSIMLoss)(weight=4.0), or "
+                    f"SSIMLoss() outside of a LazyConfig, got {loss!r}"
+                )
         self.losses: Any = nn.ModuleDict({loss.name: loss for loss in losses})
         if len(self.losses) < len(losses):
             raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")
@@ -92,7 +113,6 @@ class Distiller(nn.Module):
         self.in_features = list(in_features)
         self.adapter = adapter
         self.mask_padding = mask_padding
-        self.warmup_iters = warmup_iters
         self.loss_weight = float(loss_weight)
         self.adapters = nn.ModuleDict()
         self.of_maps = not losses or any("maps" in loss.compares for loss in losses)
@@ -124,6 +144,16 @@ class Distiller(nn.Module):
     def enabled(self) -> bool:
         """Whether there is anything to distil."""
         return len(self.losses) > 0
+
+    def active(self, iteration: int) -> bool:
+        """Whether there is anything to distil in this iteration."""
+        stop = self.schedule["stop"]
+        return self.enabled and not (stop and iteration >= stop)
+
+    @property
+    def takes_unlabeled(self) -> bool:
+        """Whether a loss compares the maps of images without labels."""
+        return any(learns_without_labels(loss) for loss in self.losses.values())
 
     @property
     def kinds(self) -> List[str]:
@@ -219,6 +249,7 @@ class Distiller(nn.Module):
         images: Tensor,
         preprocessing: Preprocessing,
         outputs: Optional[HeadOutputs] = None,
+        unlabeled: Optional[Unlabeled] = None,
     ) -> Dict[str, Tensor]:
         """The weighted losses of one batch. Their values by level go to the event storage, later if
         a GPU computes them; see :class:`LateLog`.
@@ -229,29 +260,47 @@ class Distiller(nn.Module):
             images (Tensor): (N, 3, H, W), what its backbone was given.
             preprocessing (Preprocessing): how the student made `images` of `batched_inputs`.
             outputs (HeadOutputs or None): of its heads, for the losses that compare them.
+            unlabeled (tuple or None): the same first three arguments of images without labels.
+                Each image counts the same in the losses of maps that need no boxes.
 
         Returns:
-            dict[str, Tensor]: "<loss>_kd_loss" -> scalar.
+            dict[str, Tensor]: "<loss>_kd_loss" -> scalar; 0 from `stop_iter` on, when the teacher
+            is not run and lies in the CPU's memory.
 
         Raises:
             ConfigError: see :meth:`build_teacher` and :meth:`match`.
         """
         iteration = get_event_storage().iter
+        if not self.active(iteration):
+            return self._ended(images.device)
         student, teacher, *answers = self.match(
             batched_inputs, student_maps, images, preprocessing, outputs
         )
         terms = self.compare(student, teacher, batched_inputs, iteration, answers)
+        if unlabeled is not None:
+            records = unlabeled[0]
+            student, teacher, *_ = self.match(*unlabeled, preprocessing)
+            more = self.compare(student, teacher, records, iteration, labeled=False)
+            terms = average_terms((terms, len(batched_inputs)), (more, len(records)))
         self.log.put(
             {f"{name}_kd/{level}": x for name, by in terms.items() for level, x in by.items()}
         )
-        ramp = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        schedule = weight_factor(iteration, **self.schedule)
         losses = {}
         for loss in self.losses.values():
             levels = terms[loss.name].items()
             weighted = [self.level_weights.get(level, 1.0) * value for level, value in levels]
-            factor = loss.weight * self.loss_weight * ramp
+            factor = loss.weight * self.loss_weight * schedule
             losses[f"{loss.name}_kd_loss"] = factor * torch.stack(weighted).sum()
         return losses
+
+    def _ended(self, device: torch.device) -> Dict[str, Tensor]:
+        """Losses of 0. DistributedDataParallel wants a gradient of every parameter all the same."""
+        if self.teacher is not None:
+            self.teacher.move(torch.device("cpu"))  # it returns by itself where pictures need it
+        nothing = [0.0 * parameter.sum() for parameter in self.parameters()]
+        zero = torch.stack([torch.zeros((), device=device), *nothing]).sum()
+        return {f"{loss.name}_kd_loss": zero for loss in self.losses.values()}
 
     def match(
         self,
@@ -313,6 +362,8 @@ class Distiller(nn.Module):
         batched_inputs: List[Dict],
         iteration: int = 0,
         answers: Sequence[Answers] = (),
+        *,
+        labeled: bool = True,
     ) -> Terms:
         """Each loss by level, not weighted.
 
@@ -322,17 +373,58 @@ class Distiller(nn.Module):
             iteration (int): of the training, from 0.
             answers (sequence[dict]): those of student and teacher, as :meth:`match` returns them;
                 (): the losses of maps alone.
+            labeled (bool): False: the losses of maps that need no boxes alone.
         """
         context = self.context(batched_inputs, iteration)
         assert self.teacher is not None
         terms = {}
         with torch.autocast(self.teacher.model.pixel_mean.device.type, enabled=False):
             for loss in self.losses.values():
+                if not (labeled or learns_without_labels(loss)):
+                    continue
                 if "maps" in loss.compares:
                     terms[loss.name] = loss(student, teacher, context)
                 elif answers:
                     terms[loss.name] = loss(*answers, context)
         return terms
+
+
+def weight_factor(iteration: int, *, warmup: int = 0, cooldown: int = 0, stop: int = 0) -> float:
+    """The factor of all weights in an iteration, in [0, 1].
+
+    It grows linearly over the first `warmup` iterations, and falls linearly to 0 over the last
+    `cooldown` iterations before `stop`.
+
+    Args:
+        iteration (int): from 0.
+        warmup, cooldown (int): numbers of iterations; 0: there is no such phase.
+        stop (int): the first iteration in which the factor is 0; 0: there is none.
+    """
+    factor = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
+    if stop:
+        factor = min(factor, max(0.0, (stop - iteration) / max(cooldown, 1)))
+    return factor
+
+
+def learns_without_labels(loss: KDLoss) -> bool:
+    """Whether a loss takes images without labels: it compares maps, and needs no boxes."""
+    return loss.compares == ("maps",) and not loss.needs_boxes
+
+
+def average_terms(*batches: Tuple[Terms, int]) -> Terms:
+    """The terms of several batches, each with its number of images, as those of one batch.
+
+    A loss that some of the batches lack is averaged over the others.
+    """
+    averaged: Terms = {}
+    for loss in batches[0][0]:
+        own = [(terms[loss], images) for terms, images in batches if loss in terms]
+        total = sum(images for _, images in own)
+        averaged[loss] = {
+            part: torch.stack([terms[part] * (images / total) for terms, images in own]).sum()
+            for part in own[0][0]
+        }
+    return averaged
 
 
 def check_compared(loss: KDLoss, heads: Dict[str, Facts]) -> None:

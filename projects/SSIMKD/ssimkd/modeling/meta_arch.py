@@ -8,7 +8,7 @@ backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn 
 import logging
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from detectron2.config import configurable
 from detectron2.modeling import (
@@ -38,6 +38,11 @@ class DistillMixin:
 
     The detector's own forward runs unchanged, and the maps are taken while it runs. Parameters keep
     the detector's names. Parameters that only the distillation needs are below `distiller.`.
+
+    A training batch may have images without labels, anywhere among the others: records without
+    "instances". The detector's forward gets the other records alone. Backbone and teacher run on
+    the images without labels as a batch of its own, so that neither kind is padded to the size of
+    the other, and the detector's losses are the same as without them.
 
     Args:
         distiller (Distiller, Distillers or None): compares the maps with those of a teacher, or of
@@ -91,35 +96,55 @@ class DistillMixin:
         """The detector's own forward; in training, its losses and those of the distillation.
 
         Args:
-            batched_inputs (list[dict]): as the detector takes it.
+            batched_inputs (list[dict]): as the detector takes it, and in training images without
+                labels.
 
         Returns:
             In training dict[str, Tensor]: the detector's losses and, for each distillation loss,
             "<loss>_kd_loss", already weighted. Otherwise what the detector returns.
         """
         distiller = self.distiller
-        if not self.training or distiller is None or not distiller.enabled:
+        if not self.training:
             return super().forward(batched_inputs)
-        self._build_missing_teachers()
-        log_gradients = self.log_gradients and get_event_storage().iter % self.log_gradients == 0
+        labeled, unlabeled = split_by_labels(batched_inputs)
+        if distiller is None or not distiller.enabled:
+            return super().forward(labeled)
+        iteration = get_event_storage().iter
+        active = [one for _, one in distillers_of(self) if one.active(iteration)]
+        self._build_missing_teachers(active)
+        log_gradients = self.log_gradients and iteration % self.log_gradients == 0
         ratio = GradientRatio() if log_gradients else None
-        kinds = [kind for _, one in distillers_of(self) for kind in one.kinds]
+        kinds = [kind for one in active for kind in one.kinds]
         maps, heads = capture_backbone(self.backbone, ratio), capture_heads(self, kinds, ratio)
         with maps as captured, heads as outputs:
-            losses = super().forward(batched_inputs)
+            losses = super().forward(labeled)
+        more = None
+        if unlabeled and any(one.takes_unlabeled for one in active):
+            with capture_backbone(self.backbone, ratio) as alone:
+                self.backbone(self.preprocess_image(unlabeled).tensor)
+            more = unlabeled, alone["maps"], alone["images"]
         kd_losses = distiller(
-            batched_inputs, captured["maps"], captured["images"], self.preprocessing, outputs
+            labeled, captured["maps"], captured["images"], self.preprocessing, outputs, more
         )
         return {**losses, **kd_losses}
 
-    def _build_missing_teachers(self) -> None:
-        if any(one.enabled and one.teacher is None for _, one in distillers_of(self)):
+    def _build_missing_teachers(self, active: List[Distiller]) -> None:
+        if any(one.teacher is None for one in active):
             logger.warning(
                 "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
                 "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
                 "train_net.py and `ssimkd train` act on them"
             )
             build_teachers(self)
+
+
+def split_by_labels(batch: List[Dict]) -> Tuple[List[Dict], List[Dict]]:
+    """The records of a batch that have "instances", and those that do not, each in their order.
+
+    A batch in which no record has them is not split: its detector learns from something else.
+    """
+    labeled = [x for x in batch if "instances" in x]
+    return (labeled, [x for x in batch if "instances" not in x]) if labeled else (batch, [])
 
 
 @contextmanager

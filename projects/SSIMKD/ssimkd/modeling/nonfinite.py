@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ssimkd.utils.random_state import preserve_random_state
 
 from .distiller import Distiller
+from .meta_arch import split_by_labels
 from .paired_maps import evaluation_mode, paired_outputs
 from .several_teachers import distillers_of
 
@@ -32,11 +33,17 @@ def explain_nonfinite(model: nn.Module, batch: List[Dict]) -> str:
         for name, distiller in distillers_of(model):
             if distiller.enabled:
                 prefix = f"{name}/" if name else ""
-                found += [prefix + text for text in nonfinite_terms(model, distiller, batch)]
+                labeled, unlabeled = split_by_labels(batch)
+                texts = [*nonfinite_terms(model, distiller, labeled)]
+                if unlabeled and distiller.takes_unlabeled:
+                    texts += nonfinite_terms(model, distiller, unlabeled, labeled=False)
+                found += [prefix + text for text in texts]
     return "; ".join(found)
 
 
-def nonfinite_terms(model: Any, distiller: Distiller, batch: List[Dict]) -> Iterator[str]:
+def nonfinite_terms(
+    model: Any, distiller: Distiller, batch: List[Dict], labeled: bool = True
+) -> Iterator[str]:
     """A text for each loss and level of one teacher that is not finite."""
     student, teacher, *answers = paired_outputs(model, distiller, batch)
     spoilt = {}  # level, or kind of head -> whose it is
@@ -44,7 +51,8 @@ def nonfinite_terms(model: Any, distiller: Distiller, batch: List[Dict]) -> Iter
         for name, given in (*maps.items(), *answered.items()):
             if not all(torch.isfinite(x).all() for x in tensors_in(given)):
                 spoilt[name] = whose
-    for loss, terms in distiller.compare(student, teacher, batch, 0, answers).items():
+    compared = distiller.compare(student, teacher, batch, 0, answers, labeled=labeled)
+    for loss, terms in compared.items():
         for level, value in terms.items():
             if not torch.isfinite(value):
                 reason = "though both sides are finite"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.teacher.preprocessing import Preprocessing
 
-from .distiller import Distiller
+from .distiller import Distiller, Unlabeled
 from .responses import HeadOutputs
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold besides the keys of TEACHER and NAME.
@@ -59,6 +59,11 @@ class Distillers(nn.ModuleDict):
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
 
+    @property
+    def takes_unlabeled(self) -> bool:
+        """Whether a loss compares the maps of images without labels."""
+        return any(distiller.takes_unlabeled for _, distiller in self.named())
+
     def attach(
         self,
         student_shapes: Dict[str, ShapeSpec],
@@ -77,13 +82,17 @@ class Distillers(nn.ModuleDict):
         images: Tensor,
         preprocessing: Preprocessing,
         outputs: Optional[HeadOutputs] = None,
+        unlabeled: Optional[Unlabeled] = None,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
                 with naming_teacher(name), get_event_storage().name_scope(name):
-                    own = distiller(batched_inputs, student_maps, images, preprocessing, outputs)
+                    more = unlabeled if distiller.takes_unlabeled else None
+                    own = distiller(
+                        batched_inputs, student_maps, images, preprocessing, outputs, more
+                    )
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 
@@ -121,6 +130,21 @@ def write_logs(model: Any) -> None:
     for name, distiller in distillers_of(model):
         with get_event_storage().name_scope(name) if name else nullcontext():
             distiller.log.write()
+
+
+def takes_unlabeled(model: Any) -> bool:
+    """Whether a model learns from images without labels: a student whose losses take them.
+
+    Raises:
+        ConfigError: it has losses, and none takes them.
+    """
+    distillers = [distiller for _, distiller in distillers_of(model) if distiller.enabled]
+    if distillers and not any(distiller.takes_unlabeled for distiller in distillers):
+        raise ConfigError(
+            "MODEL.DISTILL.LOSSES: none of them learns from images without labels; add one that "
+            "compares maps, such as ssim, or leave out DATASETS.UNLABELED (dataloader.unlabeled)"
+        )
+    return bool(distillers)
 
 
 def naming_teacher(name: str) -> ContextManager[None]:

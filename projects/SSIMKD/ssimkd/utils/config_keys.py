@@ -15,6 +15,11 @@ KEYS = {  # name -> key in a CfgNode, and in a DictConfig
     "output": ("OUTPUT_DIR", "train.output_dir"),
     "TEST": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "TRAIN": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
+    "UNLABELED": ("DATASETS.UNLABELED", "dataloader.unlabeled.dataset.names"),
+    "unlabeled batch": (
+        "SOLVER.IMS_PER_BATCH_UNLABELED",
+        "dataloader.unlabeled.total_batch_size",
+    ),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
 }
 # Backbones that load weights of their library: nodes of a CfgNode, classes of a DictConfig.
@@ -33,7 +38,7 @@ def setting(cfg: Any, name: str) -> Any:
 
 
 def names_of(cfg: Any, split: str) -> List[str]:
-    """Names of the data sets of a split, "TRAIN" or "TEST"."""
+    """Names of the data sets of a split, "TRAIN", "TEST" or "UNLABELED"."""
     names = setting(cfg, split) or []
     return list(names) if isinstance(names, (ListConfig, list, tuple)) else [names]
 
