@@ -8,7 +8,7 @@ backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn 
 import logging
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from detectron2.config import configurable
 from detectron2.modeling import (
@@ -71,6 +71,7 @@ class DistillMixin:
             distiller.attach(self.backbone.output_shape(), num_classes, self)
         self.distiller = distiller
         self.log_gradients = log_gradients
+        self.report_gradients: Optional[Callable[[Dict[str, float]], None]] = None
         self.image_format = image_format
 
     @classmethod
@@ -113,7 +114,9 @@ class DistillMixin:
         active = [one for _, one in distillers_of(self) if one.active(iteration)]
         self._build_missing_teachers(active)
         log_gradients = self.log_gradients and iteration % self.log_gradients == 0
-        ratio = GradientRatio() if log_gradients else None
+        ratio = None
+        if log_gradients or self.report_gradients:
+            ratio = GradientRatio(bool(log_gradients), self.report_gradients)
         kinds = [kind for one in active for kind in one.kinds]
         maps, heads = capture_backbone(self.backbone, ratio), capture_heads(self, kinds, ratio)
         with maps as captured, heads as outputs:
