@@ -29,7 +29,7 @@ from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import argument_parser, check_config, load_config
 from ssimkd.engine.writers import LOGGERS
-from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import build_teachers, distillers_of
 from ssimkd.utils.config_keys import datasets_of, setting
@@ -73,6 +73,11 @@ def listen() -> Remarks:
 
 def build(cfg) -> Any:
     """The student of a config with its teachers."""
+    with naming_lazy_fields(not isinstance(cfg, CfgNode)):
+        return _build(cfg)
+
+
+def _build(cfg) -> Any:
     lazy = not isinstance(cfg, CfgNode)
     model: Any = (
         lazy_driver.build_model(cfg) if lazy else yaml_driver.DistillTrainer.build_model(cfg)

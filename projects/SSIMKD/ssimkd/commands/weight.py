@@ -30,7 +30,7 @@ from detectron2.config import CfgNode, instantiate
 from tqdm import tqdm
 
 from ssimkd.engine.arguments import load_config
-from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.distiller import Distiller
 from ssimkd.modeling.several_teachers import build_distiller, distillers_of
 from ssimkd.utils.config_keys import key_of
@@ -45,7 +45,8 @@ GOOD = (5.0, 120.0)  # range of the ratios of the best weights, docs/comparison.
 def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
     """The name of each teacher of a config, and its Distiller; the name of a single one is ""."""
     lazy = not isinstance(cfg, CfgNode)
-    distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
+    with naming_lazy_fields(lazy):
+        distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
     return distillers_of(SimpleNamespace(distiller=distiller))
 
 

@@ -22,7 +22,13 @@ from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import (
+    ConfigError,
+    as_config_error,
+    as_output_error,
+    as_setting_error,
+    naming_lazy_fields,
+)
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
@@ -43,6 +49,7 @@ from .writers import wandb_run
 logger = logging.getLogger(__name__)
 
 
+@naming_lazy_fields()
 def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
@@ -125,6 +132,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     return results
 
 
+@naming_lazy_fields()
 def build_model(cfg) -> Any:
     """The model of a LazyConfig on its device.
 
@@ -184,6 +192,7 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
             )
 
 
+@naming_lazy_fields()
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = without_pretraining(cfg)

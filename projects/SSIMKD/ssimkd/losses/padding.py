@@ -35,16 +35,23 @@ class Context:
     iteration: int = 0
 
     def require_targets(self, loss: str) -> List[Instances]:
-        """The ground truth, for a loss that cannot be computed without it.
+        """The ground truth, for a loss that cannot be computed without its boxes.
 
         Raises:
-            ConfigError: the batch has none.
+            ConfigError: the batch has none, or its boxes are rotated.
         """
         if self.targets is None:
             raise ConfigError(
                 f"MODEL.DISTILL.LOSSES: {loss} needs the ground truth, and the batch has no "
                 f"instances: remove {loss}, or train on annotated images"
             )
+        for boxes in (x.get("gt_boxes") if x.has("gt_boxes") else None for x in self.targets):
+            if boxes is None or boxes.tensor.shape[-1] != 4:
+                found = "none" if boxes is None else type(boxes).__name__
+                raise ConfigError(
+                    f"MODEL.DISTILL.LOSSES: {loss} needs upright boxes (Boxes), and the instances "
+                    f"of the batch have {found}: remove {loss}"
+                )
         return self.targets
 
     def cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:

@@ -97,6 +97,12 @@ class Distiller(nn.Module):
         check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
         if adapter not in ("none", "conv1x1"):
             raise ConfigError(f"MODEL.DISTILL.ADAPTER must be none or conv1x1, got {adapter!r}")
+        for loss in losses:
+            if not isinstance(loss, KDLoss):
+                raise ConfigError(
+                    "MODEL.DISTILL.LOSSES: an entry is a loss such as L(SSIMLoss)(weight=4.0), or "
+                    f"SSIMLoss() outside of a LazyConfig, got {loss!r}"
+                )
         self.losses: Any = nn.ModuleDict({loss.name: loss for loss in losses})
         if len(self.losses) < len(losses):
             raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")

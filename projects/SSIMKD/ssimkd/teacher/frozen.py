@@ -16,6 +16,7 @@ from .preprocessing import (
     convert_channel_order,
     preprocessing_of,
     training_image_format,
+    undo,
 )
 from .spec import TeacherSpec
 
@@ -38,6 +39,7 @@ class Teacher:
 
     def __init__(self, spec: TeacherSpec, device: torch.device, kinds: Sequence[str] = ()) -> None:
         model, cfg, absent = spec.load(device)
+        spec.warn_of_ignored()
         self.heads = describe_heads(model) if kinds else {}
         self.class_names = training_classes(cfg)
         modules = [
@@ -83,16 +85,19 @@ class Teacher:
         if self.model.pixel_mean.device != images.device:
             self.model.to(images.device)
         if preprocessing != self.preprocessing:
-            images = self.preprocess(batched_inputs, preprocessing.input_format)
+            given = [x["image"] for x in batched_inputs]
+            if preprocessing.is_own:  # it may flip or blur them, so the teacher sees its results
+                given = undo(images, given, preprocessing)
+            images = self.preprocess(given, preprocessing)
         height, width = images.shape[-2:]
         return self.network(images), (height, width)
 
-    def preprocess(self, batched_inputs: List[Dict], input_format: str) -> Tensor:
-        """(N, C, H, W): images that come in `input_format`, normalised and padded for the teacher.
+    def preprocess(self, images: List[Tensor], preprocessing: Preprocessing) -> Tensor:
+        """(N, C, H, W): images in the student's format, normalised and padded for the teacher.
 
         Raises:
             ConfigError: see :func:`convert_channel_order`.
         """
-        images = [x["image"] for x in batched_inputs]
-        images = convert_channel_order(images, input_format, self.preprocessing.input_format)
+        wanted = self.preprocessing.input_format
+        images = convert_channel_order(images, preprocessing.input_format, wanted)
         return self.model.preprocess_image([{"image": image} for image in images]).tensor
