@@ -1,4 +1,4 @@
-"""The LazyConfig of the tests of faults: AdamW, adapters, weights in a loss, two kinds of images."""
+"""The LazyConfig of the tests of faults: AdamW, adapters, a trained loss, two kinds of images."""
 
 import torch
 from detectron2.config import LazyCall as L
