@@ -297,17 +297,20 @@ def test_failures_end_with_status_1_after_the_report(tmp_path, executed, monkeyp
 
 
 def test_a_failed_process_leaves_its_last_line_and_no_record(tmp_path):
-    run = compare_runs.Run(tmp_path / "run", compare.VANILLA, ("MODEL.WEIGHTS", "no.pth"))
+    run = compare_runs.Run(
+        tmp_path / "run", compare.EXPERIMENTS["shapes"].vanilla, ("MODEL.WEIGHTS", "no.pth")
+    )
     assert compare_runs.execute(run).startswith("exit status 1: error: MODEL.WEIGHTS: ")
     assert run.record() is None and os.listdir(tmp_path) == ["run"]
     assert "no.pth" in (run.folder / "output.txt").read_text()
 
 
 def test_the_command_trains_compares_and_writes_its_files(tmp_path, few_shapes):
+    shapes = compare.EXPERIMENTS["shapes"]
     command = [sys.executable, "benchmarks/compare.py", "--methods", "vanilla", "ssim"]
     command += ["--seeds", "1", "--budget", "3", "--search-seeds", "--timing-rounds", "1"]
     command += ["--timing-iters", "3", "--jobs", "2", "--out", str(tmp_path), "--"]
-    command += ["SOLVER.IMS_PER_BATCH", "2", *compare.SEARCH_DATA]
+    command += ["SOLVER.IMS_PER_BATCH", "2", *shapes.search_train, *shapes.search_test]
     env = {**os.environ, "DETECTRON2_DATASETS": few_shapes}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
