@@ -258,9 +258,9 @@ def write_report(
     text.append(
         "AP is box AP in percent on the validation images, as mean +- sample standard deviation "
         f"over seeds. Differences to {table[0]['reference']} are paired by seed. Each 95 % "
-        "interval (Student's t) holds for one comparison. Seconds per iteration include the data and were "
-        "measured with one thread. The peak memory is that of the GPU if one is used, and else "
-        "that of the process. Both are medians of runs that had the machine for themselves."
+        "interval (Student's t) holds for one comparison. Seconds per iteration include the data "
+        "and were measured with one thread. The peak memory is that of the GPU if one is used, and "
+        "else that of the process. Both are medians of runs that had the machine for themselves."
     )
     text += [searched] if searched else []
     command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
