@@ -99,8 +99,10 @@ def test_what_the_whole_run_costs():
 
 
 def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
-    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10)
+    opts = ("SOLVER.IMS_PER_BATCH_UNLABELED", 8, "MODEL.DISTILL.STOP_ITER", 5)
+    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10, *opts)
     short = check.short(cfg, "folder", iterations=20, num_gpus=8)
     assert short.SOLVER.IMS_PER_BATCH == 2 and short.SOLVER.BASE_LR == 0.0
+    assert short.SOLVER.IMS_PER_BATCH_UNLABELED == 1 and short.MODEL.DISTILL.STOP_ITER == 0
     assert short.DATASETS.TEST == () and short.VIS_PERIOD == 0 and short.OUTPUT_DIR == "folder"
     assert cfg.SOLVER.IMS_PER_BATCH == 16  # the given one stays

@@ -76,12 +76,15 @@ class DistillTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers: int):
-        """Detectron2's, which here scales the number of images without labels as well."""
+        """Detectron2's, which here scales this project's images and iterations as well."""
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
-            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED * num_workers
+            scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
             scaled.defrost()
-            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED
+            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images * scale)
+            for key in ("WARMUP_ITERS", "COOLDOWN_ITERS", "STOP_ITER"):
+                scaled.MODEL.DISTILL[key] = round(cfg.MODEL.DISTILL[key] / scale)
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled

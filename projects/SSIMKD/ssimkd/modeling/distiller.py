@@ -291,7 +291,7 @@ class Distiller(nn.Module):
 
     def _ended(self, device: torch.device) -> Dict[str, Tensor]:
         """Losses of 0. DistributedDataParallel wants a gradient of every parameter all the same."""
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher.model.pixel_mean.device.type != "cpu":
             self.teacher.model.to("cpu")  # it returns by itself where pictures need it
         nothing = [0.0 * parameter.sum() for parameter in self.parameters()]
         zero = torch.stack([torch.zeros((), device=device), *nothing]).sum()
