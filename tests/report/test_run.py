@@ -86,6 +86,16 @@ def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):
     assert run.notes == [f"Line 4 of {tmp_path / 'metrics.json'} is not JSON and was skipped."]
 
 
+def test_the_training_is_described_with_its_images_without_labels(write, tmp_path):
+    logged = {"iteration": 9, "total_loss": 1, "ssim_kd_loss": 1}
+    (tmp_path / "metrics.json").write_text(json.dumps(logged))
+    data = ("DATASETS.TRAIN", ("a[:10%]",), "DATASETS.UNLABELED", ("b", "c"))
+    expected = "a[:10%], and without labels b, c, 10 iterations of 4 + {} images"
+    for size, found in ((0, 4), (2, 2)):
+        opts = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.IMS_PER_BATCH_UNLABELED", size)
+        assert write(*data, *opts).trained == expected.format(found)
+
+
 def test_a_record_has_every_command_and_no_end_for_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", "a b.yaml"])
     with record_run(str(tmp_path)):

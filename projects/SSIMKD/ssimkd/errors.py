@@ -90,12 +90,15 @@ LAZY_FIELDS = {
     "MODEL.DISTILL.TEACHER.LOSS_WEIGHT": "model.distiller.loss_weight",
     "MODEL.DISTILL.TEACHERS": "model.distiller",
     "DATASETS.COCO": "datasets.coco",
+    "DATASETS.UNLABELED": "dataloader.unlabeled",
     "DATASETS.NUM_CLASSES_FROM_DATA": "datasets.num_classes_from_data",
     "DATALOADER.SKIP_BAD_IMAGES": "dataloader.train.skip_bad_images",
 }
 YAML_KEY = re.compile(
     r"\b(MODEL\.DISTILL|DATASETS|DATALOADER)(\.[A-Z_0-9]+)+\b|(?<![\w.])(\.OPTS|\.CONFIG|\.TEACHERS|TEACHER\.\w+|IN_FEATURES"
-    r"|LEVEL_WEIGHTS|ADAPTER|LOSSES|WARMUP_ITERS|" + "|".join(TRAIN_KEYS) + r")\b"
+    r"|LEVEL_WEIGHTS|ADAPTER|LOSSES|(?:WARMUP|COOLDOWN)_ITERS|STOP_ITER|"
+    + "|".join(TRAIN_KEYS)
+    + r")\b"
 )
 
 

@@ -76,12 +76,15 @@ class DistillTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers: int):
-        """Detectron2's, which here scales the number of images without labels as well."""
+        """Detectron2's, which here scales this project's images and iterations as well."""
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
-            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED * num_workers
+            scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
             scaled.defrost()
-            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED
+            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images * scale)
+            for key in ("WARMUP_ITERS", "COOLDOWN_ITERS", "STOP_ITER"):
+                scaled.MODEL.DISTILL[key] = round(cfg.MODEL.DISTILL[key] / scale)
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled
@@ -101,6 +104,11 @@ class DistillTrainer(DefaultTrainer):
             raise ConfigError(
                 f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
                 "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
+            )
+        if not node.LOSSES and any("LOSSES" in entry for entry in node.TEACHERS):
+            raise ConfigError(
+                "MODEL.DISTILL.LOSSES is (), which switches off every teacher, and an entry of "
+                "MODEL.DISTILL.TEACHERS names LOSSES: name losses in the first, or TEACHERS []"
             )
         build_teachers(model, training_classes(cfg))
         return model
@@ -168,6 +176,7 @@ class DistillTrainer(DefaultTrainer):
 
         return build_hooks(
             model=model,
+            clipped=cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
             loader=self.data_loader,
             checkpointer=self.checkpointer,
             scheduler=self.scheduler,
@@ -242,18 +251,20 @@ def build_stream(cfg, parts: Dict[str, Any], **options: Any) -> ResumableLoader:
     )
 
 
-def train(cfg, resume: bool) -> Dict[str, Any]:
+def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     """Trains a YAML config.
 
     Args:
         cfg (CfgNode): the config, with `MODEL.DISTILL`.
         resume (bool): go on from the last checkpoint in `cfg.OUTPUT_DIR`.
+        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
         trainer = DistillTrainer(cfg)
+        trainer.settings.iterations = planned or trainer.max_iter
         trainer.resume_or_load(resume=resume)
         if not resume:
             trainer.checkpointer.move_earlier_checkpoints()

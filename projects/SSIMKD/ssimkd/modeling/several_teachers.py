@@ -142,7 +142,7 @@ def takes_unlabeled(model: Any) -> bool:
     if distillers and not any(distiller.takes_unlabeled for distiller in distillers):
         raise ConfigError(
             "MODEL.DISTILL.LOSSES: none of them learns from images without labels; add one that "
-            "compares maps, such as ssim, or leave out DATASETS.UNLABELED (dataloader.unlabeled)"
+            "compares maps, such as ssim, or leave out DATASETS.UNLABELED"
         )
     return bool(distillers)
 

@@ -154,10 +154,14 @@ class Run:
         """Describes the training: data sets, iterations, batch size and minutes."""
         if self.record and not self.training:
             return "nothing: the run was only evaluated"
-        words = ", ".join(names_of(self.cfg, "TRAIN"))
+        words, images = ", ".join(names_of(self.cfg, "TRAIN")), str(setting(self.cfg, "batch"))
+        unlabeled = names_of(self.cfg, "UNLABELED")
+        if unlabeled and any("_kd_loss" in name for name in self.scalars):
+            words += f", and without labels {', '.join(unlabeled)}"
+            images += f" + {setting(self.cfg, 'unlabeled batch') or images}"
         iterations = self.scalars.get("total_loss", ([], []))[0]
         if iterations:
-            words += f", {iterations[-1] + 1} iterations of {setting(self.cfg, 'batch')} images"
+            words += f", {iterations[-1] + 1} iterations of {images} images"
         if self.training and all(e["ended"] for e in self.training):
             time = datetime.fromisoformat
             seconds = sum(
