@@ -50,12 +50,23 @@ def test_a_good_pair(run_check):
 
 
 def test_a_lazy_pair(run_check):
-    opts, flags = ("+model.distiller.warmup_iters=1000",), ("--iterations", "6")
+    opts = ("+model.distiller.warmup_iters=1000", "train.max_iter=1000")
+    flags = ("--iterations", "6")
     status, rows = run_check(LAZY, *opts, flags=flags)
     assert status == 0
     assert ("level p5", "64 channels -> p5, 64; stride 32") in rows
     assert shares(rows)["ssim_kd_loss"] > 50
-    assert " for 4 iterations" in dict(rows)["time"]
+    assert " for 1000 iterations" in dict(rows)["time"]
+
+
+def test_a_weight_that_drowns_the_detector_and_a_ramp_that_never_ends_are_status_1(run_check):
+    opts = ("SOLVER.IMS_PER_BATCH", "2", "MODEL.DISTILL.WARMUP_ITERS", "5000")
+    opts += ("MODEL.DISTILL.SSIM.WEIGHT", "1e4", "SOLVER.CLIP_GRADIENTS.ENABLED", "False")
+    status, rows = run_check(YAML, *opts, flags=("--iterations", "5"))
+    ramp, share = [text for name, text in rows if name == "WARNING"]
+    assert status == 1
+    assert ramp.startswith("MODEL.DISTILL.WARMUP_ITERS is 5000, and the run has 1000 iterations")
+    assert "times the detector's own at the start" in share
 
 
 def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):

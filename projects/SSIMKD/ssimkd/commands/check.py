@@ -28,6 +28,7 @@ from detectron2.utils.logger import setup_logger
 from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import argument_parser, check_config, load_config
+from ssimkd.engine.preflight import warn_of_settings
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.meta_arch import image_format_of
@@ -87,6 +88,9 @@ def _build(cfg) -> Any:
         build_teachers(model, training_classes(cfg))
     if not any(distiller.enabled for _, distiller in distillers_of(model)):
         raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
+    for name, distiller in distillers_of(model):
+        if distiller.enabled:
+            warn_of_settings(name, distiller, setting(cfg, "iterations"))
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
     return model
 
@@ -157,7 +161,8 @@ def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float
     """Runs the short training and returns the last metrics that Detectron2 logged."""
     run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.train
     try:
-        run(short(cfg, folder, iterations, num_gpus), resume=False)
+        planned = setting(cfg, "iterations")
+        run(short(cfg, folder, iterations, num_gpus), resume=False, planned=planned)
     except FloatingPointError as error:
         raise ConfigError(str(error)) from error
     return json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-1])
@@ -197,7 +202,7 @@ def main(words: Optional[Sequence[str]] = None) -> None:
         rows = list(pair_rows(build(cfg)))
         iterations = setting(cfg, "iterations")  # those of the long run
         metrics = measure(cfg, folder, args.iterations, args.num_gpus)
-    rows += [*remarks.rows(), *cost_rows(metrics, iterations)]
+    rows += [*dict.fromkeys(remarks.rows()), *cost_rows(metrics, iterations)]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     sys.exit(any(name == "WARNING" for name, _ in rows))

@@ -11,17 +11,23 @@ from torch import nn
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import describe_error, is_user_error
+from ssimkd.modeling.meta_arch import DistillMixin
+from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
 from .preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
+# Of the two gradients in the first iteration, when that of a new detector's heads is small. On the
+# Shapes data SSIM's weight of 4 gives 15
+MOST_RATIO = 1000.0
 RUNNING = ("loss_normalizer",)  # training changes these attributes; state_dict leaves them out
 
 
 def build_hooks(
     *,
     model: nn.Module,
+    clipped: bool,
     loader: Any,
     checkpointer: RunCheckpointer,
     scheduler: Any,
@@ -38,6 +44,7 @@ def build_hooks(
 
     Args:
         model (nn.Module): without DistributedDataParallel around it.
+        clipped (bool): whether the gradients are clipped.
         loader (ResumableLoader or iterable): the training data.
         checkpointer (RunCheckpointer): writes a checkpoint when the run is stopped.
         scheduler (LRScheduler or ParamScheduler): sets the learning rate.
@@ -60,6 +67,7 @@ def build_hooks(
         export,  # the student must be written even if the last evaluation fails
         StopOnSignal(resume.collect, checkpointer),
         CountSkipped(loader),
+        WarnOfShare(model) if isinstance(model, DistillMixin) and not clipped else None,
         pictures,
         EvalHook(eval_period, test),
         hooks.PeriodicWriter(build_writers(), period=log_period) if main else None,
@@ -125,6 +133,42 @@ class ExactResume(HookBase):
             self.loader.load_state_dict(state["data"])
         else:
             logger.warning("The training data starts anew: this resume is not exact")
+
+
+class WarnOfShare(HookBase):
+    """Warns after the first iteration of a run if the distillation drowns the detector's losses.
+
+    Where gradients are clipped a large share does little harm (docs/comparison.md).
+
+    Args:
+        model (DistillMixin): without DistributedDataParallel around it.
+    """
+
+    def __init__(self, model: DistillMixin) -> None:
+        self.model = model
+        self.measured: Dict[str, float] = {}
+
+    def before_step(self) -> None:
+        """Lets the student measure the two gradients in the first iteration."""
+        if self.trainer.iter == 0:
+            self.model.report_gradients = self.measured.update
+
+    def after_step(self) -> None:
+        """Warns."""
+        if self.trainer.iter > 0:
+            return
+        self.model.report_gradients = None
+        warmup = [one.schedule["warmup"] for _, one in distillers_of(self.model)]
+        ratio = self.measured.get("gradient_ratio", 0.0) * max(1, *warmup, 1)
+        if ratio > MOST_RATIO:
+            logger.warning(
+                "The distillation's gradient is %.3g times the detector's own at the start, %.2f "
+                "%% of both, and gradients are not clipped: the detector hardly learns. Lower the "
+                "losses' WEIGHT (`ssimkd weight` proposes one), or set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED (.yaml)",
+                ratio,
+                100 * ratio / (1 + ratio),
+            )
 
 
 class CallAfterTraining(HookBase):

@@ -50,23 +50,25 @@ logger = logging.getLogger(__name__)
 
 
 @naming_lazy_fields()
-def train(cfg, resume: bool) -> Dict[str, Any]:
+def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
     Args:
         cfg (DictConfig): the config.
         resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
+        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(read_settings(cfg).wandb_project, cfg.train.output_dir):
-        return _train(cfg, resume)
+        return _train(cfg, resume, planned)
 
 
-def _train(cfg, resume: bool) -> Dict[str, Any]:
+def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
+    settings.iterations = planned or settings.iterations
     student = build_model(without_pretraining(cfg) if cfg.train.init_checkpoint else cfg)
     if comm.is_main_process():
         warn_unless_exportable(original)
@@ -106,6 +108,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     trainer.register_hooks(
         build_hooks(
             model=student,
+            clipped=False,  # a step of Detectron2's LazyConfig does not clip
             loader=loader,
             checkpointer=checkpointer,
             scheduler=scheduler,

@@ -105,6 +105,11 @@ class DistillTrainer(DefaultTrainer):
                 f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
                 "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
             )
+        if not node.LOSSES and any("LOSSES" in entry for entry in node.TEACHERS):
+            raise ConfigError(
+                "MODEL.DISTILL.LOSSES is (), which switches off every teacher, and an entry of "
+                "MODEL.DISTILL.TEACHERS names LOSSES: name losses in the first, or TEACHERS []"
+            )
         build_teachers(model, training_classes(cfg))
         return model
 
@@ -171,6 +176,7 @@ class DistillTrainer(DefaultTrainer):
 
         return build_hooks(
             model=model,
+            clipped=cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
             loader=self.data_loader,
             checkpointer=self.checkpointer,
             scheduler=self.scheduler,
@@ -244,18 +250,20 @@ def build_stream(cfg, parts: Dict[str, Any], **options: Any) -> ResumableLoader:
     )
 
 
-def train(cfg, resume: bool) -> Dict[str, Any]:
+def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     """Trains a YAML config.
 
     Args:
         cfg (CfgNode): the config, with `MODEL.DISTILL`.
         resume (bool): go on from the last checkpoint in `cfg.OUTPUT_DIR`.
+        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
         trainer = DistillTrainer(cfg)
+        trainer.settings.iterations = planned or trainer.max_iter
         trainer.resume_or_load(resume=resume)
         if not resume:
             trainer.checkpointer.move_earlier_checkpoints()

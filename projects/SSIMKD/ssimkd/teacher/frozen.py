@@ -13,6 +13,7 @@ from .heads import describe_heads, keep_modules, modules_of
 from .network import TeacherNetwork
 from .preprocessing import (
     Preprocessing,
+    check_undone,
     convert_channel_order,
     preprocessing_of,
     training_image_format,
@@ -57,6 +58,7 @@ class Teacher:
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         keep_modules(model, ["backbone", *modules])
         self.model = model
+        self.checked = False  # whether the images of a user's own preprocessing can be undone
         self.network = TeacherNetwork(model.backbone, device, spec.precision, spec.compile)
 
     def __deepcopy__(self, memo) -> "Teacher":
@@ -87,7 +89,10 @@ class Teacher:
         if preprocessing != self.preprocessing:
             given = [x["image"] for x in batched_inputs]
             if preprocessing.is_own:  # it may flip or blur them, so the teacher sees its results
-                given = undo(images, given, preprocessing)
+                undone = undo(images, given, preprocessing)
+                if not self.checked:
+                    check_undone(undone, given, preprocessing)
+                given, self.checked = undone, True
             images = self.preprocess(given, preprocessing)
         height, width = images.shape[-2:]
         return self.network(images), (height, width)

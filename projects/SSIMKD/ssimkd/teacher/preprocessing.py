@@ -96,13 +96,18 @@ def undo(images: Tensor, given: List[Tensor], preprocessing: Preprocessing) -> L
 
     Returns:
         list[Tensor]: (C, h, w) each, in the units of those given.
+    """
+    mean, std = (images.new_tensor(x)[:, None, None] for x in preprocessing[2:4])
+    return [x[:, : y.shape[-2], : y.shape[-1]] * std + mean for x, y in zip(images, given)]
+
+
+def check_undone(undone: List[Tensor], given: List[Tensor], preprocessing: Preprocessing) -> None:
+    """Checks what :func:`undo` returns. It waits for a GPU, so once is enough.
 
     Raises:
         ConfigError: images have become smaller, or are not normalised by mean and std alone.
     """
-    mean, std = (images.new_tensor(x)[:, None, None] for x in preprocessing[2:4])
-    cut = [x[:, : y.shape[-2], : y.shape[-1]] * std + mean for x, y in zip(images, given)]
-    for found, before in zip(cut, given):
+    for found, before in zip(undone, given):
         before = before.to(found)
         same_size = found.shape == before.shape
         # a flip keeps the deviation, and other changes of colour and place nearly do
@@ -112,7 +117,6 @@ def undo(images: Tensor, given: List[Tensor], preprocessing: Preprocessing) -> L
                 "values by more than pixel_mean and pixel_std, so the teacher cannot be shown "
                 "what the student sees: do this in the mapper"
             )
-    return cut
 
 
 def image_format_of(detector: Any) -> str:
