@@ -1,25 +1,29 @@
 #!/usr/bin/env python
-r"""Compares the losses on the Shapes data with equal budgets, seeds and searches of the weight.
+r"""Compares the losses with equal budgets, seeds and searches of the weight.
 
     python benchmarks/compare.py                                # every loss, as `make compare` does
     python benchmarks/compare.py --methods vanilla ssim l2 --seeds 1 2 3 --budget 500
     python benchmarks/compare.py --ablation window sigma        # variants of ssim, one change each
     python benchmarks/compare.py --methods ssim ssim:SSIM.BORDER=zero:WARMUP_ITERS=100 "ssim:*0.5"
     python benchmarks/compare.py --methods ssim dist ssim+dist  # two losses at once
+    python benchmarks/compare.py --on photos --methods vanilla "vanilla:*1.3" ssim --budget 1200
     python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda  # overrides for every run
 
 Finished runs are not repeated when the command is started again. With --records
 docs/comparison/records.json, the runs that this project has published are not repeated either.
 
-Every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml). The method
-ssim:*0 starts with them and distils nothing. Each weight is searched as follows. Short runs with
-the default weight measure the gradients. The search starts at the weight whose gradient at the maps
-is nearest to RATIO times the detector's. It tries factors of four around it, and goes on while the
-best weight is at an edge. The students of the search train at the shortest budget and are evaluated
-on a fifth of the training images, which they do not see. Variants of --ablation take the weight of
-ssim. In ssim+dist, ssim has the weight of its own search, and the search of dist starts at the
-weight that is best for dist alone. Differences are taken to ssim, or to the first of --methods if
-ssim is not among them.
+The data are Shapes or, with --on photos, BCCD, whose teacher configs/photos/teacher.yaml trains.
+On Shapes every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml);
+the method ssim:*0 starts with them and distils nothing. vanilla:*1.3 trains 1.3 times as long.
+
+Each weight is searched as follows. Short runs with the default weight measure the gradients. The
+search starts at the weight whose gradient at the maps is nearest to RATIO times the detector's. It
+tries factors of four around it, and goes on while the best weight is at an edge. The students of
+the search train at the shortest budget. They are evaluated on BCCD's validation images, or on a
+fifth of the training images of Shapes, which they do not see. Variants of --ablation take the
+weight of ssim. In ssim+dist, ssim has the weight of its own search, and the search of dist starts
+at the weight that is best for dist alone. Differences are taken to ssim, or to the first of
+--methods if ssim is not among them.
 
 The folder --out then holds table.md, plot.png and records.json (every finished run, for --records).
 """
@@ -38,12 +42,11 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import compare_report as report
 from compare_methods import (
     ABLATIONS,
-    DISTILLED,
+    EXPERIMENTS,
     HEADS,
     PLAIN,
     REFERENCE,
     ROOT,
-    VANILLA,
     Method,
     default_weight,
     parse_method,
@@ -59,10 +62,6 @@ RATIO = 8.0  # ratio of the gradients, as in `ssimkd weight`
 PROBE_ITERS = 100
 # icd has no gradient at the maps before its DETACH_ITERS.
 PROBE = ("MODEL.DISTILL.LOG_GRADIENTS", "10", "MODEL.DISTILL.ICD.DETACH_ITERS", "0")
-SEARCH_DATA = (
-    "DATASETS.TRAIN", "('ssimkd_shapes_search_train',)",
-    "DATASETS.TEST", "('ssimkd_shapes_search_val',)",
-)  # fmt: skip
 NO_EVALUATION = ("DATASETS.TEST", "()")
 
 
@@ -85,19 +84,20 @@ class Comparison:
     """The runs of a comparison. `runner.failed` has those that failed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.runner = args, Runner()
+        self.args, self.runner, self.on = args, Runner(), EXPERIMENTS[args.on]
         self.found: Dict[str, float] = {}  # name of a method -> the weight that its search chose
 
     def plan(
         self, kind: str, method: Method, weight: float, iters: int, seed: int, opts: Sequence[str]
     ) -> Run:
         """A run of `iters` iterations in `<out>/<kind>/<method>-w<weight>/seed<seed>`."""
-        name, config = method.name, VANILLA
+        name, config = method.name, self.on.vanilla
+        iters = iters if method.loss else round(iters * method.factor)
         settings = ["SEED", seed, "SOLVER.MAX_ITER", iters, "SOLVER.WARMUP_ITERS", iters // 10]
         last_quarter, last_tenth = iters - max(2, iters // 4), iters - max(1, iters // 10)
         settings += ["SOLVER.STEPS", (last_quarter, last_tenth)]
         if method.loss:
-            name, config = f"{method.name}-w{weight:g}", DISTILLED
+            name, config = f"{method.name}-w{weight:g}", self.on.distilled
             weights = {method.loss: weight}
             if method.partner:
                 partner = method.partner
@@ -110,7 +110,7 @@ class Comparison:
 
     def probe(self, methods: Sequence[Method]) -> Dict[str, float]:
         """Name of a method -> the weight where its search starts."""
-        seed, opts = self.args.search_seeds[0], (*SEARCH_DATA[:2], *NO_EVALUATION, *PROBE)
+        seed, opts = self.args.search_seeds[0], (*self.on.search_train, *NO_EVALUATION, *PROBE)
         runs = {
             method: self.plan("probe", method, default_weight(method.loss), PROBE_ITERS, seed, opts)
             for method in methods
@@ -138,6 +138,7 @@ class Comparison:
     ) -> Dict[str, Dict[float, float]]:
         """Name of a method -> weight -> AP on the held-out images, or -inf if a run failed."""
         iters, seeds = min(self.args.budget), self.args.search_seeds
+        data = (*self.on.search_train, *self.on.search_test)
         scores: Dict[str, Dict[float, float]] = {}
         todo = {}
         for method in methods:
@@ -146,8 +147,7 @@ class Comparison:
         while any(todo.values()):
             runs = {
                 (method, weight): [
-                    self.plan(f"search{iters}", method, weight, iters, seed, SEARCH_DATA)
-                    for seed in seeds
+                    self.plan(f"search{iters}", method, weight, iters, seed, data) for seed in seeds
                 ]
                 for method, weights in todo.items()
                 for weight in weights
@@ -155,7 +155,7 @@ class Comparison:
             self.runner.finish(chain(*runs.values()), "search", self.args.jobs)
             for (method, weight), of_seeds in runs.items():
                 records = [run.record() for run in of_seeds]
-                found = [metrics_of(record)["AP"] for record in records if record]
+                found = [metrics_of(record["bbox"])["AP"] for record in records if record]
                 complete = len(found) == len(seeds)
                 scores.setdefault(method.name, {})[weight] = mean(found) if complete else -math.inf
             todo = {method: next_weights(scores[method.name]) for method in methods}
@@ -164,7 +164,9 @@ class Comparison:
     def compare(self, weights: Dict[Method, float]) -> List[Dict[str, Any]]:
         """A row for each finished run; see compare_report.py."""
         runs = {
-            (budget, seed, method): self.plan(str(budget), method, weight, budget, seed, ())
+            (budget, seed, method): self.plan(
+                str(budget), method, weight, budget, seed, self.on.test
+            )
             for budget in self.args.budget
             for seed in self.args.seeds
             for method, weight in weights.items()
@@ -173,9 +175,11 @@ class Comparison:
         rows = []
         for (budget, seed, method), run in runs.items():
             record = run.record()
-            if record:
-                row = {"budget": budget, "method": method.name, "weight": weights[method]}
-                rows.append({**row, "seed": seed, **metrics_of(record), **origin_of(record)})
+            if not record:
+                continue
+            row = {"budget": budget, "method": method.name, "weight": weights[method], "seed": seed}
+            for data, bbox in record.get("by_dataset", {"": record["bbox"]}).items():
+                rows.append({**row, "data": data, **metrics_of(bbox), **origin_of(record)})
         return rows
 
     def measure(self, weights: Dict[Method, float]) -> List[Dict[str, Any]]:
@@ -196,9 +200,9 @@ class Comparison:
         return rows
 
 
-def metrics_of(record: Dict[str, Any]) -> Dict[str, float]:
+def metrics_of(bbox: Dict[str, Any]) -> Dict[str, float]:
     """AP, AP50 and AP75 in percent. Detectron2 has no number if nothing was detected."""
-    return {metric: record["bbox"][metric] or 0.0 for metric in report.METRICS}
+    return {metric: bbox[metric] or 0.0 for metric in report.METRICS}
 
 
 def origin_of(record: Dict[str, Any]) -> Dict[str, str]:
@@ -246,17 +250,17 @@ def write_report(
     out: Path, rows: List[Dict[str, Any]], solo: List[Dict[str, Any]], searched: str
 ) -> str:
     """Writes table.md and plot.png; returns the text of table.md."""
-    table = report.summarise(rows, solo)
     text = []
-    for budget in sorted({row["budget"] for row in rows}):
-        part = [row for row in table if row["budget"] == budget]
-        text += [f"### {budget} iterations", report.markdown(part)]
+    for budget, data in dict.fromkeys((row["budget"], row["data"]) for row in rows):
+        part = [row for row in rows if (row["budget"], row["data"]) == (budget, data)]
+        table = report.summarise(part, solo)
+        text += [f"### {budget} iterations{data and ', '}{data}", report.markdown(table)]
     text.append(
-        "AP is box AP in percent on ssimkd_shapes_val, as mean +- sample standard deviation over "
-        f"seeds. Differences to {table[0]['reference']} are paired by seed. Each 95 % interval "
-        "(Student's t) holds for one comparison. Seconds per iteration include the data and were "
-        "measured with one thread. The peak memory is that of the GPU if one is used, and else "
-        "that of the process. Both are medians of runs that had the machine for themselves."
+        "AP is box AP in percent on the validation images, as mean +- sample standard deviation "
+        f"over seeds. Differences to {table[0]['reference']} are paired by seed. Each 95 % "
+        "interval (Student's t) holds for one comparison. Seconds per iteration include the data "
+        "and were measured with one thread. The peak memory is that of the GPU if one is used, and "
+        "else that of the process. Both are medians of runs that had the machine for themselves."
     )
     text += [searched] if searched else []
     command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
@@ -265,7 +269,8 @@ def write_report(
     )
     text.append(f"`{command}`, commit {code}, on {where}")
     (out / "table.md").write_text("\n\n".join(text) + "\n")
-    report.plot(rows, out / "plot.png")
+    last = rows[-1]["data"]
+    report.plot([row for row in rows if row["data"] == last], out / "plot.png")
     return "\n\n".join(text)
 
 
@@ -285,7 +290,13 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--methods", nargs="+", default=[], help="vanilla or [LOSS+]LOSS[:KEY=VALUE|:*FACTOR]...")
+    add("--on", choices=EXPERIMENTS, default="shapes", help="which configs and data")
+    add(
+        "--methods",
+        nargs="+",
+        default=[],
+        help="vanilla[:*FACTOR] or [LOSS+]LOSS[:KEY=VALUE|:*FACTOR]...",
+    )
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help="variants of ssim")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of every method")
     add("--budget", type=int, nargs="+", default=[500], help="iterations; each makes a table")
@@ -303,9 +314,10 @@ def main() -> None:
     """Runs the script."""
     args = parse_args()
     with exit_in_one_line():
-        load_config(str(ROOT / VANILLA), args.opts)
+        load_config(str(ROOT / EXPERIMENTS[args.on].vanilla), args.opts)
         methods = select(args)
-        DatasetCatalog.get("ssimkd_shapes_val")  # draws the images before several processes do
+        if args.on == "shapes":  # draws the images before several processes do
+            DatasetCatalog.get("ssimkd_shapes_val")
         comparison, out = Comparison(args), Path(args.out).resolve()
         if args.records:
             restore(args.records, out)

@@ -1,5 +1,6 @@
 """The methods of compare.py: every registered loss, and variants of it."""
 
+import math
 from pathlib import Path
 from typing import List, NamedTuple, Tuple
 
@@ -11,7 +12,6 @@ from ssimkd.losses import build_loss
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, REFERENCE = "vanilla", "ssim"
 HEADS = f"{REFERENCE}:*0"  # starts with the teacher's heads and distils nothing
-VANILLA, DISTILLED = "configs/shapes/vanilla.yaml", "configs/shapes/compare.yaml"
 # Each variant changes one key of MODEL.DISTILL, or multiplies the weight by a factor.
 ABLATIONS = {
     "components": [
@@ -37,6 +37,38 @@ ABLATIONS = {
 }
 
 
+class Experiment(NamedTuple):
+    """What --on names: two configs and their data.
+
+    Attributes:
+        vanilla, distilled (str): paths of the configs without and with a teacher.
+        search_train, search_test (tuple[str]): overrides for the runs that search the weights.
+        test (tuple[str]): overrides for the runs of the table.
+    """
+
+    vanilla: str
+    distilled: str
+    search_train: Tuple[str, ...] = ()
+    search_test: Tuple[str, ...] = ()
+    test: Tuple[str, ...] = ()
+
+
+EXPERIMENTS = {
+    "shapes": Experiment(
+        "configs/shapes/vanilla.yaml",
+        "configs/shapes/compare.yaml",
+        search_train=("DATASETS.TRAIN", "('ssimkd_shapes_search_train',)"),
+        search_test=("DATASETS.TEST", "('ssimkd_shapes_search_val',)"),
+    ),
+    "photos": Experiment(
+        "configs/photos/vanilla.yaml",
+        "configs/photos/ssimkd.yaml",
+        search_test=("DATASETS.TEST", "('bccd_val',)"),
+        test=("DATASETS.TEST", "('bccd_test','bccd_val_test')"),
+    ),
+}
+
+
 class Method(NamedTuple):
     """The training of one row of the table.
 
@@ -45,7 +77,7 @@ class Method(NamedTuple):
         loss (str): a name in the registry, whose weight is searched; "" for the plain student.
         partner (str): a loss beside it, with the weight that its own search finds; "" for none.
         opts (tuple[str]): further overrides.
-        factor (float): the searched weight is multiplied by it.
+        factor (float): the searched weight is multiplied by it; vanilla's iterations are.
         searched_as (str): name of the method whose search gives the weight.
     """
 
@@ -58,14 +90,16 @@ class Method(NamedTuple):
 
 
 def parse_method(text: str, searched_as: str = "") -> Method:
-    """Parses [PARTNER+]LOSS[:KEY=VALUE | :*FACTOR]..., where the keys are below MODEL.DISTILL.
+    """Parses vanilla[:*FACTOR] or [PARTNER+]LOSS[:KEY=VALUE | :*FACTOR]...
+
+    The keys are below MODEL.DISTILL.
 
     Raises:
         ConfigError: there is no such loss or setting.
     """
-    if text == PLAIN:
-        return Method(text)
     names, *changes = text.split(":")
+    if names == PLAIN and all(change.startswith("*") for change in changes):
+        return Method(text, factor=math.prod(float(change[1:]) for change in changes))
     partner, _, loss = names.rpartition("+")
     opts: List[str] = []
     factor, kept = 1.0, [names]
@@ -79,7 +113,7 @@ def parse_method(text: str, searched_as: str = "") -> Method:
                 raise ConfigError("the weight is searched; write :*FACTOR for a multiple of it")
             opts += [f"MODEL.DISTILL.{key}", value]
             kept.append(change)
-        node = load_config(str(ROOT / DISTILLED), opts).MODEL.DISTILL
+        node = load_config(str(ROOT / EXPERIMENTS["shapes"].distilled), opts).MODEL.DISTILL
         for name in filter(None, (partner, loss)):
             build_loss(name, node)
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Statistics, tables and the plot of compare.py.
 
-A row is a dict. The row of a run has budget, method, weight, seed, AP, AP50, AP75 and more. The row
+A row is a dict. The row of a run has budget, method, weight, seed, data, AP, AP50 and more. The row
 of a timed run has method, round, seconds (per iteration) and peak_mib.
 """
 
@@ -131,7 +131,7 @@ def plot(runs: Sequence[Row], path: Path) -> None:
     for index, budget in enumerate(budgets):
         axes.plot([], "o", color=f"C{index}", label=f"{budget} iterations")
     axes.set_yticks(range(len(methods)), methods)
-    axes.set_xlabel("box AP on ssimkd_shapes_val (dot: seed, bar: mean)")
+    axes.set_xlabel("box AP (dot: seed, bar: mean)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)

@@ -152,7 +152,11 @@ def execute(run: Run) -> str:
         complaint = f"exit status {process.returncode}: {last.strip()}"
     else:
         results = draft / "results.json"
-        record["bbox"] = json.loads(results.read_text())["bbox"] if results.exists() else {}
+        found = json.loads(results.read_text()) if results.exists() else {"bbox": {}}
+        if "bbox" not in found:  # several data sets; the last one counts
+            record["by_dataset"] = {name: of_data["bbox"] for name, of_data in found.items()}
+            *_, found = found.values()
+        record["bbox"] = found["bbox"]
         rows = read_rows(draft / "metrics.json")
         record["seconds"] = seconds_per_iteration(rows)
         record["gradient_ratio"] = medians(rows).get("gradient_ratio")

@@ -62,7 +62,7 @@ def enter(words, log, fault):
 
 
 def yaml_words(out, *opts, resume=False, flags=(), **sizes):
-    """The words of a run with SGD, adapters and a loss that has weights."""
+    """The words of a run with SGD, adapters, a loss that has weights and images without labels."""
     n = {**SIZES, **sizes}
     key = "MODEL.DISTILL"
     return [
@@ -71,17 +71,19 @@ def yaml_words(out, *opts, resume=False, flags=(), **sizes):
         "SOLVER.CHECKPOINT_PERIOD", n["checkpoint_period"], "TEST.EVAL_PERIOD", n["eval_period"],
         "INPUT.MIN_SIZE_TEST", 32, "DATALOADER.NUM_WORKERS", n["workers"],
         f"{key}.ADAPTER", "conv1x1", f"{key}.LOSSES", ("ssim", "fgd"),
-        f"{key}.CHECK_IMAGES", 2, *opts,
+        f"{key}.CHECK_IMAGES", 2, "SOLVER.IMS_PER_BATCH_UNLABELED", 1,
+        "DATASETS.UNLABELED", ("ssimkd_shapes_train[50%:]",), *opts,
     ]  # fmt: skip
 
 
 def lazy_words(out, *opts, resume=False, flags=(), **sizes):
-    """The words of a run with AdamW, adapters and a loss that has weights."""
+    """The words of a run with AdamW, adapters, a loss with weights and images without labels."""
     n = {**SIZES, **sizes}
     return [
         "--config-file", "tests/engine/lazy_faults.py", *flags, *["--resume"] * resume,
         f"train.output_dir={out}", f"train.max_iter={n['max_iter']}", "+train.seed=1",
         "dataloader.train.total_batch_size=2", f"dataloader.train.num_workers={n['workers']}",
+        f"dataloader.unlabeled.num_workers={n['workers']}",
         f"train.checkpointer.period={n['checkpoint_period']}",
         f"train.eval_period={n['eval_period']}", "+train.check_images=2",
         "dataloader.test.mapper.augmentations.0.short_edge_length=32", *opts,

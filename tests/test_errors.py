@@ -11,8 +11,16 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import _cached_log_stream
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
-from ssimkd.errors import as_setting_error, exit_in_one_line, log_files, traceback_in_log
+from ssimkd.engine import lazy_driver
+from ssimkd.errors import (
+    as_setting_error,
+    exit_in_one_line,
+    lazy_fields,
+    log_files,
+    traceback_in_log,
+)
 from ssimkd.losses import SSIMLoss
+from ssimkd.utils.config_files import load_config
 
 
 @pytest.fixture
@@ -107,3 +115,39 @@ def test_a_file_or_key_that_is_not_there_is_one_line(action, expected):
 def test_any_other_error_is_a_traceback(error):
     with pytest.raises(type(error)), exit_in_one_line():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MODEL.DISTILL.ADAPTER: set it", "model.distiller.adapter: set it"),
+        (
+            "MODEL.DISTILL.TEACHER.CONFIG or .OPTS: no",
+            "model.distiller.teacher.config or .opts: no",
+        ),
+        ("MODEL.DISTILL.TEACHER.LOSS_WEIGHT is -1", "model.distiller.loss_weight is -1"),
+        ("MODEL.DISTILL.INHERIT: neck does not fit", "train.inherit: neck does not fit"),
+        ("INHERIT names a module twice", "train.inherit names a module twice"),
+        (
+            "MODEL.DISTILL.CROSSKD.LAYER is 5",
+            "model.distiller.losses, crosskd: layer is 5",
+        ),
+        ("no set; DATASETS.COCO (.yaml) or datasets.coco (.py)", None),
+        ("MODEL.BACKBONE.NAME of the teacher", None),
+    ],
+)
+def test_keys_of_a_yaml_as_fields_of_a_lazy_config(text, expected):
+    assert lazy_fields(text) == (expected or text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.distiller.adapter=x", "^model.distiller.adapter must be none or conv1x1"),
+        ("model.distiller.in_features=[p9]", "^model.distiller.in_features: the student has no"),
+        ("model.distiller.losses=[ssim]", r"^model.distiller.losses: an entry is a loss such as L"),
+    ],
+)
+def test_the_error_of_a_lazy_run_names_its_own_field(override, message):
+    with pytest.raises(ConfigError, match=message):
+        lazy_driver.build_model(load_config("tests/engine/lazy_shapes.py", [override]))

@@ -216,6 +216,27 @@ def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
     assert text.endswith("\n- l1: 1: 1.0, **4: 4.0**, 16: failed")
 
 
+def test_photographs_are_searched_on_val_and_reported_on_test(tmp_path, executed):
+    by_dataset = {
+        name: {"AP": ap, "AP50": ap, "AP75": ap}
+        for name, ap in (("bccd_test", 1.0), ("bccd_val_test", 2.0))
+    }
+    calls = executed(lambda run: 2.0, by_dataset=by_dataset)
+    photos = comparison(tmp_path, "--on", "photos", "--seeds", "1")
+    photos.search([parse_method("l1")], {"l1": 4.0})
+    assert {option(run, "DATASETS.TEST") for run in calls} == {"('bccd_val',)"}
+    del calls[:]
+    rows = photos.compare({parse_method("vanilla"): 0.0, parse_method("vanilla:*1.5"): 0.0})
+    assert [option(run, "SOLVER.MAX_ITER") for run in calls] == ["8", "12"]
+    assert {run.config for run in calls} == {"configs/photos/vanilla.yaml"}
+    assert [(row["data"], row["AP"]) for row in rows] == [
+        ("bccd_test", 1.0),
+        ("bccd_val_test", 2.0),
+    ] * 2
+    text = compare.write_report(tmp_path, rows, [], "")
+    assert "### 8 iterations, bccd_test\n" in text and "vanilla:*1.5 | 0 | 1 | 2.0" in text
+
+
 def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
     broken = True
 
@@ -297,17 +318,20 @@ def test_failures_end_with_status_1_after_the_report(tmp_path, executed, monkeyp
 
 
 def test_a_failed_process_leaves_its_last_line_and_no_record(tmp_path):
-    run = compare_runs.Run(tmp_path / "run", compare.VANILLA, ("MODEL.WEIGHTS", "no.pth"))
+    run = compare_runs.Run(
+        tmp_path / "run", compare.EXPERIMENTS["shapes"].vanilla, ("MODEL.WEIGHTS", "no.pth")
+    )
     assert compare_runs.execute(run).startswith("exit status 1: error: MODEL.WEIGHTS: ")
     assert run.record() is None and os.listdir(tmp_path) == ["run"]
     assert "no.pth" in (run.folder / "output.txt").read_text()
 
 
 def test_the_command_trains_compares_and_writes_its_files(tmp_path, few_shapes):
+    shapes = compare.EXPERIMENTS["shapes"]
     command = [sys.executable, "benchmarks/compare.py", "--methods", "vanilla", "ssim"]
     command += ["--seeds", "1", "--budget", "3", "--search-seeds", "--timing-rounds", "1"]
     command += ["--timing-iters", "3", "--jobs", "2", "--out", str(tmp_path), "--"]
-    command += ["SOLVER.IMS_PER_BATCH", "2", *compare.SEARCH_DATA]
+    command += ["SOLVER.IMS_PER_BATCH", "2", *shapes.search_train, *shapes.search_test]
     env = {**os.environ, "DETECTRON2_DATASETS": few_shapes}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

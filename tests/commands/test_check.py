@@ -1,5 +1,7 @@
 """The look at a pair before a long run: its table and its exit status."""
 
+import logging
+
 import pytest
 from conftest import zoo_cfg
 from ssimkd.commands import check
@@ -50,12 +52,23 @@ def test_a_good_pair(run_check):
 
 
 def test_a_lazy_pair(run_check):
-    opts, flags = ("+model.distiller.warmup_iters=1000",), ("--iterations", "6")
+    opts = ("+model.distiller.warmup_iters=1000", "train.max_iter=1000")
+    flags = ("--iterations", "6")
     status, rows = run_check(LAZY, *opts, flags=flags)
     assert status == 0
     assert ("level p5", "64 channels -> p5, 64; stride 32") in rows
     assert shares(rows)["ssim_kd_loss"] > 50
-    assert " for 4 iterations" in dict(rows)["time"]
+    assert " for 1000 iterations" in dict(rows)["time"]
+
+
+def test_a_weight_that_drowns_the_detector_and_a_ramp_that_never_ends_are_status_1(run_check):
+    opts = ("SOLVER.IMS_PER_BATCH", "2", "MODEL.DISTILL.WARMUP_ITERS", "5000")
+    opts += ("MODEL.DISTILL.SSIM.WEIGHT", "1e4", "SOLVER.CLIP_GRADIENTS.ENABLED", "False")
+    status, rows = run_check(YAML, *opts, flags=("--iterations", "5"))
+    ramp, share = [text for name, text in rows if name == "WARNING"]
+    assert status == 1
+    assert ramp.startswith("MODEL.DISTILL.WARMUP_ITERS is 5000, and the run has 1000 iterations")
+    assert "times the detector's own at the start" in share
 
 
 def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):
@@ -64,6 +77,15 @@ def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):
     assert status == 1
     (warning,) = [text for name, text in rows if name == "WARNING"]
     assert warning.startswith("The teacher finds ")
+
+
+def test_a_note_is_no_warning():
+    remarks = check.Remarks()
+    for number, extra in enumerate(({"harmless": True}, {"harmless": False}, {})):
+        record = logging.LogRecord("ssimkd", logging.WARNING, "", 0, str(number), None, None)
+        vars(record).update(extra)
+        remarks.emit(record)
+    assert list(remarks.rows()) == [("note", "0"), ("WARNING", "1"), ("WARNING", "2")]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +110,10 @@ def test_what_the_whole_run_costs():
 
 
 def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
-    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10)
+    opts = ("SOLVER.IMS_PER_BATCH_UNLABELED", 8, "MODEL.DISTILL.STOP_ITER", 5)
+    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10, *opts)
     short = check.short(cfg, "folder", iterations=20, num_gpus=8)
     assert short.SOLVER.IMS_PER_BATCH == 2 and short.SOLVER.BASE_LR == 0.0
+    assert short.SOLVER.IMS_PER_BATCH_UNLABELED == 1 and short.MODEL.DISTILL.STOP_ITER == 0
     assert short.DATASETS.TEST == () and short.VIS_PERIOD == 0 and short.OUTPUT_DIR == "folder"
     assert cfg.SOLVER.IMS_PER_BATCH == 16  # the given one stays

@@ -121,9 +121,10 @@ def test_a_checkpoint_without_the_second_stream_says_so(caplog):
     stream(23, 4, 3).load_state_dict(both().state_dict())
 
 
-def test_a_batch_that_cannot_be_shared_names_its_key():
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_that_cannot_be_shared_names_its_key(size):
     with pytest.raises(ConfigError, match="change SOLVER.IMS_PER_BATCH_UNLABELED "):
-        stream(17, 0, 1, labels=False)
+        stream(17, size, 1, labels=False)
 
 
 @pytest.mark.parametrize("size, expected", [(0, 2), (3, 3)])
@@ -137,10 +138,13 @@ def test_a_yaml_config_builds_the_second_stream(few_names, size, expected):
     assert len(batch) == expected and not any("instances" in x for x in batch)
 
 
-def test_the_reference_number_of_processes_scales_both_batches():
+def test_the_reference_number_of_processes_scales_both_batches_and_the_schedule():
     opts = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.IMS_PER_BATCH_UNLABELED", 4)
+    opts += ("MODEL.DISTILL.STOP_ITER", 90, "MODEL.DISTILL.COOLDOWN_ITERS", 20)
     cfg = shapes_cfg("ssimkd", *opts, "SOLVER.REFERENCE_WORLD_SIZE", 2)
-    solver = DistillTrainer.auto_scale_workers(cfg, 4).SOLVER
+    scaled = DistillTrainer.auto_scale_workers(cfg, 4)
+    solver, distill = scaled.SOLVER, scaled.MODEL.DISTILL
+    assert (distill.STOP_ITER, distill.COOLDOWN_ITERS, distill.WARMUP_ITERS) == (45, 10, 0)
     assert (solver.IMS_PER_BATCH, solver.IMS_PER_BATCH_UNLABELED) == (16, 8)
     assert DistillTrainer.auto_scale_workers(cfg, 2) is cfg
 

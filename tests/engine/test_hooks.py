@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from conftest import shapes_cfg
+from conftest import image_batch, shapes_cfg
 from detectron2.engine import TrainerBase, hooks
+from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError
-from ssimkd.engine.hooks import CallAfterTraining, CountSkipped, EvalHook, ExactResume
+from ssimkd.engine.hooks import (
+    CallAfterTraining,
+    CountSkipped,
+    EvalHook,
+    ExactResume,
+    ReadMetrics,
+    WarnOfShare,
+)
 from ssimkd.engine.preemption import StopOnSignal
 from ssimkd.engine.yaml_driver import DistillTrainer
 
@@ -31,6 +39,7 @@ def test_the_order_of_the_hooks(few_images, tmp_path):
         StopOnSignal,
         CountSkipped,
         EvalHook,
+        ReadMetrics,
         hooks.PeriodicWriter,
     ]
 
@@ -76,3 +85,47 @@ def test_a_resume_that_is_not_exact_is_logged(caplog):
     hook.before_train()
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3 and all("not exact" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    "start, period, last, first", [(0, 5000, 900, 900), (0, 100, 900, 100), (250, 100, 900, 300)]
+)
+def test_a_run_says_when_it_first_saves(start, period, last, first, caplog):
+    hook = ExactResume(None, torch.nn.Identity(), period)
+    hook.trainer = Trainer(start, start)
+    hook.trainer.max_iter = last
+    with caplog.at_level("INFO", "ssimkd"):
+        hook.before_train()
+    assert f"first checkpoint is written after iteration {first} of {last} " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("opts", "warned"),
+    [
+        (("MODEL.DISTILL.SSIM.WEIGHT", 1e4), True),
+        (("MODEL.DISTILL.SSIM.WEIGHT", 1e4, "MODEL.DISTILL.WARMUP_ITERS", 1000), True),
+        (("MODEL.DISTILL.SSIM.WEIGHT", 4.0), False),
+        (("MODEL.DISTILL.SSIM.WEIGHT", 1e4, "MODEL.DISTILL.LOG_GRADIENTS", 20), True),
+    ],
+)
+def test_a_weight_that_drowns_the_detector_is_said_after_the_first_iteration(
+    student, opts, warned, caplog
+):
+    model = student(*opts)
+    hook = WarnOfShare(model)
+    with EventStorage() as storage:
+        for iteration in range(2):
+            storage.iter, hook.trainer = iteration, Trainer(iteration)
+            hook.before_step()
+            sum(model(image_batch((96, 96))).values()).backward()
+            hook.after_step()
+    text = "times the detector's own at the start"
+    assert caplog.text.count(text) == warned and model.report_gradients is None
+    assert ("gradient_ratio" in storage.latest()) == ("MODEL.DISTILL.LOG_GRADIENTS" in opts)
+
+
+def test_no_share_is_measured_where_gradients_are_clipped(few_images, tmp_path):
+    opts = ("OUTPUT_DIR", str(tmp_path), "SOLVER.CLIP_GRADIENTS.ENABLED")
+    for clipped in (True, False):
+        trainer = DistillTrainer(shapes_cfg("ssimkd", *opts, clipped))
+        assert any(isinstance(x, WarnOfShare) for x in trainer._hooks) != clipped

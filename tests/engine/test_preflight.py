@@ -221,3 +221,36 @@ def test_a_new_student_inherits_and_a_resumed_or_plain_one_does_not(
     prepare(model, None, settings, resumed=resumed)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert bool(changed) == inherits and all(name.startswith("roi_heads.") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("opts", "iterations", "expected"),
+    [
+        (("MODEL.DISTILL.SSIM.WEIGHT", 0.0), 900, "learns nothing from the teacher by ssim: "),
+        (("MODEL.DISTILL.SSIM.EXPONENTS", (0, 0, 0)), 900, "learns nothing from the teacher by"),
+        (("MODEL.DISTILL.WARMUP_ITERS", 5000), 900, "the losses never get their whole weight"),
+        (("MODEL.DISTILL.WARMUP_ITERS", 500), 900, ""),
+        (("MODEL.DISTILL.LOSSES", ("ssim", "l2"), "MODEL.DISTILL.L2.WEIGHT", 0.0), 900, ""),
+    ],
+)
+def test_a_run_that_cannot_learn_from_its_teacher_says_so_once(
+    student, caplog, opts, iterations, expected
+):
+    settings = replace(SETTINGS, iterations=iterations)
+    batches = Loader([image_batch((96, 96), (96, 128))])
+    prepare(student(*opts), batches, settings, resumed=False)
+    warnings = [x for x in records(caplog, logging.WARNING) if "The teacher finds" not in x]
+    assert [expected in x for x in warnings] == [True] * bool(expected)
+
+
+def test_losses_of_a_teacher_that_are_switched_off_are_refused():
+    cfg = shapes_cfg("ssimkd", "MODEL.DISTILL.LOSSES", ())
+    cfg.MODEL.DISTILL.TEACHERS = [{"CONFIG": "configs/shapes/teacher.yaml", "LOSSES": ["ssim"]}]
+    with pytest.raises(ConfigError, match=r"MODEL.DISTILL.LOSSES is \(\), which switches off"):
+        DistillTrainer.build_model(cfg)
+
+
+def test_inheriting_without_losses_is_said_to_do_nothing(student, caplog):
+    settings = replace(SETTINGS, inherit={"": ["neck"]})
+    prepare(student("MODEL.DISTILL.LOSSES", ()), None, settings, resumed=False)
+    assert "INHERIT has no effect, because LOSSES is ()" in caplog.text

@@ -20,6 +20,9 @@ YAML = [
     "INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", "[64,64]",
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.ASPECT_RATIO_GROUPING", False,
     "MODEL.RPN.POST_NMS_TOPK_TEST", 5,
+    "DATASETS.UNLABELED", "('ssimkd_shapes_train[50%:]',)", "SOLVER.IMS_PER_BATCH_UNLABELED", 2,
+    # after the third iteration the adapters must still get a gradient in every process
+    "MODEL.DISTILL.ADAPTER", "conv1x1", "MODEL.DISTILL.STOP_ITER", 3,
 ]  # fmt: skip
 
 

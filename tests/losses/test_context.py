@@ -1,4 +1,7 @@
+import pytest
 import torch
+from detectron2.structures import Instances, RotatedBoxes
+from ssimkd import KD_LOSS_REGISTRY, ConfigError
 from ssimkd.losses import Context
 
 
@@ -39,3 +42,14 @@ def test_crops_of_equal_images_are_views_of_the_maps():
     ((cropped, share),) = Context([(30, 20)] * 3, {"p3": 8}).crops("p3", maps)
     assert share == 1.0
     assert cropped[0].shape == (3, 2, 4, 3) and cropped[0].data_ptr() == maps.data_ptr()
+
+
+@pytest.mark.parametrize("loss", ["fgd", "defeat", "icd"])
+@pytest.mark.parametrize("boxes", [RotatedBoxes(torch.ones(1, 5)), None], ids=["rotated", "none"])
+def test_a_loss_that_needs_boxes_refuses_others_by_its_name(loss, boxes):
+    instances = Instances((8, 8), gt_classes=torch.zeros(1).long())
+    if boxes is not None:
+        instances.gt_boxes = boxes
+    context = Context([(8, 8)], {"p3": 8}, [instances])
+    with pytest.raises(ConfigError, match=f"LOSSES: {loss} needs upright boxes"):
+        KD_LOSS_REGISTRY.get(loss)()({"p3": torch.ones(1, 2, 1, 1)}, {}, context)

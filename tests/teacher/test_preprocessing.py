@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import image_batch
+from detectron2.modeling import GeneralizedRCNN
+from ssimkd.errors import ConfigError
 from ssimkd.teacher.frozen import Teacher
-from ssimkd.teacher.preprocessing import Preprocessing, preprocessing_of
+from ssimkd.teacher.preprocessing import Preprocessing, image_format_of, preprocessing_of
 from ssimkd.teacher.spec import TeacherSpec
 
 CONFIG = "configs/shapes/teacher.yaml"
@@ -57,3 +59,59 @@ def test_the_preprocessing_of_a_detector_without_statistics_is_unknown(pair):
     model, teacher = copy.copy(pair[0]), pair[1]
     del model.pixel_mean
     assert preprocessing_of(model, "BGR") == Preprocessing("BGR") != teacher.preprocessing
+
+
+def flipped(self, inputs):
+    images = GeneralizedRCNN.preprocess_image(self, inputs)
+    images.tensor = images.tensor.flip(-1)
+    return images
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (),
+        ("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0], "MODEL.PIXEL_STD", [2.0, 3.0, 4.0]),
+        ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]),
+    ],
+    ids=["equal", "normalisation", "channel order"],
+)
+def test_the_teacher_sees_what_a_students_own_preprocessing_made(student, monkeypatch, opts):
+    plain = student(*opts)
+    plain.distiller.build_teacher(CPU)
+    batch = image_batch((96, 128))
+    turned = [{**batch[0], "image": batch[0]["image"].flip(-1)}]
+    expected, _ = plain.distiller.teacher(
+        turned, plain.preprocess_image(turned).tensor, plain.preprocessing
+    )
+    monkeypatch.setattr(type(plain), "preprocess_image", flipped)
+    images = plain.preprocess_image(batch).tensor
+    found, _ = plain.distiller.teacher(
+        batch, images, preprocessing_of(plain, image_format_of(plain))
+    )
+    for level, x in expected.items():
+        torch.testing.assert_close(found[level], x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x / 255, lambda x: x[..., ::2]], ids=["scale", "size"]
+)
+def test_a_preprocessing_that_cannot_be_undone_is_refused(pair, monkeypatch, change):
+    model, teacher = pair
+    monkeypatch.setattr(type(model), "preprocess_image", lambda self, inputs: None)
+    mean, std = model.pixel_mean, model.pixel_std
+    images = torch.stack([(change(x["image"].float()) - mean) / std for x in BATCH[:1]])
+    with pytest.raises(ConfigError, match="do this in the mapper"):
+        teacher(BATCH[:1], images, preprocessing_of(model, "BGR"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "ignored"),
+    [
+        (("INPUT.MIN_SIZE_TEST", 64, "INPUT.FORMAT", "BGR"), "INPUT.MIN_SIZE_TEST has no effect"),
+        (("INPUT.FORMAT", "BGR", "MODEL.RPN.NMS_THRESH", 0.6), ""),
+    ],
+)
+def test_input_settings_of_a_teacher_are_said_to_be_ignored(teacher_file, caplog, opts, ignored):
+    Teacher(TeacherSpec(CONFIG, teacher_file, opts), CPU)
+    assert (ignored in caplog.text) if ignored else "no effect" not in caplog.text

@@ -1,6 +1,7 @@
 """Finding configs by name, and reading a YAML without running code in it."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -99,6 +100,14 @@ def test_overrides_take_an_integer_for_a_float_and_new_keys_of_a_lazy_config():
         ("ssimkd_R50", ["SOLVER.LR", "1"], "SOLVER.LR 1: .*Non-existent key: SOLVER.LR"),
         ("ssimkd_R50", ["SOLVER.BASE_LR", "x"], "SOLVER.BASE_LR x: ValueError: Type mismatch"),
         ("ssimkd_R50", ["OUTPUT_DIR.U", "x"], "OUTPUT_DIR.U x: "),
+        (
+            "ssimkd_R50",
+            ["MODEL.DISTILL.IN_FEATURE", "['p2']"],
+            "did you mean MODEL.DISTILL.IN_FEATURES",
+        ),
+        ("ssimkd_R50", ["MODEL.DISTIL.ADAPTER", "none"], "did you mean MODEL.DISTILL?"),
+        ("ssimkd_R50", ["MODEL.DISTILL.LOSSES", "ssim"], """write a list, "\\['ssim'\\]"""),
+        ("ssimkd_R50.py", ["train.max_iters=1"], "did you mean max_iter?"),
         ("ssimkd_R50.py", ["train.nothing=1"], "train.nothing: there are the keys output_dir, "),
         ("ssimkd_R50.py", ["train"], "train: an override of a .py config is written key=value"),
         ("ssimkd_R50.py", ["train.max_iter=[1"], "train.max_iter=.1: "),
@@ -108,6 +117,32 @@ def test_a_wrong_override_is_one_line_that_names_it(name, overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(name, overrides)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_wrong_key_in_a_yaml_file_says_which_one_was_meant(tmp_path):
+    (tmp_path / "x.yaml").write_text("MODEL: {DISTILL: {IN_FEATURE: [p2]}}")
+    with pytest.raises(ConfigError, match="did you mean MODEL.DISTILL.IN_FEATURES"):
+        load_config(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("MODEL: {DISTILL: {LOSSES: ssim}}")
+    with pytest.raises(ConfigError, match=r"write a list, \['ssim'\]$"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_a_wrong_key_of_a_config_is_named_with_its_line_in_the_py(tmp_path):
+    (tmp_path / "base.py").write_text("from omegaconf import OmegaConf\n")
+    text = "from .base import OmegaConf\nx = OmegaConf.create({'a': 1})\n\nx.b.c = 2\n"
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(ConfigError, match=r"x\.py, line 4: Config"):
+        load_config(tmp_path / "x.py")
+
+
+def test_a_path_may_stand_wherever_a_lazy_config_has_text(tmp_path):
+    text = "from pathlib import Path\na = dict(b=[Path('c')], d='${.b}', e='???')\n"
+    (tmp_path / "x.py").write_text(text)
+    cfg = load_config(tmp_path / "x.py")
+    assert cfg.a.b[0] == cfg.a.d[0] == "c"
+    cfg = load_config(Path("ssimkd_R50"), ["OUTPUT_DIR", Path("there")])
+    assert cfg.OUTPUT_DIR == "there"
 
 
 def test_a_bug_in_a_py_config_keeps_its_traceback(tmp_path):

@@ -6,6 +6,7 @@ changes nothing else.
 
 import warnings
 from contextlib import suppress
+from typing import Any
 
 # Detectron2 compiles small functions when it is imported, and newer versions of torch warn of that.
 with warnings.catch_warnings():
@@ -29,6 +30,15 @@ from ssimkd.modeling.several_teachers import Distillers
 with suppress(ImportError):  # Detectron2 v0.5 has no FCOS
     from ssimkd.modeling.meta_arch import DistillFCOS  # noqa: F401
 
+
+def __getattr__(name: str) -> Any:
+    if name == "build_student":  # the drivers, which it uses, take long to import
+        from ssimkd.engine.student import build_student
+
+        return build_student
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "KD_LOSS_REGISTRY",
     "ConfigError",
@@ -41,6 +51,7 @@ __all__ = [
     "TimmBackbone",
     "TorchvisionBackbone",
     "add_ssimkd_config",
+    "build_student",
 ]
 
 register_shapes()

@@ -18,7 +18,12 @@ LIBRARIES = {
     *("numpy", "PIL", "yaml", "antlr4", "pycocotools", __name__.split(".")[0]),
     *getattr(sys, "stdlib_module_names", ("ast", "collections", "copy", "functools", "importlib")),
 }
+# fvcore's registries, and Detectron2's LazyConfig, say this of what no import has defined.
+UNKNOWN = re.compile(
+    "No object named .* registry|Cannot dynamically locate|Error (loading|locating) "
+)
 LOGGERS = ("detectron2", "ssimkd")
+TRAIN_KEYS = ("INHERIT", "CHECK_IMAGES", "SKIP_NONFINITE_STEPS", "WANDB_PROJECT")
 IN_LOG = " (traceback in "  # the path of the log file follows
 
 
@@ -49,7 +54,8 @@ def is_user_error(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """An exception as one line: its type and the first line of its message."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    hint = "; --import names the module that holds it" if UNKNOWN.search(str(error)) else ""
+    return f"{type(error).__name__}: {text[0]}{hint}" if text else type(error).__name__
 
 
 def describe_error(error: BaseException) -> str:
@@ -79,6 +85,52 @@ def as_config_error(
             raise
         text = str(error) if isinstance(error, ConfigError) else one_line(error)
         raise ConfigError(f"{what}{sep}{text}") from error
+
+
+# Where keys of MODEL.DISTILL stand in a LazyConfig, if not in model.distiller
+LAZY_FIELDS = {
+    **{f"MODEL.DISTILL.{key}": f"train.{key.lower()}" for key in TRAIN_KEYS},
+    **{key: f"train.{key.lower()}" for key in TRAIN_KEYS},
+    "MODEL.DISTILL.LOG_GRADIENTS": "model.log_gradients",
+    "MODEL.DISTILL.TEACHER.LOSS_WEIGHT": "model.distiller.loss_weight",
+    "MODEL.DISTILL.TEACHERS": "model.distiller",
+    "DATASETS.COCO": "datasets.coco",
+    "DATASETS.UNLABELED": "dataloader.unlabeled",
+    "DATASETS.NUM_CLASSES_FROM_DATA": "datasets.num_classes_from_data",
+    "DATALOADER.SKIP_BAD_IMAGES": "dataloader.train.skip_bad_images",
+}
+YAML_KEY = re.compile(
+    r"\b(MODEL\.DISTILL|DATASETS|DATALOADER)(\.[A-Z_0-9]+)+\b|(?<![\w.])(\.OPTS|\.CONFIG|\.TEACHERS|TEACHER\.\w+|IN_FEATURES"
+    r"|LEVEL_WEIGHTS|ADAPTER|LOSSES|(?:WARMUP|COOLDOWN)_ITERS|STOP_ITER|"
+    + "|".join(TRAIN_KEYS)
+    + r")\b"
+)
+
+
+def lazy_fields(text: str) -> str:
+    """A text in which every key of MODEL.DISTILL is replaced by the LazyConfig's field."""
+
+    def field(match: "re.Match[str]") -> str:
+        key = match.group()
+        if key in LAZY_FIELDS:
+            return LAZY_FIELDS[key]
+        parts = key.split(".")
+        if len(parts) == 4 and parts[2] != "TEACHER":  # MODEL.DISTILL.<LOSS>.<OPTION>
+            return f"model.distiller.losses, {parts[2].lower()}: {parts[3].lower()}"
+        return key.replace("MODEL.DISTILL", "model.distiller").lower()
+
+    return text if "(.py)" in text else YAML_KEY.sub(field, text)
+
+
+@contextmanager
+def naming_lazy_fields(lazy: bool = True) -> Iterator[None]:
+    """If `lazy`, a ConfigError in this block names fields of a LazyConfig, not keys of a YAML."""
+    try:
+        yield
+    except ConfigError as error:
+        if not lazy or lazy_fields(str(error)) == str(error):
+            raise
+        raise ConfigError(lazy_fields(str(error))) from error
 
 
 def as_output_error(what: str) -> ContextManager[None]:

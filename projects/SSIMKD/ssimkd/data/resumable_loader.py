@@ -96,7 +96,7 @@ class ResumableLoader:
         self.skipped: Set[str] = set()
         self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
         self.batch_size, left = divmod(total_batch_size, comm.get_world_size())
-        if left or not self.batch_size:
+        if left or self.batch_size < 1:
             raise ConfigError(
                 f"the batch of {total_batch_size} images cannot be shared by "
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH"

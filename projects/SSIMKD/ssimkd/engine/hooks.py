@@ -11,23 +11,30 @@ from torch import nn
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import describe_error, is_user_error
+from ssimkd.modeling.meta_arch import DistillMixin
+from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
 from .preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
+# Of the two gradients in the first iteration, when that of a new detector's heads is small. On the
+# Shapes data SSIM's weight of 4 gives 15
+MOST_RATIO = 1000.0
 RUNNING = ("loss_normalizer",)  # training changes these attributes; state_dict leaves them out
 
 
 def build_hooks(
     *,
     model: nn.Module,
+    clipped: bool,
     loader: Any,
     checkpointer: RunCheckpointer,
     scheduler: Any,
     checkpoints: hooks.PeriodicCheckpointer,
     export: "CallAfterTraining",
     test: Callable[[], Any],
+    read_metrics: Callable[[], None],
     eval_period: int,
     build_writers: Callable[[], List[EventWriter]],
     log_period: int,
@@ -38,12 +45,14 @@ def build_hooks(
 
     Args:
         model (nn.Module): without DistributedDataParallel around it.
+        clipped (bool): whether the gradients are clipped.
         loader (ResumableLoader or iterable): the training data.
         checkpointer (RunCheckpointer): writes a checkpoint when the run is stopped.
         scheduler (LRScheduler or ParamScheduler): sets the learning rate.
         checkpoints (PeriodicCheckpointer): writes checkpoints periodically.
         export (CallAfterTraining): writes the student.
         test (callable): evaluates and returns the metrics.
+        read_metrics (callable): puts the losses of the last iterations into the event storage.
         eval_period (int): iterations between evaluations; 0 evaluates only at the end.
         build_writers (callable): makes the writers, on the main process.
         log_period (int): iterations between log lines.
@@ -51,6 +60,11 @@ def build_hooks(
     """
     main = comm.is_main_process()
     resume = ExactResume(loader, model, checkpoints.period)
+
+    def collect() -> None:
+        read_metrics()
+        resume.collect()
+
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
@@ -58,10 +72,12 @@ def build_hooks(
         resume,  # the checkpoints hold its state, so it comes before them
         checkpoints if main else None,
         export,  # the student must be written even if the last evaluation fails
-        StopOnSignal(resume.collect, checkpointer),
+        StopOnSignal(collect, checkpointer),
         CountSkipped(loader),
+        WarnOfShare(model) if isinstance(model, DistillMixin) and not clipped else None,
         pictures,
         EvalHook(eval_period, test),
+        ReadMetrics(read_metrics, log_period),
         hooks.PeriodicWriter(build_writers(), period=log_period) if main else None,
     ]
 
@@ -84,6 +100,12 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         """Restores the generators and the running numbers, after everything is built."""
+        start, last = self.trainer.start_iter, self.trainer.max_iter
+        logger.info(
+            "The first checkpoint is written after iteration %d of %d (SOLVER.CHECKPOINT_PERIOD or "
+            "train.checkpointer.period is %d)",
+            *(min(last, (start // self.period + 1) * self.period), last, self.period),
+        )
         if not self.states:
             if self.trainer.start_iter > 0:
                 logger.warning("The checkpoint has no random state: this resume is not exact")
@@ -125,6 +147,42 @@ class ExactResume(HookBase):
             self.loader.load_state_dict(state["data"])
         else:
             logger.warning("The training data starts anew: this resume is not exact")
+
+
+class WarnOfShare(HookBase):
+    """Warns after the first iteration of a run if the distillation drowns the detector's losses.
+
+    Where gradients are clipped a large share does little harm (docs/comparison.md).
+
+    Args:
+        model (DistillMixin): without DistributedDataParallel around it.
+    """
+
+    def __init__(self, model: DistillMixin) -> None:
+        self.model = model
+        self.measured: Dict[str, float] = {}
+
+    def before_step(self) -> None:
+        """Lets the student measure the two gradients in the first iteration."""
+        if self.trainer.iter == 0:
+            self.model.report_gradients = self.measured.update
+
+    def after_step(self) -> None:
+        """Warns."""
+        if self.trainer.iter > 0:
+            return
+        self.model.report_gradients = None
+        warmup = [one.schedule["warmup"] for _, one in distillers_of(self.model)]
+        ratio = self.measured.get("gradient_ratio", 0.0) * max(1, *warmup, 1)
+        if ratio > MOST_RATIO:
+            logger.warning(
+                "The distillation's gradient is %.3g times the detector's own at the start, %.2f "
+                "%% of both, and gradients are not clipped: the detector hardly learns. Lower the "
+                "losses' WEIGHT (`ssimkd weight` proposes one), or set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED (.yaml)",
+                ratio,
+                100 * ratio / (1 + ratio),
+            )
 
 
 class CallAfterTraining(HookBase):
@@ -169,6 +227,29 @@ class EvalHook(hooks.EvalHook):
         """Evaluates, but not after a failure of the training."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
+
+
+class ReadMetrics(HookBase):
+    """Puts the losses of the last iterations into the event storage when a log line is due.
+
+    Args:
+        read (callable): does it, see :class:`FiniteSteps`. Every process has to call it.
+        period (int): iterations between log lines.
+    """
+
+    def __init__(self, read: Callable[[], None], period: int) -> None:
+        self.read, self.period = read, period
+
+    def after_step(self) -> None:
+        """Reads them every `period` iterations and after the last one."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done >= self.trainer.max_iter:
+            self.read()
+
+    def after_train(self) -> None:
+        """Reads those of a run that failed, unless it would wait for processes that have ended."""
+        if comm.get_world_size() == 1:
+            self.read()
 
 
 class CountSkipped(HookBase):

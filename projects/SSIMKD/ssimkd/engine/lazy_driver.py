@@ -20,9 +20,15 @@ from torch import nn
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes, training_classes
+from ssimkd.data.datasets import categories_of, check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import (
+    ConfigError,
+    as_config_error,
+    as_output_error,
+    as_setting_error,
+    naming_lazy_fields,
+)
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
@@ -43,23 +49,26 @@ from .writers import wandb_run
 logger = logging.getLogger(__name__)
 
 
-def train(cfg, resume: bool) -> Dict[str, Any]:
+@naming_lazy_fields()
+def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
     Args:
         cfg (DictConfig): the config.
         resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
+        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(read_settings(cfg).wandb_project, cfg.train.output_dir):
-        return _train(cfg, resume)
+        return _train(cfg, resume, planned)
 
 
-def _train(cfg, resume: bool) -> Dict[str, Any]:
+def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
+    settings.iterations = planned or settings.iterations
     loaded = cfg.train.init_checkpoint or (resume and checkpoints_in(folder))
     student = build_model(without_pretraining(cfg) if loaded else cfg)
     if comm.is_main_process():
@@ -92,7 +101,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     def export() -> None:
         with as_output_error(f"write the student to {folder}"):
             checkpointer.write_final()
-            export_student(original, student.state_dict(), folder)
+            export_student(original, student.state_dict(), folder, categories_of(cfg))
 
     exporting = CallAfterTraining(export)
     with as_config_error("train.checkpointer", TypeError):  # it names an unknown argument
@@ -100,12 +109,14 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     trainer.register_hooks(
         build_hooks(
             model=student,
+            clipped=False,  # a step of Detectron2's LazyConfig does not clip
             loader=loader,
             checkpointer=checkpointer,
             scheduler=scheduler,
             checkpoints=checkpoints,
             export=exporting,
             test=test,
+            read_metrics=trainer.read_metrics,
             eval_period=cfg.train.eval_period,
             build_writers=lambda: default_writers(folder, cfg.train.max_iter),
             log_period=cfg.train.log_period,
@@ -126,6 +137,7 @@ def _train(cfg, resume: bool) -> Dict[str, Any]:
     return results
 
 
+@naming_lazy_fields()
 def build_model(cfg) -> Any:
     """The model of a LazyConfig on its device.
 
@@ -185,6 +197,7 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
             )
 
 
+@naming_lazy_fields()
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
     cfg = without_pretraining(cfg)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error, one_line
 from ssimkd.modeling.distiller import Distiller
+from ssimkd.modeling.idle import idle_by_gradient, idle_by_settings
 from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
 from ssimkd.teacher.inherit import inherit
@@ -52,7 +53,14 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
         for name, distiller in distillers_of(model):
             modules = [] if resumed else settings.inherit.get(name, [])
             check = settings.check_images > 0 and comm.is_main_process()
-            if not (distiller.enabled and (modules or check)):
+            if not distiller.enabled:
+                who = f"the teacher {name}".rstrip()
+                logger.info("MODEL.DISTILL.LOSSES is (): the student learns nothing from %s", who)
+                if modules:
+                    logger.warning("INHERIT has no effect, because LOSSES is ()")
+                continue
+            idle = warn_of_settings(name, distiller, settings.iterations)
+            if not (modules or check):
                 continue
             with naming_teacher(name):
                 detector, cfg, absent = distiller.spec.load(model.device)
@@ -68,6 +76,40 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
                     continue
                 batches = loader.peek(settings.check_images)
                 check_pair(model, name, distiller, batches, (detector, cfg, absent))
+                more = idle_by_gradient(model, distiller, batches[0], settings.iterations)
+                if set(more) - set(idle):
+                    warn_of_idle(name, {**more, **idle})
+
+
+def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[str, str]:
+    """Warns of settings that keep a whole teacher from the student, or at less than full weight.
+
+    Args:
+        name (str): the teacher's; "" if there is one teacher.
+        distiller (Distiller): the teacher's, with losses.
+        iterations (int): of the run.
+
+    Returns:
+        dict[str, str]: loss -> the setting of 0 that keeps it from the student.
+    """
+    idle = idle_by_settings(distiller)
+    if len(idle) == len(distiller.losses):
+        warn_of_idle(name, idle)
+    elif distiller.schedule["warmup"] > iterations:
+        logger.warning(
+            "MODEL.DISTILL.WARMUP_ITERS is %d, and the run has %d iterations: the losses never get "
+            "their whole weight",
+            distiller.schedule["warmup"],
+            iterations,
+        )
+    return idle
+
+
+def warn_of_idle(name: str, idle: Dict[str, str]) -> None:
+    """Warns that a student learns nothing from losses; the reason of each is in `idle`."""
+    why = "; ".join(f"{loss}: {reason}" for loss, reason in idle.items())
+    who = f"the teacher {name}".rstrip()
+    logger.warning("In this run the student learns nothing from %s by %s", who, why)
 
 
 def check_names(settings: DriverSettings, teachers: List[str]) -> None:

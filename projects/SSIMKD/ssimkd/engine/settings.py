@@ -1,5 +1,6 @@
 """The settings of a config that the drivers themselves read."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping
 
@@ -8,7 +9,7 @@ from omegaconf import ListConfig
 
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.modeling.several_teachers import name_of_entry
-from ssimkd.utils.config_keys import value_of
+from ssimkd.utils.config_keys import setting, value_of
 from ssimkd.utils.validate import check_integers
 
 CHECK_IMAGES = 8
@@ -26,12 +27,14 @@ class DriverSettings:
         skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
             stops, see `finite_steps.py`.
         wandb_project (str): project in Weights & Biases; "" leaves it out.
+        iterations (int): of the run, or of the run that a short one stands for.
     """
 
     inherit: Dict[str, List[str]]
     check_images: int
     skip_nonfinite_steps: int
     wandb_project: str
+    iterations: int = sys.maxsize
 
 
 def read_settings(cfg: Any) -> DriverSettings:
@@ -62,6 +65,7 @@ def read_settings(cfg: Any) -> DriverSettings:
     return DriverSettings(
         inherit={str(name): modules_of(modules) for name, modules in by_teacher.items()},
         wandb_project=str(read("wandb_project", "")),
+        iterations=setting(cfg, "iterations") or sys.maxsize,
         **numbers,
     )
 

@@ -8,7 +8,7 @@ import logging
 import weakref
 from typing import Any, Dict
 
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
@@ -20,7 +20,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes, training_classes
+from ssimkd.data.datasets import build_mapper, categories_of, check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
@@ -78,12 +78,15 @@ class DistillTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers: int):
-        """Detectron2's, which here scales the number of images without labels as well."""
+        """Detectron2's, which here scales this project's images and iterations as well."""
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
-            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED * num_workers
+            scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
             scaled.defrost()
-            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images / cfg.SOLVER.REFERENCE_WORLD_SIZE)
+            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED
+            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images * scale)
+            for key in ("WARMUP_ITERS", "COOLDOWN_ITERS", "STOP_ITER"):
+                scaled.MODEL.DISTILL[key] = round(cfg.MODEL.DISTILL[key] / scale)
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled
@@ -104,6 +107,11 @@ class DistillTrainer(DefaultTrainer):
                 f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
                 "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
             )
+        if not node.LOSSES and any("LOSSES" in entry for entry in node.TEACHERS):
+            raise ConfigError(
+                "MODEL.DISTILL.LOSSES is (), which switches off every teacher, and an entry of "
+                "MODEL.DISTILL.TEACHERS names LOSSES: name losses in the first, or TEACHERS []"
+            )
         build_teachers(model, training_classes(cfg))
         return model
 
@@ -111,7 +119,7 @@ class DistillTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg):
         """Detectron2's data set, sampler and mapper, in a stream that can be resumed."""
         with as_setting_error("DATASETS, DATALOADER or INPUT"):
-            return build_stream(cfg, _train_loader_from_config(cfg))
+            return build_stream(cfg, _train_loader_from_config(cfg, build_mapper(cfg, True)))
 
     @classmethod
     def build_unlabeled_loader(cls, cfg):
@@ -120,7 +128,9 @@ class DistillTrainer(DefaultTrainer):
             dataset = [x for name in cfg.DATASETS.UNLABELED for x in DatasetCatalog.get(name)]
             logger.info("%d images without labels", len(dataset))
             sampler = TrainingSampler(len(dataset))
-            parts = _train_loader_from_config(cfg, dataset=dataset, sampler=sampler)
+            parts = _train_loader_from_config(
+                cfg, build_mapper(cfg, True), dataset=dataset, sampler=sampler
+            )
             parts["total_batch_size"] = (
                 cfg.SOLVER.IMS_PER_BATCH_UNLABELED or cfg.SOLVER.IMS_PER_BATCH
             )
@@ -130,7 +140,7 @@ class DistillTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg, dataset_name):
         """Detectron2's loader, which names an unreadable image and ignores a job's signals here."""
         with as_setting_error(f"DATASETS.TEST: {dataset_name}"):
-            mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+            mapper = NamingMapper(build_mapper(cfg, False))
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = ignore_cluster_signals
         return loader
@@ -170,12 +180,14 @@ class DistillTrainer(DefaultTrainer):
 
         return build_hooks(
             model=model,
+            clipped=cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
             loader=self.data_loader,
             checkpointer=self.checkpointer,
             scheduler=self.scheduler,
             checkpoints=hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             export=self.exporting,
             test=test,
+            read_metrics=self._trainer.read_metrics,
             eval_period=cfg.TEST.EVAL_PERIOD,
             build_writers=self.build_writers,
             log_period=LOG_PERIOD,
@@ -210,7 +222,8 @@ class DistillTrainer(DefaultTrainer):
         folder = self.cfg.OUTPUT_DIR
         with as_output_error(f"write the student to {folder}"):
             self.checkpointer.write_final()
-            export_student(self.cfg, unwrap(self.model).state_dict(), folder)
+            state = unwrap(self.model).state_dict()
+            export_student(self.cfg, state, folder, categories_of(self.cfg))
 
     def state_dict(self):
         """Adds the optimizer and loss scale, which Detectron2 up to v0.6 leaves out."""
@@ -243,18 +256,20 @@ def build_stream(cfg, parts: Dict[str, Any], **options: Any) -> ResumableLoader:
     )
 
 
-def train(cfg, resume: bool) -> Dict[str, Any]:
+def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     """Trains a YAML config.
 
     Args:
         cfg (CfgNode): the config, with `MODEL.DISTILL`.
         resume (bool): go on from the last checkpoint in `cfg.OUTPUT_DIR`.
+        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
         trainer = DistillTrainer(cfg, resume)
+        trainer.settings.iterations = planned or trainer.max_iter
         trainer.resume_or_load(resume=resume)
         if not resume:
             trainer.checkpointer.move_earlier_checkpoints()

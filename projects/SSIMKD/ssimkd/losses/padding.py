@@ -35,16 +35,23 @@ class Context:
     iteration: int = 0
 
     def require_targets(self, loss: str) -> List[Instances]:
-        """The ground truth, for a loss that cannot be computed without it.
+        """The ground truth, for a loss that cannot be computed without its boxes.
 
         Raises:
-            ConfigError: the batch has none.
+            ConfigError: the batch has none, or its boxes are rotated.
         """
         if self.targets is None:
             raise ConfigError(
                 f"MODEL.DISTILL.LOSSES: {loss} needs the ground truth, and the batch has no "
                 f"instances: remove {loss}, or train on annotated images"
             )
+        for boxes in (x.get("gt_boxes") if x.has("gt_boxes") else None for x in self.targets):
+            if boxes is None or boxes.tensor.shape[-1] != 4:
+                found = "none" if boxes is None else type(boxes).__name__
+                raise ConfigError(
+                    f"MODEL.DISTILL.LOSSES: {loss} needs upright boxes (Boxes), and the instances "
+                    f"of the batch have {found}: remove {loss}"
+                )
         return self.targets
 
     def cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:
@@ -78,7 +85,7 @@ class Context:
         cells = self.cells(level, maps)
         if all(size == maps.shape[-2:] for size in cells):
             return None
-        return inside_of(torch.tensor(cells).to(maps.device, non_blocking=True), maps)
+        return inside_of(cells, maps)
 
     def crops(self, level: str, *maps: Tensor) -> Iterator[Tuple[List[Tensor], float]]:
         """Cuts maps to their images; images of the same size in cells stay together.

@@ -6,7 +6,7 @@ value, one can have a gradient that is 1000 times as long. Weights are chosen by
 
 from collections import defaultdict
 from functools import partial
-from typing import Any, Dict, Set, Tuple
+from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -22,10 +22,17 @@ class GradientRatio:
     detector's, over all maps together, or over all answers if no loss compares maps. It also gets
     "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for each that both reach. What a
     loss of answers sends on to the maps counts as the detector's gradient there.
+
+    Args:
+        log (bool): put the values into the event storage.
+        report (callable or None): is given them, too.
     """
 
-    def __init__(self) -> None:
-        self.storage = get_event_storage()
+    def __init__(
+        self, log: bool = True, report: Optional[Callable[[Dict[str, float]], None]] = None
+    ) -> None:
+        self.storage = get_event_storage() if log else None
+        self.report = report
         self.maps: Set[str] = set()  # names
         self.squares: Dict[str, Dict[str, Any]] = {}  # side -> name -> squared norm
 
@@ -59,7 +66,11 @@ class GradientRatio:
         names = self.maps if self.maps & set(distiller) else set(distiller)
         total = sum(distiller[name] for name in names & set(distiller))
         total = total / sum(detector[name] for name in names & set(detector))
-        self.storage.put_scalar("gradient_ratio", float(total**0.5))
+        values = {"gradient_ratio": float(total**0.5)}
         for name in detector.keys() & distiller.keys():
             ratio = float((distiller[name] / detector[name]) ** 0.5)
-            self.storage.put_scalar(f"gradient_ratio/{name}", ratio)
+            values[f"gradient_ratio/{name}"] = ratio
+        if self.storage is not None:
+            self.storage.put_scalars(smoothing_hint=True, **values)
+        if self.report is not None:
+            self.report(values)

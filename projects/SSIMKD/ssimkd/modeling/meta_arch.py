@@ -8,7 +8,7 @@ backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn 
 import logging
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from detectron2.config import configurable
 from detectron2.modeling import (
@@ -22,6 +22,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ssimkd.data.datasets import classes_in
+from ssimkd.errors import ConfigError
 from ssimkd.teacher.preprocessing import Preprocessing, image_format_of, preprocessing_of
 from ssimkd.utils.compat import FCOS
 
@@ -31,6 +32,7 @@ from .responses import capture_heads
 from .several_teachers import Distillers, build_distiller, build_teachers, distillers_of
 
 logger = logging.getLogger(__name__)
+OWN_LOOP = "build the student by ssimkd.build_student(cfg), or train by `ssimkd train`"
 
 
 class DistillMixin:
@@ -50,6 +52,8 @@ class DistillMixin:
         log_gradients (int): iterations between logs of :class:`GradientRatio`; 0: no logs.
         image_format (str): channel order of the images. It is only used for a detector that does
             not keep an `input_format` itself, such as FCOS.
+        of_the_driver (sequence[str]): keys that are set and on which this class does not act. It
+            refuses to train unless its teachers were built before, as `build_student` does.
         kwargs: the detector's own arguments.
     """
 
@@ -63,6 +67,7 @@ class DistillMixin:
         distiller: Optional[Union[Distiller, Distillers]] = None,
         log_gradients: int = 0,
         image_format: str = "BGR",
+        of_the_driver: Sequence[str] = (),
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -71,15 +76,32 @@ class DistillMixin:
             distiller.attach(self.backbone.output_shape(), num_classes, self)
         self.distiller = distiller
         self.log_gradients = log_gradients
+        self.report_gradients: Optional[Callable[[Dict[str, float]], None]] = None
         self.image_format = image_format
+        self.of_the_driver = list(of_the_driver)
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
-        """The detector's own arguments, and those of this class from `cfg.MODEL.DISTILL`."""
+        """The detector's own arguments, and those of this class from `cfg.MODEL.DISTILL`.
+
+        Raises:
+            ConfigError: the number of classes is to be taken from the data, and was not.
+        """
+        if cfg.DATASETS.get("NUM_CLASSES_FROM_DATA"):
+            raise ConfigError(
+                "DATASETS.NUM_CLASSES_FROM_DATA is True, and build_model(cfg) cannot count them: "
+                f"{OWN_LOOP}"
+            )
         ret = super().from_config(cfg)  # type: ignore[misc]
         ret["distiller"] = build_distiller(cfg)
         ret["log_gradients"] = cfg.MODEL.DISTILL.LOG_GRADIENTS
         ret["image_format"] = cfg.INPUT.FORMAT
+        node = cfg.MODEL.DISTILL
+        entries = node.TEACHERS if node.LOSSES else []
+        inherits = node.INHERIT or any("INHERIT" in entry for entry in entries)
+        skips = node.SKIP_NONFINITE_STEPS
+        keys = {"MODEL.DISTILL.INHERIT": inherits, "MODEL.DISTILL.SKIP_NONFINITE_STEPS": skips}
+        ret["of_the_driver"] = [key for key, is_set in keys.items() if is_set]
         return ret
 
     @classmethod
@@ -113,7 +135,9 @@ class DistillMixin:
         active = [one for _, one in distillers_of(self) if one.active(iteration)]
         self._build_missing_teachers(active)
         log_gradients = self.log_gradients and iteration % self.log_gradients == 0
-        ratio = GradientRatio() if log_gradients else None
+        ratio = None
+        if log_gradients or self.report_gradients:
+            ratio = GradientRatio(bool(log_gradients), self.report_gradients)
         kinds = [kind for one in active for kind in one.kinds]
         maps, heads = capture_backbone(self.backbone, ratio), capture_heads(self, kinds, ratio)
         with maps as captured, heads as outputs:
@@ -130,10 +154,15 @@ class DistillMixin:
 
     def _build_missing_teachers(self, active: List[Distiller]) -> None:
         if any(one.teacher is None for one in active):
+            if self.of_the_driver:
+                raise ConfigError(
+                    f"{' and '.join(self.of_the_driver)}: build_model(cfg) does not act on it: "
+                    f"{OWN_LOOP}"
+                )
             logger.warning(
-                "The teacher is built now, in the first training step. MODEL.DISTILL.INHERIT, "
-                "CHECK_IMAGES and SKIP_NONFINITE_STEPS have no effect in this training loop: only "
-                "train_net.py and `ssimkd train` act on them"
+                "The teacher is built now, in the first training step. INHERIT and data sets of "
+                "DATASETS.COCO need ssimkd.build_student(cfg) in place of build_model(cfg); only "
+                "`ssimkd train` acts on CHECK_IMAGES and SKIP_NONFINITE_STEPS"
             )
             build_teachers(self)
 

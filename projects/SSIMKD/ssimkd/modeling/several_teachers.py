@@ -1,5 +1,6 @@
 """Several teachers of one student: a Distiller for each."""
 
+from contextlib import nullcontext
 from typing import (
     Any,
     ContextManager,
@@ -128,6 +129,13 @@ def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:
             distiller.build_teacher(model.device, class_names)
 
 
+def write_logs(model: Any) -> None:
+    """Puts what the distillers of a student have logged into the event storage, all of it."""
+    for name, distiller in distillers_of(model):
+        with get_event_storage().name_scope(name) if name else nullcontext():
+            distiller.log.write()
+
+
 def takes_unlabeled(model: Any) -> bool:
     """Whether a model learns from images without labels: a student whose losses take them.
 
@@ -138,7 +146,7 @@ def takes_unlabeled(model: Any) -> bool:
     if distillers and not any(distiller.takes_unlabeled for distiller in distillers):
         raise ConfigError(
             "MODEL.DISTILL.LOSSES: none of them learns from images without labels; add one that "
-            "compares maps, such as ssim, or leave out DATASETS.UNLABELED (dataloader.unlabeled)"
+            "compares maps, such as ssim, or leave out DATASETS.UNLABELED"
         )
     return bool(distillers)
 

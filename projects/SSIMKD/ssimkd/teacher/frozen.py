@@ -13,9 +13,11 @@ from .heads import describe_heads, keep_modules, modules_of
 from .network import TeacherNetwork
 from .preprocessing import (
     Preprocessing,
+    check_undone,
     convert_channel_order,
     preprocessing_of,
     training_image_format,
+    undo,
 )
 from .spec import TeacherSpec
 
@@ -41,6 +43,7 @@ class Teacher:
         self, spec: TeacherSpec, device: torch.device, kinds: Sequence[str] = (), stages: int = 1
     ) -> None:
         model, cfg, absent = spec.load(device)
+        spec.warn_of_ignored()
         self.heads = describe_heads(model) if kinds else {}
         self.class_names = training_classes(cfg)
         modules = [
@@ -61,7 +64,8 @@ class Teacher:
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         keep_modules(model, ["backbone", *modules])
         self.model = model
-        self.network = TeacherNetwork(model.backbone, device, spec.precision, spec.compile)
+        self.checked = False  # whether the images of a user's own preprocessing can be undone
+        self.network = TeacherNetwork(model.backbone, spec.precision, spec.compile)
 
     def __deepcopy__(self, memo) -> "Teacher":
         return self  # it never changes, so copies of a student share it
@@ -86,19 +90,30 @@ class Teacher:
             dict[str, Tensor]: level -> (N, C, H, W), on the device of `images`.
             (int, int): height and width of the padded images, in pixels.
         """
-        if self.model.pixel_mean.device != images.device:
-            self.model.to(images.device)
+        self.move(images.device)
         if preprocessing != self.preprocessing:
-            images = self.preprocess(batched_inputs, preprocessing.input_format)
+            given = [x["image"] for x in batched_inputs]
+            if preprocessing.is_own:  # it may flip or blur them, so the teacher sees its results
+                undone = undo(images, given, preprocessing)
+                if not self.checked:
+                    check_undone(undone, given, preprocessing)
+                given, self.checked = undone, True
+            images = self.preprocess(given, preprocessing)
         height, width = images.shape[-2:]
         return self.network(images), (height, width)
 
-    def preprocess(self, batched_inputs: List[Dict], input_format: str) -> Tensor:
-        """(N, C, H, W): images that come in `input_format`, normalised and padded for the teacher.
+    def move(self, device: torch.device) -> None:
+        """Moves it to a device, where it is not there yet."""
+        if self.model.pixel_mean.device != device:
+            self.network.runs.clear()  # copies in another precision; they are made again
+            self.model.to(device)
+
+    def preprocess(self, images: List[Tensor], preprocessing: Preprocessing) -> Tensor:
+        """(N, C, H, W): images in the student's format, normalised and padded for the teacher.
 
         Raises:
             ConfigError: see :func:`convert_channel_order`.
         """
-        images = [x["image"] for x in batched_inputs]
-        images = convert_channel_order(images, input_format, self.preprocessing.input_format)
+        wanted = self.preprocessing.input_format
+        images = convert_channel_order(images, preprocessing.input_format, wanted)
         return self.model.preprocess_image([{"image": image} for image in images]).tensor

@@ -25,6 +25,12 @@ class Preprocessing(NamedTuple):
     std: Tuple[float, ...] = ()
     padding: Tuple = ()
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the user has written `function`; it may do more than normalise and pad."""
+        module = getattr(self.function, "__module__", None) or "detectron2"
+        return bool(self.mean) and module.split(".")[0] != "detectron2"
+
 
 def preprocessing_of(detector: Any, input_format: str) -> Preprocessing:
     """The preprocessing of a detector whose images come in `input_format`.
@@ -78,6 +84,39 @@ def convert_channel_order(images: List[Tensor], given: str, wanted: str) -> List
             f"MODEL.DISTILL.TEACHER.OPTS, {wanted!r}: only BGR and RGB can be converted"
         )
     return [image.flip(0) for image in images]
+
+
+def undo(images: Tensor, given: List[Tensor], preprocessing: Preprocessing) -> List[Tensor]:
+    """The images that a detector made of those given, before it normalised and padded them.
+
+    Args:
+        images (Tensor): (N, C, H, W), what its backbone was given.
+        given (list[Tensor]): N images (C, h, w), what the detector was given.
+        preprocessing (Preprocessing): the detector's.
+
+    Returns:
+        list[Tensor]: (C, h, w) each, in the units of those given.
+    """
+    mean, std = (images.new_tensor(x)[:, None, None] for x in preprocessing[2:4])
+    return [x[:, : y.shape[-2], : y.shape[-1]] * std + mean for x, y in zip(images, given)]
+
+
+def check_undone(undone: List[Tensor], given: List[Tensor], preprocessing: Preprocessing) -> None:
+    """Checks what :func:`undo` returns. It waits for a GPU, so once is enough.
+
+    Raises:
+        ConfigError: images have become smaller, or are not normalised by mean and std alone.
+    """
+    for found, before in zip(undone, given):
+        before = before.to(found)
+        same_size = found.shape == before.shape
+        # a flip keeps the deviation, and other changes of colour and place nearly do
+        if not same_size or not 0.2 * before.std() <= found.std() + 1e-3 <= 5 * before.std() + 1:
+            raise ConfigError(
+                f"model: {preprocessing.function.__qualname__} resizes images or scales their "
+                "values by more than pixel_mean and pixel_std, so the teacher cannot be shown "
+                "what the student sees: do this in the mapper"
+            )
 
 
 def image_format_of(detector: Any) -> str:

@@ -1,5 +1,6 @@
 """What names a teacher: a config, a checkpoint and overrides."""
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, ContextManager, Dict, List, Sequence, Tuple, cast
@@ -19,7 +20,20 @@ from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.validate import check_switches
 
-from .network import PRECISIONS
+from .network import AUTO, PRECISIONS
+
+logger = logging.getLogger(__name__)
+# Settings of a teacher's config that only its own training or evaluation reads, .yaml and .py
+IGNORED = (
+    "INPUT.",
+    "DATALOADER.",
+    "SOLVER.",
+    "MODEL.WEIGHTS",
+    "dataloader.",
+    "optimizer",
+    "train.",
+)
+USED = ("INPUT.FORMAT", "mapper.image_format", "dataset.names")  # read all the same
 
 
 @dataclass
@@ -27,11 +41,12 @@ class TeacherSpec:
     """Names a teacher. Nothing is read or built before a method is called.
 
     Attributes:
-        config (str): a `.yaml` or `.py` file, or a name that `find_config` finds, in Detectron2's
-            zoo or among this project's configs.
-        weights (str): path or URL; "" is the zoo's checkpoint for `config`.
+        config (str or Path): a `.yaml` or `.py` file, or a name that `find_config` finds, in
+            Detectron2's zoo or among this project's configs.
+        weights (str or Path): path or URL; "" is the zoo's checkpoint for `config`.
         opts (sequence[str]): overrides of the config, in the syntax of its kind.
-        precision (str): of backbone and neck: "float32", "bfloat16" or "float16".
+        precision (str): of backbone and neck: "float32", "bfloat16" or "float16"; "auto": that of
+            the student, which is half precision only in mixed precision.
         compile (bool): run backbone and neck through torch.compile.
 
     Raises:
@@ -41,15 +56,18 @@ class TeacherSpec:
     config: str
     weights: str = ""
     opts: Sequence = ()
-    precision: str = "float32"
+    precision: str = AUTO
     compile: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.opts, ListConfig):  # from a LazyConfig
             self.opts = cast(List, OmegaConf.to_container(self.opts))
-        if self.precision not in PRECISIONS:
+        for name in ("config", "weights"):
+            with as_config_error(f"MODEL.DISTILL.TEACHER.{name.upper()}", TypeError):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        if self.precision not in (AUTO, *PRECISIONS):
             raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join(PRECISIONS)}, "
+                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join((AUTO, *PRECISIONS))}, "
                 f"got {self.precision!r}"
             )
         check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})
@@ -71,6 +89,18 @@ class TeacherSpec:
             cfg = load_config(path, self.opts)
             use_own_data(cfg, ())  # its number of classes may be that of its data
         return without_pretraining(cfg)  # the checkpoint holds all of its weights
+
+    def warn_of_ignored(self) -> None:
+        """Warns of overrides that change nothing of a teacher."""
+        lazy = find_config(self.config).endswith(".py")
+        keys = [str(x).partition("=")[0].lstrip("+~") for x in self.opts[:: 1 if lazy else 2]]
+        ignored = [key for key in keys if key.startswith(IGNORED) and not key.endswith(USED)]
+        if ignored:
+            logger.warning(
+                "MODEL.DISTILL.TEACHER.OPTS: %s has no effect: the teacher sees the student's "
+                "images, and its checkpoint is TEACHER.WEIGHTS",
+                ", ".join(ignored),
+            )
 
     def find_weights(self) -> str:
         """Local path of the checkpoint. A checkpoint at a URL is downloaded once.

@@ -4,13 +4,16 @@ import io
 import os
 import re
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, List, Sequence, Union
 
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ssimkd.config import add_ssimkd_config
 from ssimkd.errors import ConfigError, as_config_error, one_line
@@ -32,20 +35,22 @@ ANCHOR_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 12
 
 # yacs raises these for a key or value that does not fit a config.
 WRONG_SETTING = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+LOADER = "detectron2._cfg_loader"
 INTEGER_FOR_FLOAT = "Type mismatch (<class 'float'> vs. <class 'int'>)"
 
 
-def find_config(name: str) -> str:
+def find_config(name: Union[str, Path]) -> str:
     """Local path of a config.
 
     Args:
-        name (str): a file; or the name of a config of this project or of Detectron2's zoo, such as
-            "ssimkd_R50" or "COCO-Detection/retinanet_R_50_FPN_1x". The suffix and a leading
+        name (str or Path): a file; or the name of a config of this project or of Detectron2's zoo,
+            such as "ssimkd_R50" or "COCO-Detection/retinanet_R_50_FPN_1x". The suffix and a leading
             "configs/" can be left out.
 
     Raises:
         ConfigError: there is none of this name.
     """
+    name = os.fspath(name)
     if name and PathManager.isfile(name):
         return PathManager.get_local_path(name)
     inside = name[len("configs/") :] if name.startswith("configs/") else name
@@ -73,7 +78,7 @@ def find_shipped(path: str) -> str:
     return next((str(file) for file in files if file.is_file()), path)
 
 
-def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
+def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
     """Reads a config and applies overrides.
 
     Args:
@@ -81,22 +86,54 @@ def load_config(name: str, overrides: Sequence = ()) -> Union[CfgNode, DictConfi
         overrides (sequence): "KEY", value, ... for `.yaml`; "key=value", ... for `.py`.
 
     Returns:
-        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen.
+        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen. A
+        checkpoint that it names and that is found only beside the `.yaml` has its path.
 
     Raises:
         ConfigError: there is no such config, a `.yaml` is malformed or holds code, or an override
-            does not apply. Errors in the code of a `.py` config are raised unchanged.
+            does not apply, or a `.py` names a key of a config that does not exist. Other errors in
+            the code of a `.py` are raised unchanged.
     """
     path = find_config(name)
     if path.endswith(".py"):
-        return apply_lazy_overrides(LazyConfig.load(path), list(map(str, overrides)))
+        cfg = apply_lazy_overrides(load_lazy(path), list(map(str, overrides)))
+        return paths_as_text(cfg)
     if not path.endswith((".yaml", ".yml")):
         raise ConfigError(f"{path} must end in .yaml or .py")
     cfg = get_cfg()
     add_ssimkd_config(cfg)
     merge_yaml(cfg, path)
+    beside = os.path.join(os.path.dirname(path), cfg.MODEL.WEIGHTS)
+    if not os.path.exists(cfg.MODEL.WEIGHTS) and os.path.isfile(beside):
+        cfg.MODEL.WEIGHTS = beside  # an exported student
     merge_overrides(cfg, overrides)
     return cfg
+
+
+def load_lazy(path: str) -> DictConfig:
+    """Runs a `.py` config; raises ConfigError with its line where a key does not exist."""
+    try:
+        return LazyConfig.load(path)
+    except OmegaConfBaseException as error:
+        place = path
+        for frame, line in walk_tb(error.__traceback__):
+            # Detectron2 runs a config without a module name, and its imports under this one
+            if frame.f_globals.get("__name__", LOADER).startswith(LOADER):
+                place = f"{frame.f_code.co_filename}, line {line}"
+        raise ConfigError(f"{place}: {one_line(error)}") from error
+
+
+def paths_as_text(node: Any) -> Any:
+    """Replaces every pathlib.Path in a DictConfig or ListConfig by its text, in place."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, os.PathLike):
+            node[key] = os.fspath(value)
+        elif OmegaConf.is_config(value):
+            paths_as_text(value)
+    return node
 
 
 class _YamlFile(CfgNode):
@@ -143,21 +180,51 @@ def merge_yaml(cfg: CfgNode, path: str) -> None:
     try:
         cfg.merge_from_other_cfg(content)
     except WRONG_SETTING as error:
-        hint = "; write it with a decimal point" if INTEGER_FOR_FLOAT in str(error) else ""
-        raise ConfigError(f"{path}: {one_line(error)}{hint}") from error
+        raise ConfigError(f"{path}: {one_line(error)}{hint(cfg, error)}") from error
 
 
 def merge_overrides(cfg: CfgNode, overrides: Sequence) -> None:
     """Merges "KEY", value, ... into a config, in place. A key of a float also takes an integer."""
     for i in range(0, len(overrides), 2):
-        override = list(overrides[i : i + 2])
+        override = [os.fspath(x) if isinstance(x, Path) else x for x in overrides[i : i + 2]]
         node: Any = cfg
         for part in str(override[0]).split("."):
             node = node.get(part) if isinstance(node, CfgNode) else None
         if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(override[-1])):
             override[1] = float(override[1])
-        with as_config_error(" ".join(map(str, override)), WRONG_SETTING):
+        try:
             cfg.merge_from_list(override)
+        except WRONG_SETTING as error:
+            said = " ".join(map(str, override))
+            raise ConfigError(f"{said}: {one_line(error)}{hint(cfg, error, said)}") from error
+
+
+def hint(cfg: CfgNode, error: Exception, said: str = "") -> str:
+    """How to correct a key or value that yacs refuses; "" where that is not known.
+
+    Args:
+        cfg (CfgNode): into which a setting was merged.
+        error (Exception): of yacs.
+        said (str): the override; "" for a file, whose wrong key stands in the error.
+    """
+    text = str(error.args[0] if error.args else "")
+    if INTEGER_FOR_FLOAT in text:
+        return "; write it with a decimal point"
+    alone = re.search(r"<class '(?:list|tuple)'> vs\. <class 'str'>.* vs\. (\S+)\) for", text)
+    if alone:
+        listed = f"['{alone.group(1)}']"
+        return "; write a list, " + (f'"{listed}"' if said else listed)
+    if "Non-existent" not in text:
+        return ""
+    node, parts = cfg, (said.split(" ")[0] if said else text.split(": ")[-1]).split(".")
+    for i, part in enumerate(parts):
+        if part not in node:
+            near = get_close_matches(part.upper(), map(str, node), n=1)
+            return f"; did you mean {'.'.join([*parts[:i], *near])}?" if near else ""
+        node = node[part]
+        if not isinstance(node, CfgNode):
+            break
+    return ""
 
 
 def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
@@ -175,8 +242,12 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
         for part in [] if key.startswith(("+", "~")) else key.split("."):
             called = called or "_target_" in node
             if not OmegaConf.is_config(node) or not (called or part in node):
-                known = ", ".join(map(str, node)) if OmegaConf.is_config(node) else "none"
-                raise ConfigError(f"{key}: there are the keys {known} (+{key} makes a new one)")
+                keys = list(map(str, node)) if OmegaConf.is_config(node) else []
+                known, near = ", ".join(keys) or "none", get_close_matches(part, keys, n=1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"{key}: there are the keys {known} (+{key} makes a new one){meant}"
+                )
             node = OmegaConf.select(node, part)
     # Hydra's parser, OmegaConf and Detectron2 raise many types of errors for a wrong override.
     with as_config_error(" ".join(overrides), Exception):

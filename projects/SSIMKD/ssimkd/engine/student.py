@@ -1,0 +1,73 @@
+"""A student for a training loop of the user's own: `ssimkd.build_student`."""
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
+from ssimkd.data.datasets import check_classes, training_classes, use_own_data
+from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
+from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.utils.config_keys import datasets_of, key_of, names_of, setting, without_pretraining
+
+from . import lazy_driver, yaml_driver
+from .arguments import SPLITS
+from .preflight import prepare
+from .settings import read_settings
+
+logger = logging.getLogger(__name__)
+
+
+def build_student(cfg: Any) -> Any:
+    """The student of a config, ready for the first step of a training loop of your own.
+
+    It takes the place of `build_model(cfg)` or `instantiate(cfg.model)`, and does what `ssimkd
+    train` does before its first step, except the check on training images: it registers the data
+    of DATASETS.COCO, takes the number of classes from the data where the config says so, loads
+    MODEL.WEIGHTS, builds the teachers, and lets the student inherit from them. Do not load
+    MODEL.WEIGHTS again. To continue a training, load its checkpoint into the student.
+
+    Args:
+        cfg (CfgNode or DictConfig): with the keys of `add_ssimkd_config`, or with the fields of
+            `lazy_driver.py`. It stays as it is.
+
+    Returns:
+        nn.Module: in training mode, on the config's device.
+
+    Raises:
+        ConfigError: as before a training, or SKIP_NONFINITE_STEPS is set, which only the training
+            loop of `ssimkd train` can act on.
+    """
+    with naming_lazy_fields(not isinstance(cfg, CfgNode)):
+        return _build_student(copy.deepcopy(cfg))
+
+
+def _build_student(cfg: Any) -> Any:
+    yaml = isinstance(cfg, CfgNode)
+    settings = read_settings(cfg)
+    if settings.skip_nonfinite_steps:
+        raise ConfigError(
+            "MODEL.DISTILL.SKIP_NONFINITE_STEPS: only the training loop of `ssimkd train` leaves "
+            "out steps: set it to 0"
+        )
+    if names_of(cfg, "UNLABELED"):
+        key = key_of(cfg, "UNLABELED")
+        logger.warning("%s: your loader has to add these images; see docs/configuration.md", key)
+    if yaml:
+        cfg.defrost()
+    use_own_data(cfg, SPLITS)
+    weights = str(setting(cfg, "weights") or "")
+    if yaml:
+        model = yaml_driver.DistillTrainer.build_model(cfg)
+    else:
+        model = lazy_driver.build_model(without_pretraining(cfg) if weights else cfg)
+        lazy_driver.check_image_format(cfg, model, "train", "test", "unlabeled")
+        build_teachers(model, training_classes(cfg))
+    check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
+    with as_config_error(key_of(cfg, "weights")):
+        RunCheckpointer(model, setting(cfg, "output")).resume_or_load(weights, resume=False)
+    prepare(model, None, replace(settings, check_images=0), resumed=False)
+    return model.train()
