@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from memory import peak_of
+from ssimkd.data.datasets import classes_in
 from ssimkd.engine.arguments import load_config
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.distiller import Distiller
@@ -80,7 +81,8 @@ class Bench:
             for name in losses:
                 node.LOSSES = (name,)
                 distiller = Distiller(self.cfg).to(self.device)
-                distiller.attach(self.model.backbone.output_shape())
+                classes = classes_in(getattr(self.model, "roi_heads", self.model))
+                distiller.attach(self.model.backbone.output_shape(), classes, self.model)
                 if found:  # all losses share one teacher
                     first = next(iter(found.values()))
                     distiller.teacher = first.teacher
@@ -115,11 +117,10 @@ class Bench:
 
     def compare(self, loss: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:
         """Forward and backward of a loss alone."""
-        batch = [{**x, "instances": x["instances"].to(self.device)} for x in self.batch]
         for m in student.values():
             m.grad = None
         with EventStorage(0):
-            terms = self.distillers[loss].compare(student, teacher, batch)[loss]
+            terms = self.distillers[loss].compare(student, teacher, self.batch)[loss]
             torch.stack(list(terms.values())).sum().backward()
 
 

@@ -1,30 +1,46 @@
-"""Checks and times the Triton kernels of SSIM on a GPU.
+"""Checks and times what runs on a GPU: kernels, losses, training step. It takes eight minutes.
 
-    python benchmarks/gpu_check.py --out gpu.json
-    compute-sanitizer --tool memcheck python benchmarks/gpu_check.py --small
-    compute-sanitizer --tool racecheck python benchmarks/gpu_check.py --small
+    python benchmarks/gpu_check.py                        # writes output/gpu_check.json and .md
+    compute-sanitizer --tool memcheck python benchmarks/gpu_check.py --small --parts kernels
+    compute-sanitizer --tool racecheck python benchmarks/gpu_check.py --small --parts kernels
     TRITON_INTERPRET=1 python benchmarks/gpu_check.py --small  # without a GPU, takes minutes
 
-The script ends with an error if a check fails. Times are medians of forward and backward on five
-levels of two images of 800 x 1333 pixels. The compared forms take turns. --small measures no times.
+    kernels   the Triton kernels of SSIM against float64, in a CUDA graph, and their times
+    losses    a training step with every loss, and that SSIM's waits for nothing
+    step      time and memory of a step of configs/ssimkd_R50.yaml, 800 x 1333 pixels, in float32
+              and in mixed precision, and the teacher through torch.compile
+
+A check that fails is an error, after the other parts. Times are medians; what is compared takes
+turns. --small takes small maps and detectors, and measures no kernels.
 """
 
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
+from bench_step import Bench
 from memory import peak_of
+from ssimkd.errors import one_line
+from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.ssim import gpu, ssim_loss
+from ssimkd.teacher.network import TeacherNetwork
+from ssimkd.utils.measure import clock_of, interleave, markdown
 from torch import Tensor
 
 LEVELS = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
 SMALL = [(5, 37), (7, 6)]
+SHAPES, R50 = "configs/shapes/ssimkd.yaml", "configs/ssimkd_R50.yaml"
+RETINANET = "configs/ssimkd_retinanet_R18.yaml"
 LIMIT = 1e-6  # error of a float32 gradient compared with float64, relative to its largest element
 
 Maps = List[Tuple[Tensor, Tensor]]
@@ -204,38 +220,172 @@ def time_all(rounds: int) -> Dict[str, Dict[str, float]]:
     return found
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Runs the script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=50, help="rounds of the times (50)")
-    parser.add_argument("--small", action="store_true", help="only run the checks, on small maps")
-    args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.small:
-        sys.exit("error: there is no GPU; TRITON_INTERPRET=1 and --small check without one")
+# --- parts ---
+
+
+def kernels(args: argparse.Namespace) -> Dict[str, Any]:
+    """The checks of the Triton kernels, and times of all backends."""
+    if args.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return {"left out": "no GPU, and TRITON_INTERPRET=1 is not set"}
     # The checks below replace the trial that is made at the first use.
     gpu.trusted = lambda *kind: True  # type: ignore[assignment]
-    if device == "cpu":
+    if args.device == "cpu":
         gpu.covers = lambda student, teacher, options: True  # type: ignore[assignment]
-    found: Dict[str, object] = {"torch": torch.__version__}
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    scale = (SMALL, 1, device) if args.small else (LEVELS, 64, device)
+    found: Dict[str, Any] = {}
+    scale = (SMALL, 1, args.device) if args.small else (LEVELS, 64, args.device)
     checks = [check_accuracy, check_types, check_padding, check_nan, check_determinism]
     checks.append(check_extremes)
-    for check in checks + [check_capture] * (device == "cuda"):
+    for check in checks + [check_capture] * (args.device == "cuda"):
         begin = time.perf_counter()
         found[check.__name__] = check(*scale) or "passed"
         seconds = time.perf_counter() - begin
         print(f"{check.__name__}: passed in {seconds:.1f} s", flush=True)
     if not args.small:
         found["milliseconds"] = time_all(args.rounds)
-    text = json.dumps(found, indent=2)
-    print(text)
-    if args.out:
-        with open(args.out, "w") as file:
-            file.write(text + "\n")
+    return found
+
+
+def losses(args: argparse.Namespace) -> Dict[str, Any]:
+    """The values of every loss in a step of a small detector, and how many elements they train.
+
+    A loss of dense heads takes a RetinaNet, whose detectors are larger.
+    """
+    found: Dict[str, Any] = {}
+    for name in args.losses or sorted(name for name, _ in KD_LOSS_REGISTRY):
+        compares = KD_LOSS_REGISTRY.get(name)().compares
+        config = RETINANET if set(compares) <= {"dense", "cross"} else SHAPES
+        bench = Bench(config, (128, 160), 2, [name], args.device)
+        bench.step(name)
+        wrong = [n for n, p in bench.model.named_parameters() if not finite(p.grad)]
+        assert not wrong, f"{name}: the gradient of {wrong[0]} is not finite"
+        found[name] = "passed"
+        if "maps" in compares:
+            student, teacher = bench.pair(name)
+            with no_waits(args.device, name == "ssim"):
+                bench.compare(name, student, teacher)
+            assert all(m.grad is not None and finite(m.grad) for m in student.values()), name
+        print(f"{name}: passed", flush=True)
+    return found
+
+
+def finite(gradient: Optional[Tensor]) -> bool:
+    """Whether a gradient is finite; there may be none."""
+    return gradient is None or bool(gradient.isfinite().all())
+
+
+@contextmanager
+def no_waits(device: str, forbidden: bool) -> Iterator[None]:
+    """In this block an operator that waits for the GPU is an error."""
+    if device == "cpu" or not forbidden:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def step(args: argparse.Namespace) -> Dict[str, Any]:
+    """Seconds and peak memory of a step, and of the teacher with torch.compile."""
+    config, size = (SHAPES, (64, 96)) if args.small else (R50, (800, 1333))
+    bench = Bench(config, size, 2, ["ssim"], args.device)
+    precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if args.device == "cuda":
+        precisions["float16"] = torch.float16
+
+    def call(loss: str, dtype: torch.dtype) -> None:
+        with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
+            bench.step(loss)
+
+    steps = {
+        f"{name}, {precision}": partial(call, loss, dtype)
+        for precision, dtype in precisions.items()
+        for name, loss in (("student alone", ""), ("distilled, ssim", "ssim"))
+    }
+    for one in steps.values():
+        one()
+    peaks = {name: peak_of(one, args.device) for name, one in steps.items()}
+    seconds = interleave(steps, 2 if args.small else 10, clock_of(args.device))
+    found: Dict[str, Any] = {
+        name: {"seconds": seconds[name], "peak_bytes": peaks[name]} for name in steps
+    }
+    if not args.small:
+        found["teacher"] = compiled_teacher(bench)
+    return found
+
+
+@torch.no_grad()
+def compiled_teacher(bench: Bench) -> Dict[str, Any]:
+    """Seconds of the teacher's backbone, and the largest difference that torch.compile makes."""
+    teacher = bench.distillers["ssim"].teacher
+    assert teacher is not None
+    images = bench.model.preprocess_image(bench.batch).tensor
+    networks = {
+        name: TeacherNetwork(teacher.model.backbone, "float32", name == "compiled")
+        for name in ("eager", "compiled")
+    }
+    maps = {name: network(images) for name, network in networks.items()}
+    for level, exact in maps["eager"].items():
+        assert (maps["compiled"][level] - exact).abs().max() <= 1e-2 * exact.abs().max(), level
+    calls = {name: partial(network, images) for name, network in networks.items()}
+    return interleave(calls, 10, clock_of(images.device))
+
+
+PARTS = {"kernels": kernels, "losses": losses, "step": step}
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Runs the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("output/gpu_check"), help="files to write, without suffix")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to run (all)")
+    add("--losses", nargs="+", help="losses of the part losses (all)")
+    add("--rounds", type=int, default=50, help="rounds of the kernels' times (50)")
+    add("--small", action="store_true", help="small maps and detectors; no times of kernels")
+    args = parser.parse_args(argv)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and not args.small:
+        sys.exit("error: there is no GPU; --small checks without one, and TRITON_INTERPRET=1")
+    found: Dict[str, Any] = {"torch": torch.__version__, "device": args.device}
+    if args.device == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+    failed = []
+    for part in args.parts:
+        begin = time.perf_counter()
+        try:
+            found[part] = PARTS[part](args)
+        except Exception as error:
+            traceback.print_exc()
+            found[part] = {"failed": one_line(error)}
+            failed.append(part)
+        found[part]["seconds of this part"] = round(time.perf_counter() - begin, 1)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    text = report(found)
+    args.out.with_suffix(".md").write_text(text)
+    print(f"\n{text}\n{args.out}.json, .md")
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+def report(found: Dict[str, Any]) -> str:
+    """The figures in Markdown, a table for each part."""
+    lines = [f"{found['device']}, torch {found['torch']}"]
+    for part in (part for part in PARTS if part in found):
+        rows = [[name, text_of(value)] for name, value in found[part].items()]
+        lines.append(markdown([part, ""], rows))
+    return "\n\n".join(lines) + "\n"
+
+
+def text_of(value: Any) -> str:
+    """A value of the JSON file in a cell of a table."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {text_of(one)}" for key, one in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

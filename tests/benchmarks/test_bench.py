@@ -7,6 +7,7 @@ import bench_growth
 import bench_loss
 import bench_step
 import bench_teacher
+import gpu_check
 import pytest
 import torch
 from bench_loss import loss_table
@@ -140,3 +141,29 @@ def test_a_teacher_in_float32_has_the_detectors_own_maps(capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     maps = {row[0].strip("| "): [float(cell.strip("| ")) for cell in row[2:]] for row in rows[2:5]}
     assert max(maps["float32"]) < 1e-5 < min(maps["bfloat16"]) < max(maps["bfloat16"]) < 1e-2
+
+
+def test_the_check_for_gpus_runs_without_one_on_small_detectors(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    out = tmp_path / "check"
+    gpu_check.main(["--small", "--losses", "ssim", "icd", "kd", "--out", str(out)])
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert found["losses"]["ssim"] == found["losses"]["icd"] == found["losses"]["kd"] == "passed"
+    assert found["step"]["distilled, ssim, bfloat16"]["seconds"] > 0
+    assert "no GPU" in found["kernels"]["left out"]
+    text = out.with_suffix(".md").read_text()
+    assert "| distilled, ssim, float32 | seconds: " in text
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        gpu_check.main(["--out", str(out)])
+
+
+def test_a_check_that_fails_is_named_after_the_other_parts(tmp_path, monkeypatch):
+    def fail(args):
+        raise AssertionError("p3 differs")
+
+    monkeypatch.setitem(gpu_check.PARTS, "losses", fail)
+    monkeypatch.setitem(gpu_check.PARTS, "step", lambda args: {"a": 1.0})
+    with pytest.raises(SystemExit, match="^error: failed: losses"):
+        gpu_check.main(["--small", "--parts", "losses", "step", "--out", str(tmp_path / "check")])
+    assert "p3 differs" in (tmp_path / "check.md").read_text()
+    assert "| a | 1 |" in (tmp_path / "check.md").read_text()

@@ -12,6 +12,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from ssimkd.engine import finite_steps
 from ssimkd.engine.finite_steps import MOST_OVERFLOWS, FiniteSimpleTrainer, FiniteSteps
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Model(nn.Module):
@@ -162,17 +163,52 @@ def test_one_wrong_gradient_of_many_is_found_and_named():
             optimizer.step()
 
 
-def test_a_loss_of_another_process_stops_this_one():
-    """Only the main process sees the losses of all processes, and the gradient may be finite."""
+def test_a_loss_that_is_not_finite_stops_the_run_though_the_gradient_is():
+    """The other processes make the step, so it cannot be left out."""
 
-    class Told(SimpleTrainer):
-        def _write_metrics(self, *args, **kwargs):
-            raise FloatingPointError("Loss became infinite or NaN at iteration=0!")
-
-    class ToldTrainer(FiniteSteps, Told):
-        pass
+    class Constant(Model):
+        def forward(self, batch):
+            return {"loss_a": self.weight.sum() + math.nan}
 
     for allowed in (0, 1):
-        trainer = train([batch(0)], kind=ToldTrainer, allowed=allowed)
-        assert trainer.failed.startswith("in another process: FloatingPointError: Loss became")
-        assert trainer.skipped == 0
+        model = Constant()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        trainer = FiniteSimpleTrainer(model, [batch(0)], optimizer, skip=allowed)
+        with pytest.raises(FloatingPointError, match=r"^loss_a is nan \(iteration 0, images: 0"):
+            trainer.train(0, 1)
+        assert torch.equal(model.weight, Model().weight) and trainer.skipped == 0
+
+
+def test_a_loss_of_another_process_is_named(monkeypatch):
+    monkeypatch.setattr(finite_steps.comm, "all_gather", lambda own: [own, "loss_b is nan"])
+    trainer = train([batch(0, root=0.0)])
+    assert trainer.failed == "in another process: loss_b is nan (iteration 0, images: 0.jpg)"
+
+
+def test_losses_are_read_together_and_belong_to_their_iterations():
+    batches = [batch(0), batch(1), batch(2, value=math.nan), batch(3)]
+    trainer = train(batches, allowed=1)
+    assert "loss_a" not in trainer.storage.latest() and len(trainer.kept) == 4
+    with trainer.storage:
+        trainer.read_metrics()
+    assert trainer.kept == []
+    found = {name: trainer.storage.history(name).values() for name in ("loss_a", "total_loss")}
+    assert [iteration for _, iteration in found["loss_a"]] == [0, 1, 3]
+    weight, values = torch.tensor([1.0, 2.0]), {i: v for v, i in found["loss_a"]}
+    assert values[0] == pytest.approx(weight.sqrt().sum().item())
+    assert trainer.storage.iter == 4
+
+
+def test_a_step_reads_one_number_from_the_device():
+    class Reads(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.found += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    trainer = build([batch(0), batch(1)])
+    trainer.iter = 0
+    with Reads() as reads:
+        trainer.run_step()
+    assert reads.found == 1

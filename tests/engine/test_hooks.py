@@ -11,6 +11,7 @@ from ssimkd.engine.hooks import (
     CountSkipped,
     EvalHook,
     ExactResume,
+    ReadMetrics,
     WarnOfShare,
 )
 from ssimkd.engine.preemption import StopOnSignal
@@ -38,6 +39,7 @@ def test_the_order_of_the_hooks(few_images, tmp_path):
         StopOnSignal,
         CountSkipped,
         EvalHook,
+        ReadMetrics,
         hooks.PeriodicWriter,
     ]
 
@@ -83,6 +85,18 @@ def test_a_resume_that_is_not_exact_is_logged(caplog):
     hook.before_train()
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3 and all("not exact" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    "start, period, last, first", [(0, 5000, 900, 900), (0, 100, 900, 100), (250, 100, 900, 300)]
+)
+def test_a_run_says_when_it_first_saves(start, period, last, first, caplog):
+    hook = ExactResume(None, torch.nn.Identity(), period)
+    hook.trainer = Trainer(start, start)
+    hook.trainer.max_iter = last
+    with caplog.at_level("INFO", "ssimkd"):
+        hook.before_train()
+    assert f"first checkpoint is written after iteration {first} of {last} " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import os
 import signal
 import time
 from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
@@ -163,3 +166,27 @@ def test_detectron2s_own_launch(monkeypatch, tmp_path):
 
 def write_place(args):
     (args.out / str(place())).touch()
+
+
+def test_two_processes_that_see_the_same_gpu_are_refused(monkeypatch):
+    gpus = {0: SimpleNamespace(uuid="GPU-1"), 1: SimpleNamespace(uuid="GPU-2")}
+    joined, current, store = [], [], dist.HashStore()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.get)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: joined.append(args))
+    monkeypatch.setattr(launch, "create_local_process_group", lambda size: None)
+
+    def join(rank):
+        places = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2)
+        for name, value in places.items():
+            monkeypatch.setenv(name, str(value))
+        launch.join_group(store, "cuda", timedelta(1))
+
+    join(0)
+    join(1)
+    assert current == [0, 1] and len(joined) == 2
+    del gpus[1]
+    with pytest.raises(ConfigError, match="2 processes share this machine, .* the same GPU"):
+        join(1)

@@ -96,6 +96,22 @@ def test_single_precision_agrees_with_double_precision(name):
         assert value.item() == pytest.approx(expected[part].item(), rel=1e-3)
 
 
+@loss_of_maps
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_maps_are_compared_in_single_precision(name, dtype):
+    loss = make_loss(name).float()
+    student, teacher, context = batch_for(name)
+    half = [changed(side, lambda x: x.detach().to(dtype)) for side in (student, teacher)]
+    half[0] = changed(half[0], lambda x: x.requires_grad_())
+    found = run(loss, *half, context)
+    expected = run(loss, *(changed(side, lambda x: x.float()) for side in half), context)
+    for part, value in found.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected[part], rtol=1e-5, atol=1e-6)
+    mixed = run(loss, half[0], changed(half[1], lambda x: x.float()), context)
+    torch.testing.assert_close(mixed, found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OF_MAPS)
 def test_levels_of_a_map_loss_are_independent(name):
     student, teacher, context = batch()

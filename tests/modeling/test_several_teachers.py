@@ -36,10 +36,10 @@ def build(teachers, *opts):
     return build_model(cfg).train()
 
 
-def run(model):
+def run(model, batch=BATCH):
     torch.manual_seed(5)
     with EventStorage(0) as storage:
-        return model(BATCH), storage
+        return model(batch), storage
 
 
 def test_each_loss_is_that_of_its_teacher_alone(files, student):
@@ -51,6 +51,15 @@ def test_each_loss_is_that_of_its_teacher_alone(files, student):
     levels = [storage.latest()[f"narrow/ssim_kd/{level}"][0] for level in LEVELS]
     expected = 16 * 0.5 * sum(levels)  # SSIM.WEIGHT in configs/shapes/ssimkd.yaml, LOSS_WEIGHT
     assert losses["ssim_kd_loss_narrow"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_without_labels_go_to_the_teachers_whose_losses_take_them(files):
+    model = build(entries(files, NAME="boxes", LOSSES=["fgd"]))
+    expected, _ = run(model)
+    mixed = [*BATCH, {"image": image_batch((64, 96), seed=3)[0]["image"]}]
+    found, _ = run(model, mixed)
+    changed = {name for name, loss in found.items() if not torch.equal(loss, expected[name])}
+    assert changed == {"ssim_kd_loss_teacher1"}
 
 
 def test_trainable_parts_bear_the_teachers_name(files):

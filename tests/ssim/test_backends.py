@@ -9,6 +9,7 @@ import torch
 from ssimkd.ssim import analytic, compiled, loss, one_pass, ssim_loss
 from ssimkd.ssim.normalize import AFFINE, SCOPES
 from ssimkd.ssim.window import Window, window_matrices
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BORDERS = ("renormalize", "reflect", "valid")
 SIZES = [(1, 1), (1, 7), (5, 4), (13, 21), (47, 70)]  # 47 x 70 is cut into blocks along both axes
@@ -358,6 +359,45 @@ def test_the_teachers_maps_are_not_kept(backend):
     assert torch.UntypedStorage._expired(data)
     with pytest.raises(RuntimeError, match="needs the teacher's maps"):
         torch.autograd.grad(value, student, create_graph=True)
+
+
+class Made(TorchDispatchMode):
+    """Knows the memory that was taken while it was on, and whether it is still held."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {x.untyped_storage().data_ptr() for x in given}
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.given:
+                    self.storages[storage._weak_ref()] = storage.nbytes()
+        return result
+
+    def held(self):
+        gc.collect()
+        expired = torch.UntypedStorage._expired
+        return sum(size for ref, size in self.storages.items() if not expired(ref))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [None, [(40, 60), (33, 51)]], ids=["whole", "padded"])
+def test_no_more_than_the_students_maps_and_their_gradient_are_kept(backend, sizes, dtype):
+    student, teacher = related_maps(2, 8, 40, 60, dtype=dtype)
+    student.requires_grad_()
+    options = dict(normalize="minmax", sizes=sizes, backend=backend)
+    with torch.no_grad():
+        ssim_loss(student, teacher, **options)  # makes the windows
+    with Made(student, teacher) as made:
+        value = ssim_loss(student, teacher, **options)
+    one_set = 4 * student.numel()  # in float32
+    kept = student.numel() * student.element_size() + made.held()
+    assert one_set <= made.held() and kept < (2.4 if dtype == torch.float32 else 1.9) * one_set
+    value.backward()
 
 
 # --- which backend ---

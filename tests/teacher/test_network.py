@@ -9,7 +9,7 @@ from ssimkd import ConfigError
 from ssimkd.ssim.definition import ssim_map
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.teacher.frozen import Teacher
-from ssimkd.teacher.network import TeacherNetwork, fold_norms
+from ssimkd.teacher.network import TeacherNetwork, fold_norms, layout_of
 from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
 
@@ -65,14 +65,59 @@ def test_half_precision_changes_the_structure_little(precision, bound):
     spec = TeacherSpec(CONFIG, WEIGHTS, precision=precision)
     half, _ = Teacher(spec, CPU)(BATCH, torch.zeros(0), preprocessing)
     for level, value in full.items():
-        assert half[level].dtype == torch.float32 and not torch.equal(half[level], value)
+        assert half[level].dtype == getattr(torch, precision) and not torch.equal(
+            half[level], value
+        )
         if min(value.shape[-2:]) > 2:
             pair = normalize_maps(half[level], value, "minmax", "channel", None)
             assert 0 <= 1 - ssim_map(*pair).mean() < bound
 
 
+def test_by_itself_it_has_the_precision_of_the_students_autocast():
+    preprocessing = Preprocessing("BGR")
+    teacher = Teacher(TeacherSpec(CONFIG, WEIGHTS), CPU)
+    known = {
+        precision: Teacher(TeacherSpec(CONFIG, WEIGHTS, precision=precision), CPU)
+        for precision in ("float32", "bfloat16")
+    }
+    inputs = BATCH, torch.zeros(0), preprocessing
+    for enabled, precision in ((False, "float32"), (True, "bfloat16"), (False, "float32")):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found, _ = teacher(*inputs)
+        expected, _ = known[precision](*inputs)
+        for level, value in expected.items():
+            assert found[level].dtype == getattr(torch, precision)
+            bound = 0.05 * enabled * value.abs().max()  # autocast adds up in another order
+            assert (found[level] - value).abs().max() <= bound
+
+
+def test_half_precision_has_its_channels_last_and_a_gpus_float32_has_not():
+    gpu = torch.device("cuda")
+    assert layout_of(torch.float32, gpu) == torch.contiguous_format
+    for dtype, device in ((torch.float16, gpu), (torch.bfloat16, CPU), (torch.float32, CPU)):
+        assert layout_of(dtype, device) == torch.channels_last
+    teacher = Teacher(TeacherSpec(CONFIG, WEIGHTS), CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        teacher(BATCH, torch.zeros(0), Preprocessing("BGR"))
+    weight = teacher.network.runs[torch.bfloat16, CPU].fpn_output3.weight
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert teacher.model.backbone.fpn_output3.weight.dtype == torch.float32
+
+
+def test_an_operator_that_half_precision_lacks_names_the_key(monkeypatch):
+    teacher = Teacher(TeacherSpec(CONFIG, WEIGHTS, precision="bfloat16"), CPU)
+
+    def fail(images):
+        raise NotImplementedError("\"deformable\" not implemented for 'BFloat16'")
+
+    monkeypatch.setattr(teacher.model.backbone, "forward", fail)
+    with pytest.raises(ConfigError, match=f"{KEY}.PRECISION: .* set it to float32: .*BFloat16"):
+        teacher(BATCH, torch.zeros(0), Preprocessing("BGR"))
+
+
 def test_unknown_settings_are_refused():
-    with pytest.raises(ConfigError, match=f"{KEY}.PRECISION must be one of float32, bf"):
+    with pytest.raises(ConfigError, match=f"{KEY}.PRECISION must be one of auto, float32, bf"):
         build_model(shapes_cfg("ssimkd", f"{KEY}.PRECISION", "half"))
 
 
@@ -86,7 +131,7 @@ def test_a_compiler_that_is_missing_names_the_key(monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", fail)
-    network = TeacherNetwork(backbone, CPU, "float32", True)
+    network = TeacherNetwork(backbone, "float32", True)
     with pytest.raises(ConfigError, match=f"{KEY}.COMPILE: .* set it to False: .*none found"):
         network(torch.zeros(1, 3, 32, 32))
 
@@ -96,7 +141,7 @@ def test_a_compiler_that_is_missing_names_the_key(monkeypatch):
 def test_the_compiled_teacher_is_the_teacher(precision):
     spec = TeacherSpec(CONFIG, WEIGHTS, precision=precision)
     eager, compiled = Teacher(spec, CPU), Teacher(spec, CPU)
-    compiled.network = TeacherNetwork(compiled.model.backbone, CPU, precision, True)
+    compiled.network = TeacherNetwork(compiled.model.backbone, precision, True)
     bound = 1e-5 if precision == "float32" else 0.05
     for sizes in ([(96, 96)] * 2, [(96, 128)] * 3, [(128, 96)]):
         batch = image_batch(*sizes)

@@ -25,3 +25,17 @@ def test_preserve_random_state_even_after_an_error():
         draw()
         raise KeyError
     assert str(get_random_state()) == expected
+
+
+def test_the_generator_of_every_gpu_is_kept(monkeypatch):
+    """The model's GPU need not be the current one; a resume may see fewer of them."""
+    states, put = [torch.tensor([1]), torch.tensor([2])], {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda x, device: put.update({device: x}))
+    for count in (2, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=count: n)
+        put.clear()
+        set_random_state(get_random_state())
+        assert put == dict(enumerate(states[:count]))

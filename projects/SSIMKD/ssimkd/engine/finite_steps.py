@@ -1,15 +1,23 @@
-"""Keeps NaN and infinity out of the weights: the run stops, or leaves out the step."""
+"""Keeps NaN and infinity out of the weights: the run stops, or leaves out the step.
+
+Besides, the host does not wait for a GPU to know the losses of a step. It waits once in a step, for
+this check, and reads the losses once for all steps between two log lines.
+"""
 
 import logging
-from typing import Any, Dict, List, Mapping, Optional
+from contextlib import contextmanager, suppress
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
+import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ssimkd.errors import one_line
 from ssimkd.modeling.nonfinite import explain_nonfinite
+from ssimkd.modeling.several_teachers import write_logs
 from ssimkd.utils.compat import unwrap
 
 logger = logging.getLogger(__name__)
@@ -25,10 +33,10 @@ class _StepLeftOutError(Exception):
 class FiniteSteps:
     """Makes Detectron2's SimpleTrainer or AMPTrainer keep NaN and infinity out of the weights.
 
-    Before the optimizer's step it checks all gradients, by one norm, and whether Detectron2 has
-    found a loss that is not finite. Several processes have the same gradient, so they leave out the
-    same steps. Mixed precision leaves out steps by itself while it looks for a loss scale. That is
-    an error only if it never ends.
+    Before the optimizer's step it checks all gradients, by one norm, and this process's losses.
+    Several processes have the same gradient, so they leave out the same steps. Mixed precision
+    leaves out steps by itself while it looks for a loss scale. That is an error only if it never
+    ends. The losses go to the event storage when :meth:`read_metrics` is called.
 
     Args:
         model, data_loader, optimizer: as SimpleTrainer's.
@@ -47,21 +55,21 @@ class FiniteSteps:
         super().__init__(model, data_loader, optimizer)  # type: ignore[call-arg]
         self.allowed, self.skipped, self.overflows = skip, 0, 0
         self.batch: List[Dict[str, Any]] = []
-        self.losses: Optional[Mapping[str, Tensor]] = None  # this step's, after its forward
-        self.refused: Optional[FloatingPointError] = None  # Detectron2's error about these losses
+        self.losses: Dict[str, Tensor] = {}  # this step's, after its forward
+        self.kept: List[Tuple[int, Dict[str, Tensor], float]] = []  # iteration, losses, data_time
         self.stepped = False
         model.register_forward_pre_hook(self._keep_batch)
         optimizer.register_step_pre_hook(self._check_gradients)
 
     def run_step(self) -> None:
         """One iteration. The optimizer makes no step where a loss or gradient is not finite."""
-        self.losses, self.refused, self.stepped = None, None, False
+        self.losses, self.stepped = {}, False
         try:
             super().run_step()  # type: ignore[misc]
         except _StepLeftOutError:
             pass
         except FloatingPointError as error:
-            if self.losses is not None:
+            if self.losses:
                 raise
             # a part of the detector, such as its proposals, has refused the values
             raise FloatingPointError(self._explain(str(error))) from error
@@ -74,13 +82,37 @@ class FiniteSteps:
         if model.training:
             self.batch = inputs[0]
 
-    def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """Keeps Detectron2's error until the optimizer's step, which may be left out."""
+    def _write_metrics(
+        self, loss_dict: Mapping[str, Tensor], data_time: float, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keeps the values where they are, since reading them has to wait for a GPU."""
         self.losses = {name: loss.detach() for name, loss in loss_dict.items()}
+        self.kept.append((self.iter, self.losses, data_time))
+
+    def read_metrics(self) -> None:
+        """Puts the losses of all steps since the last call into the event storage.
+
+        Detectron2 does it, which gathers them from all processes: each of them has to call this.
+        """
+        kept, self.kept = self.kept, []
+        tensors = [value.reshape(()) for _, losses, _ in kept for value in losses.values()]
+        numbers = iter(torch.stack(tensors).cpu() if tensors else ())
+        for iteration, losses, data_time in kept:
+            # a loss that is not finite was named before its step
+            with self._as_of(iteration), suppress(FloatingPointError):
+                read = {name: next(numbers) for name in losses}
+                super()._write_metrics(read, data_time)  # type: ignore[misc]
+        write_logs(unwrap(self.model))
+
+    @contextmanager
+    def _as_of(self, iteration: int) -> Iterator[None]:
+        """In this block trainer and event storage are in an earlier iteration."""
+        storage, now = get_event_storage(), self.iter
+        self.iter = storage.iter = iteration
         try:
-            super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
-        except FloatingPointError as error:
-            self.refused = error
+            yield
+        finally:
+            self.iter = storage.iter = now
 
     def _check_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Runs before the optimizer's step.
@@ -91,22 +123,24 @@ class FiniteSteps:
         if self.stepped:  # Detectron2's clipping optimizer calls this hook a second time
             return
         self.stepped = True
+        values = list(self.losses.values())
         scaler = getattr(self, "grad_scaler", None)
         if scaler is None or not scaler.is_enabled():  # a scaler has checked the gradients already
             groups = optimizer.param_groups
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            if not get_total_norm(gradients).isfinite():
-                self._leave_out()
-                raise _StepLeftOutError
-        # The gradient is finite, so only the main process knows of the loss. The other processes
-        # make the step, so it cannot be left out here.
-        if self.refused:
+            values.append(get_total_norm(gradients))
+        if all_finite(values):  # the one wait for a GPU
+            return
+        if all_finite(values[len(self.losses) :]):
+            # The other processes may not know, and make the step: it cannot be left out here
             raise FloatingPointError(self._explain())
+        self._leave_out()
+        raise _StepLeftOutError
 
     def _count_overflow(self) -> None:
         """Counts a step that mixed precision has left out."""
-        # only the main process knows whether a loss was not finite
-        if any(comm.all_gather(self.refused is not None)):
+        # each process knows its own losses
+        if any(comm.all_gather(not all_finite(list(self.losses.values())))):
             self._leave_out()
             return
         self.overflows += 1
@@ -117,7 +151,10 @@ class FiniteSteps:
             )
 
     def _leave_out(self) -> None:
-        text = self._explain()
+        """Every process calls this."""
+        own = self._wrong_losses()
+        others = [f"in another process: {text}" for text in comm.all_gather(own) if text]
+        text = self._explain(own or next(iter(others), ""))
         if self.skipped >= self.allowed:
             raise FloatingPointError(text)
         self.skipped += 1
@@ -134,10 +171,7 @@ class FiniteSteps:
         return f"{what}{why and f': {why}'} (iteration {self.iter}, images: {images})"
 
     def _wrong_losses(self) -> str:
-        losses = self.losses or {}
-        wrong = [f"{k} is {v.item()}" for k, v in losses.items() if not v.isfinite()]
-        if self.refused and not wrong:
-            wrong = [f"in another process: {one_line(self.refused)}"]
+        wrong = [f"{k} is {v.item()}" for k, v in self.losses.items() if not v.isfinite()]
         return ", ".join(wrong)
 
     def _wrong_gradients(self) -> str:
@@ -157,6 +191,11 @@ class FiniteSteps:
         """Takes a checkpoint of Detectron2's own trainers as well."""
         super().load_state_dict(state_dict)  # type: ignore[misc]
         self.skipped = state_dict.get("skipped_steps", 0)
+
+
+def all_finite(values: List[Tensor]) -> bool:
+    """Whether all scalars are finite; they are on one device."""
+    return not values or bool(torch.stack([x.isfinite().all() for x in values]).all())
 
 
 class FiniteSimpleTrainer(FiniteSteps, SimpleTrainer):

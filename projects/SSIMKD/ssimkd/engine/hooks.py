@@ -34,6 +34,7 @@ def build_hooks(
     checkpoints: hooks.PeriodicCheckpointer,
     export: "CallAfterTraining",
     test: Callable[[], Any],
+    read_metrics: Callable[[], None],
     eval_period: int,
     build_writers: Callable[[], List[EventWriter]],
     log_period: int,
@@ -51,6 +52,7 @@ def build_hooks(
         checkpoints (PeriodicCheckpointer): writes checkpoints periodically.
         export (CallAfterTraining): writes the student.
         test (callable): evaluates and returns the metrics.
+        read_metrics (callable): puts the losses of the last iterations into the event storage.
         eval_period (int): iterations between evaluations; 0 evaluates only at the end.
         build_writers (callable): makes the writers, on the main process.
         log_period (int): iterations between log lines.
@@ -58,6 +60,11 @@ def build_hooks(
     """
     main = comm.is_main_process()
     resume = ExactResume(loader, model, checkpoints.period)
+
+    def collect() -> None:
+        read_metrics()
+        resume.collect()
+
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=scheduler),
@@ -65,11 +72,12 @@ def build_hooks(
         resume,  # the checkpoints hold its state, so it comes before them
         checkpoints if main else None,
         export,  # the student must be written even if the last evaluation fails
-        StopOnSignal(resume.collect, checkpointer),
+        StopOnSignal(collect, checkpointer),
         CountSkipped(loader),
         WarnOfShare(model) if isinstance(model, DistillMixin) and not clipped else None,
         pictures,
         EvalHook(eval_period, test),
+        ReadMetrics(read_metrics, log_period),
         hooks.PeriodicWriter(build_writers(), period=log_period) if main else None,
     ]
 
@@ -92,6 +100,12 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         """Restores the generators and the running numbers, after everything is built."""
+        start, last = self.trainer.start_iter, self.trainer.max_iter
+        logger.info(
+            "The first checkpoint is written after iteration %d of %d (SOLVER.CHECKPOINT_PERIOD or "
+            "train.checkpointer.period is %d)",
+            *(min(last, (start // self.period + 1) * self.period), last, self.period),
+        )
         if not self.states:
             if self.trainer.start_iter > 0:
                 logger.warning("The checkpoint has no random state: this resume is not exact")
@@ -213,6 +227,29 @@ class EvalHook(hooks.EvalHook):
         """Evaluates, but not after a failure of the training."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
+
+
+class ReadMetrics(HookBase):
+    """Puts the losses of the last iterations into the event storage when a log line is due.
+
+    Args:
+        read (callable): does it, see :class:`FiniteSteps`. Every process has to call it.
+        period (int): iterations between log lines.
+    """
+
+    def __init__(self, read: Callable[[], None], period: int) -> None:
+        self.read, self.period = read, period
+
+    def after_step(self) -> None:
+        """Reads them every `period` iterations and after the last one."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done >= self.trainer.max_iter:
+            self.read()
+
+    def after_train(self) -> None:
+        """Reads those of a run that failed, unless it would wait for processes that have ended."""
+        if comm.get_world_size() == 1:
+            self.read()
 
 
 class CountSkipped(HookBase):

@@ -41,7 +41,7 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
     Args:
         main (callable): takes `args`; the work of one process.
         check (callable): takes `args`, returns the device; raises ConfigError for a wrong setting.
-        args (Namespace): of :func:`argument_parser`.
+        args (Namespace): of `ssimkd train`.
     """
     with exit_in_one_line():
         place = find_place(os.environ)
@@ -167,7 +167,7 @@ def join_group(store: dist.Store, device: str, timeout: timedelta) -> None:
         timeout (timedelta): limit of every collective operation.
 
     Raises:
-        ConfigError: the machine has fewer GPUs than processes.
+        ConfigError: processes outnumber the GPUs that they see.
     """
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in VARIABLES[:4])
     on_gpu = device.startswith("cuda")
@@ -177,6 +177,12 @@ def join_group(store: dist.Store, device: str, timeout: timedelta) -> None:
             raise ConfigError(f"{local_size} processes share this machine, which has {gpus} GPUs")
         # on some clusters each process sees only its own GPU
         torch.cuda.set_device(local_rank if gpus >= local_size else 0)
+        own = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        if store.add(f"gpu/{own}", 1) > 1:
+            raise ConfigError(
+                f"{local_size} processes share this machine, and two of them see only the same "
+                "GPU: start one process for each GPU (--nproc-per-node)"
+            )
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
     )

@@ -2,7 +2,8 @@
 
 A loss is called with the maps of student and teacher, and returns its parts:
 
-    student   Dict[str, Tensor]   level -> (N, C, H, W), float32 or float64, after the adapter
+    student   Dict[str, Tensor]   level -> (N, C, H, W), after the adapter, in the detector's own
+                                  precision: a loss computes in float32, see `as_float`
     teacher   Dict[str, Tensor]   the same levels and shapes, without gradient
     context   Context             what else is known about the batch
     returns   Dict[str, Tensor]   part -> scalar, without the loss's weight. The loss is the sum of
@@ -13,12 +14,12 @@ A loss whose `compares` names kinds of heads is called with what they answer in 
     student, teacher   Dict[str, Any]   kind of head -> its answers, see `responses.py`
 """
 
-from typing import Dict, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from ssimkd.ssim.normalize import check_options, normalize_maps
+from ssimkd.ssim.normalize import as_float, check_options, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
 from .padding import Context
@@ -59,6 +60,11 @@ class KDLoss(nn.Module):
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """The parts of the loss; see the head of `base.py`."""
         raise NotImplementedError
+
+
+def in_float(*sides: Maps) -> List[Maps]:
+    """Maps of student and teacher in float32; float64 stays."""
+    return [{level: as_float(maps) for level, maps in side.items()} for side in sides]
 
 
 class MapLoss(KDLoss):

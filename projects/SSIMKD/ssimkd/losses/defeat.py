@@ -8,7 +8,7 @@ from torch import Tensor
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import KDLoss, Maps
+from .base import KDLoss, Maps, in_float
 from .padding import Context
 
 # A box belongs to the finest level if its side, the root of its area, is below twice this number of
@@ -51,6 +51,7 @@ class DeFeatLoss(KDLoss):
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar >= 0; raises ConfigError without ground truth."""
+        student, teacher = in_float(student, teacher)
         targets = context.require_targets(self.name)
         device = next(iter(student.values())).device
         images = [x.gt_boxes.tensor.to(device, non_blocking=True) for x in targets]

@@ -9,7 +9,7 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive
 
 from .attention import channel_attention, spatial_attention
-from .base import KDLoss, Maps
+from .base import KDLoss, Maps, in_float
 from .padding import Context
 
 
@@ -92,6 +92,7 @@ class FGDLoss(KDLoss):
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar >= 0; raises ConfigError without ground truth."""
+        student, teacher = in_float(student, teacher)
         targets = context.require_targets(self.name)
         like = next(iter(student.values()))
         images = [x.gt_boxes.tensor.to(like, non_blocking=True) for x in targets]

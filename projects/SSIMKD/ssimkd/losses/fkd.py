@@ -10,7 +10,7 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_positive, check_switches
 
 from .attention import channel_attention, spatial_attention
-from .base import KDLoss, Maps
+from .base import KDLoss, Maps, in_float
 from .padding import Context
 
 
@@ -125,6 +125,7 @@ class FKDLoss(KDLoss):
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar >= 0."""
+        student, teacher = in_float(student, teacher)
         losses = {}
         for level in student:
             crops = context.crops(level, student[level], teacher[level])

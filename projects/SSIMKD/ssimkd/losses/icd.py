@@ -21,7 +21,7 @@ from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
 
-from .base import KDLoss, Maps
+from .base import KDLoss, Maps, in_float
 from .padding import Context
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
@@ -52,6 +52,14 @@ class Queries:
     def extents(self) -> Tensor:
         """(K, 2), width and height in pixels, at least 1: the box error divides by them."""
         return (self.boxes[:, 2:] - self.boxes[:, :2]).clamp_min(1)
+
+    def to(self, like: Tensor) -> "Queries":
+        """These queries on the device of a tensor, with its type but for the classes."""
+        boxes, centers, image = (
+            x.to(like, non_blocking=True) for x in (self.boxes, self.centers, self.image)
+        )
+        classes = self.classes.to(like.device, non_blocking=True)
+        return Queries(classes, boxes, centers, image, self.real)
 
     def code(self, num_classes: int) -> Tensor:
         """(K, E), the paper's E(y): class, moved centre, and floor(log2) of width and height.
@@ -227,6 +235,7 @@ class ICDLoss(KDLoss):
         Raises:
             ConfigError: there is no ground truth, or it has a class that the student lacks.
         """
+        student, teacher = in_float(student, teacher)
         targets = context.require_targets(self.name)
         if context.iteration < self.detach_iters:
             # DistributedDataParallel waits for the adapters' gradients, so these become 0
@@ -236,7 +245,7 @@ class ICDLoss(KDLoss):
         for image, target in enumerate(targets):
             cells = {lv: cut(maps, image, lv, context) for lv, maps in teacher.items()}
             grid = torch.cat([positions_like(x) for x in cells.values()])  # (L, C)
-            queries = self.draw_queries(target, context.image_sizes[image], grid)
+            queries = self.draw_queries(target, context.image_sizes[image]).to(grid)
             flat = [x.flatten(1).T for x in cells.values()]  # (l, C) for each level
             answers, attention, values = self.decoder(
                 queries.code(self.num_classes), torch.cat(flat), grid
@@ -279,14 +288,16 @@ class ICDLoss(KDLoss):
         split = split_heads(values, self.heads)
         return F.layer_norm(split, split.shape[-1:])
 
-    def draw_queries(self, target: Instances, size: Tuple[int, int], like: Tensor) -> Queries:
+    def draw_queries(self, target: Instances, size: Tuple[int, int]) -> Queries:
         """The real instances of an image, fake ones, and their moved centres.
 
         Args:
             target (Instances): ground truth of the image.
             size (int, int): height and width of the image in pixels.
-            like (Tensor): gives the queries their type and device. The random numbers come from the
-                CPU's generator on every device.
+
+        Returns:
+            Queries: on the CPU, where the data loader leaves the ground truth: no GPU is waited
+            for, and every device gets the same random numbers.
         """
         classes, boxes = target.gt_classes.cpu(), target.gt_boxes.tensor.cpu()
         if ((classes < 0) | (classes >= self.num_classes)).any():
@@ -307,8 +318,7 @@ class ICDLoss(KDLoss):
         low, high = boxes[:, :2], boxes[:, 2:]
         moves = self.jitter * (2 * torch.rand(wanted, 2) - 1)
         centers = (low + high) / 2 + moves * (high - low)
-        boxes, centers, image = (x.to(like, non_blocking=True) for x in (boxes, centers, image))
-        return Queries(classes.to(like.device, non_blocking=True), boxes, centers, image, real)
+        return Queries(classes, boxes, centers, image, real)
 
 
 def cut(maps: Tensor, image: int, level: str, context: Context) -> Tensor:

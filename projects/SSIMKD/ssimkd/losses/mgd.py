@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients
 
-from .base import KDLoss, Maps
+from .base import KDLoss, Maps, in_float
 from .padding import Context
 
 
@@ -54,6 +54,7 @@ class MGDLoss(KDLoss):
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar >= 0. The mask is drawn by torch's generator on the maps' device."""
+        student, teacher = in_float(student, teacher)
         losses = {}
         for level, s in student.items():
             n, _, h, w = s.shape

@@ -85,7 +85,7 @@ class Context:
         cells = self.cells(level, maps)
         if all(size == maps.shape[-2:] for size in cells):
             return None
-        return inside_of(torch.tensor(cells).to(maps.device, non_blocking=True), maps)
+        return inside_of(cells, maps)
 
     def crops(self, level: str, *maps: Tensor) -> Iterator[Tuple[List[Tensor], float]]:
         """Cuts maps to their images; images of the same size in cells stay together.

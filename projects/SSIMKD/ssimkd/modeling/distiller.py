@@ -7,7 +7,6 @@ The values in the order in which they are computed:
     losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
 """
 
-import math
 from contextlib import nullcontext, suppress
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
+from ssimkd.ssim.normalize import as_float
 from ssimkd.teacher.frozen import Teacher
 from ssimkd.teacher.heads import (
     CHANNELS,
@@ -33,6 +33,7 @@ from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.validate import check_coefficients, check_integers
 
+from .late_log import LateLog
 from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 from .responses import Answers, HeadOutputs, pair_answers
 
@@ -120,6 +121,7 @@ class Distiller(nn.Module):
         self.student_shapes: Dict[str, ShapeSpec] = {}
         self.teacher_levels: Dict[str, str] = {}  # level of the student -> level of the teacher
         self.teacher: Optional[Teacher] = None
+        self.log = LateLog()  # of the values by level
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -249,7 +251,8 @@ class Distiller(nn.Module):
         outputs: Optional[HeadOutputs] = None,
         unlabeled: Optional[Unlabeled] = None,
     ) -> Dict[str, Tensor]:
-        """The weighted losses of one batch. Their values by level go to the event storage.
+        """The weighted losses of one batch. Their values by level go to the event storage, later if
+        a GPU computes them; see :class:`LateLog`.
 
         Args:
             batched_inputs (list[dict]): what the student was given.
@@ -279,7 +282,9 @@ class Distiller(nn.Module):
             student, teacher, *_ = self.match(*unlabeled, preprocessing)
             more = self.compare(student, teacher, records, iteration, labeled=False)
             terms = average_terms((terms, len(batched_inputs)), (more, len(records)))
-        log_terms(terms)
+        self.log.put(
+            {f"{name}_kd/{level}": x for name, by in terms.items() for level, x in by.items()}
+        )
         schedule = weight_factor(iteration, **self.schedule)
         losses = {}
         for loss in self.losses.values():
@@ -291,8 +296,8 @@ class Distiller(nn.Module):
 
     def _ended(self, device: torch.device) -> Dict[str, Tensor]:
         """Losses of 0. DistributedDataParallel wants a gradient of every parameter all the same."""
-        if self.teacher is not None and self.teacher.model.pixel_mean.device.type != "cpu":
-            self.teacher.model.to("cpu")  # it returns by itself where pictures need it
+        if self.teacher is not None:
+            self.teacher.move(torch.device("cpu"))  # it returns by itself where pictures need it
         nothing = [0.0 * parameter.sum() for parameter in self.parameters()]
         zero = torch.stack([torch.zeros((), device=device), *nothing]).sum()
         return {f"{loss.name}_kd_loss": zero for loss in self.losses.values()}
@@ -309,7 +314,7 @@ class Distiller(nn.Module):
 
         Returns:
             (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
-            equal shapes, in float32 or float64.
+            equal shapes, each in the precision in which its detector made it.
             (dict, dict): what their heads answer; see :func:`pair_answers`.
 
         Raises:
@@ -318,23 +323,24 @@ class Distiller(nn.Module):
         if self.teacher is None:
             self.build_teacher(images.device)
         assert self.teacher is not None
-        with torch.autocast(images.device.type, enabled=False):
-            teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
-            height, width = images.shape[-2:]
-            student, teacher = {}, {}
-            answers: Tuple[Answers, Answers] = {}, {}
-            for level, name in self.teacher_levels.items():
-                student[level], teacher[level] = match_cells(
-                    (level, student_maps[level], (height, width)),
-                    (name, teacher_maps[name], teacher_size),
-                    self.student_shapes[level].stride,
-                )
-                if level in self.adapters:
-                    student[level] = self.adapters[level](student[level])
-            if outputs is not None and self.kinds:
-                context = self.context(batched_inputs)
+        teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
+        height, width = images.shape[-2:]
+        student, teacher = {}, {}
+        answers: Tuple[Answers, Answers] = {}, {}
+        for level, name in self.teacher_levels.items():
+            student[level], teacher[level] = match_cells(
+                (level, student_maps[level], (height, width)),
+                (name, teacher_maps[name], teacher_size),
+                self.student_shapes[level].stride,
+            )
+            if level in self.adapters:
+                student[level] = self.adapters[level](student[level])
+        if outputs is not None and self.kinds:
+            context = self.context(batched_inputs)
+            maps = {name: as_float(x) for name, x in teacher_maps.items()}  # as its heads are
+            with torch.autocast(images.device.type, enabled=False):
                 answers = pair_answers(
-                    outputs, self.teacher.model, teacher_maps, self.kinds, context, self.layer
+                    outputs, self.teacher.model, maps, self.kinds, context, self.layer
                 )
         return (student, teacher, *answers)
 
@@ -439,12 +445,3 @@ def check_compared(loss: KDLoss, heads: Dict[str, Facts]) -> None:
             f"MODEL.DISTILL.{loss.name.upper()}.LAYER is {loss.layer}, and the student's head has "
             f"{convolutions} convolutions"
         )
-
-
-def log_terms(terms: Terms) -> None:
-    """Puts `<loss>_kd/<level>` into the event storage, where it is finite."""
-    values = {f"{loss}_kd/{level}": x for loss, by in terms.items() for level, x in by.items()}
-    numbers = torch.stack([value.detach() for value in values.values()]).tolist()
-    for name, number in zip(values, numbers):
-        if math.isfinite(number):
-            get_event_storage().put_scalar(name, number)

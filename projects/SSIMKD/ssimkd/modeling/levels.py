@@ -7,7 +7,6 @@ pixels per cell.
 import math
 from typing import Dict, Sequence, Tuple
 
-import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def match_cells(
         stride (int): pixels per cell.
 
     Returns:
-        (Tensor, Tensor): (N, C, h, w) in float32; float64 stays.
+        (Tensor, Tensor): (N, C, h, w).
 
     Raises:
         ConfigError: a map does not have one cell per `stride` pixels.
@@ -105,11 +104,6 @@ def match_cells(
                 f"cells for images of {size} pixels, but stride {stride} gives {expected}: teacher "
                 "and student would not be compared cell by cell"
             )
-    s, t = (as_float(x) for _, x, _ in (student, teacher))
+    s, t = student[1], teacher[1]
     height, width = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
     return s[..., :height, :width], t[..., :height, :width]
-
-
-def as_float(x: Tensor) -> Tensor:
-    """x in float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

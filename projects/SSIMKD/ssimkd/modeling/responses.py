@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssimkd.losses import Context
 from ssimkd.losses.responses import AnchorAnswers, Answers, ProposalAnswers
+from ssimkd.ssim.normalize import as_float
 from ssimkd.teacher.heads import (
     answer_anchors,
     answer_proposals,
@@ -26,7 +27,6 @@ from ssimkd.teacher.heads import (
 )
 
 from .gradient_ratio import GradientRatio
-from .levels import as_float
 
 SUBNETS = ("cls_subnet", "bbox_subnet")  # of a dense head
 Cells = List[Tuple[int, int]]  # height and width of each image in cells

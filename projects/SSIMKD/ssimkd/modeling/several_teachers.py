@@ -1,5 +1,6 @@
 """Several teachers of one student: a Distiller for each."""
 
+from contextlib import nullcontext
 from typing import (
     Any,
     ContextManager,
@@ -122,6 +123,13 @@ def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:
     for name, distiller in distillers_of(model):
         with naming_teacher(name):
             distiller.build_teacher(model.device, class_names)
+
+
+def write_logs(model: Any) -> None:
+    """Puts what the distillers of a student have logged into the event storage, all of it."""
+    for name, distiller in distillers_of(model):
+        with get_event_storage().name_scope(name) if name else nullcontext():
+            distiller.log.write()
 
 
 def takes_unlabeled(model: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import analytic, compiled, gpu, one_pass
 from .definition import check_options as check_similarity_options
 from .definition import check_shapes, ssim_map
-from .normalize import NORMALIZATIONS, inside_of, normalize_maps
+from .normalize import NORMALIZATIONS, as_float, inside_of, normalize_maps
 from .normalize import check_options as check_normalization
 
 # The fast ones, in the order in which "auto" asks them
@@ -141,14 +141,12 @@ def _by_definition(
 ) -> Tensor:
     """The loss as it is defined: each image's maps are normalised, cut out and compared."""
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = (
-            m.to(torch.promote_types(m.dtype, torch.float32)) for m in (student, teacher)
-        )
+        student, teacher = as_float(student), as_float(teacher)
         if not teacher_gradient:
             teacher = teacher.detach()
         inside = None
         if any(size != tuple(student.shape[2:]) for size in sizes):
-            inside = inside_of(torch.tensor(sizes, device=student.device), student)
+            inside = inside_of(sizes, student)
         maps = normalize_maps(student, teacher, normalize, normalize_scope, inside)
         losses = []
         for image, (h, w) in enumerate(sizes):

@@ -4,7 +4,7 @@ Maps are (N, C, H, W). `inside` is None or a boolean (N, 1, H, W): cells outside
 part in the statistics.
 """
 
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,20 @@ def check_options(normalize: str, normalize_scope: str) -> None:
         )
 
 
-def inside_of(sizes: Tensor, maps: Tensor) -> Tensor:
-    """(N, 1, H, W), true for the first rows and columns of each map, as many as `sizes`, (N, 2)."""
-    rows, columns = (torch.arange(side, device=maps.device) for side in maps.shape[-2:])
-    return ((rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :])[:, None]
+def inside_of(sizes: Sequence[Tuple[int, int]], maps: Tensor) -> Tensor:
+    """(N, 1, H, W), true for the first rows and columns of each map, as many as `sizes` says.
+
+    A list would have to be copied to a GPU; these numbers are arguments of its kernels.
+    """
+    inside = torch.zeros_like(maps[:, :1], dtype=torch.bool)
+    for image, (height, width) in zip(inside, sizes):
+        image[:, :height, :width] = True
+    return inside
+
+
+def as_float(x: Tensor) -> Tensor:
+    """x in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normalize_maps(
@@ -52,9 +62,10 @@ def normalize_maps(
         inside (Tensor or None): see the head of this file.
 
     Returns:
-        (Tensor, Tensor): (N, C, H, W) each.
+        (Tensor, Tensor): (N, C, H, W) each, in float32; float64 stays.
     """
     check_options(normalize, normalize_scope)
+    student, teacher = as_float(student), as_float(teacher)
     if normalize == "none":
         return student, teacher
     if normalize == "standardize":

@@ -98,8 +98,8 @@ def forward_kernel(
     column = strip * block - radius + tl.arange(0, block)
     start = chunk * rows - radius
     stop = tl.minimum(start + rows, height + radius)
-    pitch = width + 2 * radius
-    plane = (height + 2 * radius).to(tl.int64) * pitch
+    pitch = (width + 2 * radius).to(tl.int64)
+    plane = (height + 2 * radius) * pitch
     slopes += index * plane + radius * pitch + radius
     by_column = 1.0 / _coverage(column, width, weights, radius)
     zero = tl.zeros((block,), tl.float32)
@@ -108,7 +108,8 @@ def forward_kernel(
     total = zero
     for row in range(start - radius, stop + radius):
         bx, by, bs, bq = zero, zero, zero, zero
-        x_cell, y_cell = x + row * x_row + column, y + row * y_row + column
+        x_cell = x + row * x_row.to(tl.int64) + column
+        y_cell = y + row * y_row.to(tl.int64) + column
         for k in tl.static_range(2 * radius + 1):
             inside = _within(column + (k - radius), width) & _within(row, height)
             a = tl.load(x_cell + (k - radius), inside, x_level).to(tl.float32)
@@ -171,8 +172,8 @@ def backward_kernel(
     column = strip * block + tl.arange(0, block)
     start = chunk * rows
     stop = tl.minimum(start + rows, height)
-    pitch = width + 2 * radius
-    plane = (height + 2 * radius).to(tl.int64) * pitch
+    pitch = (width + 2 * radius).to(tl.int64)
+    plane = (height + 2 * radius) * pitch
     slopes += index * plane + radius * pitch
     gradient += index.to(tl.int64) * gradient_map
     zero = tl.zeros((block,), tl.float32)
@@ -192,11 +193,14 @@ def backward_kernel(
         u, u_part = _slide(u_part, u, weights, radius)
         center = row - radius
         inside = (center >= start) & (column < width)
-        a = (tl.load(x + center * x_row + column, inside).to(tl.float32) - x_level) * x_scale
-        b = (tl.load(y + center * y_row + column, inside).to(tl.float32) - y_level) * y_scale
+        x_cell = x + center * x_row.to(tl.int64) + column
+        y_cell = y + center * y_row.to(tl.int64) + column
+        a = (tl.load(x_cell, inside).to(tl.float32) - x_level) * x_scale
+        b = (tl.load(y_cell, inside).to(tl.float32) - y_level) * y_scale
         by_cell = tl.where(inside, (a - b) * u - d - a * v, 0.0)
         total += by_cell
         moment += tl.where(inside, by_cell * a, 0.0)
-        tl.store(gradient + center * gradient_row + column, by_cell * (x_scale * factor), inside)
+        cell = gradient + center * gradient_row.to(tl.int64) + column
+        tl.store(cell, by_cell * (x_scale * factor), inside)
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
     tl.store(sums + tl.num_programs(0) + tl.program_id(0), tl.sum(moment, 0))

@@ -59,7 +59,7 @@ class Teacher:
         keep_modules(model, ["backbone", *modules])
         self.model = model
         self.checked = False  # whether the images of a user's own preprocessing can be undone
-        self.network = TeacherNetwork(model.backbone, device, spec.precision, spec.compile)
+        self.network = TeacherNetwork(model.backbone, spec.precision, spec.compile)
 
     def __deepcopy__(self, memo) -> "Teacher":
         return self  # it never changes, so copies of a student share it
@@ -84,8 +84,7 @@ class Teacher:
             dict[str, Tensor]: level -> (N, C, H, W), on the device of `images`.
             (int, int): height and width of the padded images, in pixels.
         """
-        if self.model.pixel_mean.device != images.device:
-            self.model.to(images.device)
+        self.move(images.device)
         if preprocessing != self.preprocessing:
             given = [x["image"] for x in batched_inputs]
             if preprocessing.is_own:  # it may flip or blur them, so the teacher sees its results
@@ -96,6 +95,12 @@ class Teacher:
             images = self.preprocess(given, preprocessing)
         height, width = images.shape[-2:]
         return self.network(images), (height, width)
+
+    def move(self, device: torch.device) -> None:
+        """Moves it to a device, where it is not there yet."""
+        if self.model.pixel_mean.device != device:
+            self.network.runs.clear()  # copies in another precision; they are made again
+            self.model.to(device)
 
     def preprocess(self, images: List[Tensor], preprocessing: Preprocessing) -> Tensor:
         """(N, C, H, W): images in the student's format, normalised and padded for the teacher.

@@ -5,6 +5,7 @@ convolutions, and the memory layout is the one that the device prefers. Half pre
 torch.compile are options; docs/performance.md says what each of them saves and costs.
 """
 
+import copy
 from typing import Any, Dict, Iterable
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ssimkd.errors import as_config_error
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"  # that of the student's autocast
 # In evaluation each of these is an affine map per channel. A subclass may do something else
 FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
@@ -24,44 +26,72 @@ class TeacherNetwork:
 
     Args:
         backbone (nn.Module): in evaluation mode; it returns maps by level. It is changed in place.
-        device (torch.device): where it will run.
-        precision (str): of weights and arithmetic, one of PRECISIONS.
+        precision (str): of weights and arithmetic, one of PRECISIONS, or AUTO: what torch.autocast
+            is set to where it is on, and float32 elsewhere.
         compiled (bool): run it through torch.compile.
     """
 
-    def __init__(
-        self, backbone: nn.Module, device: torch.device, precision: str, compiled: bool
-    ) -> None:
+    def __init__(self, backbone: nn.Module, precision: str, compiled: bool) -> None:
         fold_norms(backbone)
-        self.dtype = PRECISIONS[precision]
-        # On a CPU convolutions are faster with channels last, and so are tensor cores in half
-        # precision. For a GPU in float32 nothing was measured, so its layout stays.
-        channels_last = device.type == "cpu" or precision != "float32"
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        backbone.to(memory_format=self.layout)
-        if precision != "float32":
-            backbone.to(self.dtype)
-        self.run = torch.compile(backbone) if compiled else backbone
+        self.backbone, self.precision, self.compiled = backbone, precision, compiled
+        self.runs: Dict[Any, Any] = {}  # (precision, device) -> what runs there
 
     def __call__(self, images: Tensor) -> Dict[str, Tensor]:
-        """Maps of a batch: level -> (N, C, H', W') in float32, contiguous.
+        """Maps of a batch: level -> (N, C, H', W') in the precision of the arithmetic, contiguous.
 
         Args:
             images (Tensor): (N, 3, H, W), normalised and padded, in float32.
 
         Raises:
-            ConfigError: torch.compile fails.
+            ConfigError: torch.compile fails, or an operator does not know the precision.
         """
-        failure = (
-            "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
-            "machine; set it to False"
-        )
-        with as_config_error(failure, torch._dynamo.exc.TorchDynamoException):
-            maps = self.run(images.to(self.dtype, memory_format=self.layout))
-        return {
-            level: x.to(images.dtype, memory_format=torch.contiguous_format)
-            for level, x in maps.items()
+        device, dtype = images.device, self.dtype_on(images.device)
+        if (dtype, device) not in self.runs:
+            self.runs[dtype, device] = self.build(dtype, device)
+        failures = {
+            "COMPILE: torch.compile fails for this teacher or on this machine; set it to False": (
+                torch._dynamo.exc.TorchDynamoException
+            ),
+            f"PRECISION: this teacher cannot run in {dtype}; set it to float32": (
+                NotImplementedError if dtype != torch.float32 else ()
+            ),
         }
+        compiling, computing = (
+            as_config_error(f"MODEL.DISTILL.TEACHER.{what}", errors)
+            for what, errors in failures.items()
+        )
+        images = images.to(dtype, memory_format=layout_of(dtype, device))
+        # as in the student, what a backbone makes in float32 and some norms stay in float32
+        mixed = self.precision == AUTO and dtype != torch.float32
+        with compiling, computing, torch.autocast(device.type, dtype=dtype, enabled=mixed):
+            maps = self.runs[dtype, device](images)
+        return {level: x.contiguous() for level, x in maps.items()}
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The precision of weights and arithmetic now."""
+        if self.precision != AUTO:
+            return PRECISIONS[self.precision]
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return torch.float32
+
+    def build(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """The backbone in a precision. With AUTO, the one in float32 stays beside it."""
+        backbone = self.backbone
+        if self.precision == AUTO and dtype != torch.float32:
+            backbone = copy.deepcopy(backbone)
+        backbone.to(dtype).to(memory_format=layout_of(dtype, device))
+        return torch.compile(backbone) if self.compiled else backbone
+
+
+def layout_of(dtype: torch.dtype, device: torch.device) -> torch.memory_format:
+    """Channels last for convolutions on a CPU, and for tensor cores in half precision.
+
+    For a GPU in float32 nothing was measured, so its layout stays.
+    """
+    if device.type == "cpu" or dtype != torch.float32:
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def fold_norms(network: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.config_keys import without_pretraining
 from ssimkd.utils.validate import check_switches
 
-from .network import PRECISIONS
+from .network import AUTO, PRECISIONS
 
 logger = logging.getLogger(__name__)
 # Settings of a teacher's config that only its own training or evaluation reads, .yaml and .py
@@ -45,7 +45,8 @@ class TeacherSpec:
             Detectron2's zoo or among this project's configs.
         weights (str or Path): path or URL; "" is the zoo's checkpoint for `config`.
         opts (sequence[str]): overrides of the config, in the syntax of its kind.
-        precision (str): of backbone and neck: "float32", "bfloat16" or "float16".
+        precision (str): of backbone and neck: "float32", "bfloat16" or "float16"; "auto": that of
+            the student, which is half precision only in mixed precision.
         compile (bool): run backbone and neck through torch.compile.
 
     Raises:
@@ -55,7 +56,7 @@ class TeacherSpec:
     config: str
     weights: str = ""
     opts: Sequence = ()
-    precision: str = "float32"
+    precision: str = AUTO
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -64,9 +65,9 @@ class TeacherSpec:
         for name in ("config", "weights"):
             with as_config_error(f"MODEL.DISTILL.TEACHER.{name.upper()}", TypeError):
                 setattr(self, name, os.fspath(getattr(self, name)))
-        if self.precision not in PRECISIONS:
+        if self.precision not in (AUTO, *PRECISIONS):
             raise ConfigError(
-                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join(PRECISIONS)}, "
+                f"MODEL.DISTILL.TEACHER.PRECISION must be one of {', '.join((AUTO, *PRECISIONS))}, "
                 f"got {self.precision!r}"
             )
         check_switches(**{"MODEL.DISTILL.TEACHER.COMPILE": self.compile})

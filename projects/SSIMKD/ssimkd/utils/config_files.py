@@ -86,7 +86,8 @@ def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNo
         overrides (sequence): "KEY", value, ... for `.yaml`; "key=value", ... for `.py`.
 
     Returns:
-        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen.
+        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen. A
+        checkpoint that it names and that is found only beside the `.yaml` has its path.
 
     Raises:
         ConfigError: there is no such config, a `.yaml` is malformed or holds code, or an override
@@ -102,6 +103,9 @@ def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNo
     cfg = get_cfg()
     add_ssimkd_config(cfg)
     merge_yaml(cfg, path)
+    beside = os.path.join(os.path.dirname(path), cfg.MODEL.WEIGHTS)
+    if not os.path.exists(cfg.MODEL.WEIGHTS) and os.path.isfile(beside):
+        cfg.MODEL.WEIGHTS = beside  # an exported student
     merge_overrides(cfg, overrides)
     return cfg
 

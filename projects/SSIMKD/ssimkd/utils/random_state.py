@@ -1,4 +1,4 @@
-"""Random number generators: of Python, NumPy and torch (CPU, and this process's GPU)."""
+"""Random number generators: of Python, NumPy and torch (CPU, and every GPU that it sees)."""
 
 import random
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ def get_random_state() -> Dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+        # the model's GPU need not be the current one
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
@@ -29,7 +30,8 @@ def set_random_state(state: Dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        for device, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(own, device)
 
 
 @contextmanager
