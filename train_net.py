@@ -11,7 +11,7 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
 
 import sys
 
-from ssimkd.commands.main import main
+from ssimkd_cli import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from detectron2.config import CfgNode, get_cfg
 from ssimkd import KD_LOSS_REGISTRY, add_ssimkd_config
-from ssimkd.commands.main import COMMANDS
+from ssimkd_cli import COMMANDS
 
 PAGES = [ROOT / name for name in ("README.md", "configs/README.md", "projects/SSIMKD/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))

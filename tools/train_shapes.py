@@ -5,7 +5,7 @@
     python tools/train_shapes.py --seeds 1 2 3
 
 Each row of the table comes from runs of train_net.py, whose commands are printed. The table is also
-written to output/shapes/table.md. `ssimkd report` makes a page about the runs of the first seed.
+written to output/shapes/table.md. `ssimkd report` makes a page about all runs.
 """
 
 import argparse
@@ -86,9 +86,10 @@ def main() -> None:
     text = table(results)
     (ROOT / "output/shapes/table.md").write_text(text + "\n")
     print(f"\nBox AP on ssimkd_shapes_val, {time.perf_counter() - start:.0f} s:\n\n{text}\n")
-    vanilla, student, teacher = (str(folder(name, args.seeds[0])) for name in CONFIGS)
-    command = [sys.executable, "-m", "ssimkd", "report", "--run", student]
-    sys.exit(subprocess.run([*command, "--compare", vanilla, teacher], cwd=ROOT).returncode)
+    students = [str(folder(n, s)) for n in ("SSIM student", "vanilla student") for s in args.seeds]
+    command = [sys.executable, "-m", "ssimkd", "report", *students]
+    teacher = str(folder("teacher", args.seeds[0]))
+    sys.exit(subprocess.run([*command, teacher], cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_stock_detectron2_reads_the_student_of_a_yaml_config(student, tmp_path):
     cfg.merge_from_file(str(tmp_path / "student.yaml"))
     found = build_model(cfg)
     assert type(found).__name__ == "GeneralizedRCNN"
-    DetectionCheckpointer(found).load(cfg.MODEL.WEIGHTS)
+    DetectionCheckpointer(found).load(str(tmp_path / cfg.MODEL.WEIGHTS))
     assert_equal(found, weights)
 
 
@@ -45,7 +45,7 @@ def test_stock_detectron2_reads_the_student_of_a_lazy_config(lazy, tmp_path, cap
     cfg = LazyConfig.load(str(tmp_path / "student.yaml"))
     assert cfg.model._target_ == "detectron2.modeling.GeneralizedRCNN"
     found = instantiate(cfg.model)
-    DetectionCheckpointer(found).load(cfg.train.init_checkpoint)
+    DetectionCheckpointer(found).load(str(tmp_path / cfg.train.init_checkpoint))
     assert_equal(found, weights)
 
 

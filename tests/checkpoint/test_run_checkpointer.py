@@ -208,3 +208,9 @@ def test_a_head_of_other_classes_is_a_warning_unless_all_is_required(detector, t
     assert "head.weight" in caplog.text
     with pytest.raises(ConfigError, match=r"head.weight is \(9, 3\) instead of \(4, 3\)"):
         load(detector, tmp_path / "x.pth", True, **head)
+
+
+def test_a_resume_without_a_checkpoint_warns(tmp_path, caplog):
+    checkpointer = RunCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.resume_or_load("", resume=True)
+    assert f"--resume: {tmp_path} has no checkpoint, so the run starts anew" in caplog.text

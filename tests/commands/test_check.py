@@ -1,5 +1,7 @@
 """The look at a pair before a long run: its table and its exit status."""
 
+import logging
+
 import pytest
 from conftest import zoo_cfg
 from ssimkd.commands import check
@@ -75,6 +77,15 @@ def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):
     assert status == 1
     (warning,) = [text for name, text in rows if name == "WARNING"]
     assert warning.startswith("The teacher finds ")
+
+
+def test_a_note_is_no_warning():
+    remarks = check.Remarks()
+    for number, extra in enumerate(({"harmless": True}, {"harmless": False}, {})):
+        record = logging.LogRecord("ssimkd", logging.WARNING, "", 0, str(number), None, None)
+        vars(record).update(extra)
+        remarks.emit(record)
+    assert list(remarks.rows()) == [("note", "0"), ("WARNING", "1"), ("WARNING", "2")]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The command `ssimkd`: which module runs, with which arguments, and how errors end."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import ssimkd_cli as main
 from conftest import ROOT
-from ssimkd.commands import check, eval, main, train
+from detectron2.engine import default_argument_parser
+from ssimkd.commands import check, eval, train
 
 
 def ssimkd(*args, cwd=ROOT):
@@ -18,7 +21,7 @@ def test_help_names_every_module_of_the_folder(words, capsys):
     main.main(words)
     said = capsys.readouterr().out
     folder = ROOT / "projects/SSIMKD/ssimkd/commands"
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "main"}
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert set(main.COMMANDS) == modules
     assert all(f"\n  {name:<9}{text}" in said for name, text in main.COMMANDS.items())
 
@@ -27,9 +30,18 @@ def test_a_command_gets_the_words_behind_its_name(monkeypatch):
     seen = []
     monkeypatch.setattr(check, "main", seen.append)
     main.main(["check", "--config-file", "a.yaml"])
-    monkeypatch.setattr(sys, "argv", ["ssimkd", "check", "KEY", "1"])
+    monkeypatch.setattr(sys, "argv", ["ssimkd", "check", "--config", "b.yaml", "KEY", "1"])
     main.main()
-    assert seen == [["--config-file", "a.yaml"], ["KEY", "1"]]
+    assert seen == [["--config-file", "a.yaml"], ["--config", "b.yaml", "KEY", "1"]]
+
+
+def test_ctrl_c_ends_any_command_with_its_status(monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "main", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main.main(["check", "--config-file", "a.yaml"])
 
 
 def test_eval_is_train_with_eval_only(monkeypatch):
@@ -51,8 +63,48 @@ def test_an_error_is_the_last_line_and_status_1():
     assert done.stderr.splitlines()[-1] == said
 
 
-@pytest.mark.parametrize("name", sorted(set(main.COMMANDS) - {"train", "eval"}))
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_says_how_the_command_is_called(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main.main([name, "--help"])
-    assert f"\n    ssimkd {name} --" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"ssimkd {name} " in said or f"`ssimkd {name}`" in said
+    assert "--import MODULE" in said
+
+
+SCRIPT = """
+import sys
+from ssimkd_cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not {"torch", "detectron2", "ssimkd"} & set(sys.modules), "imported"
+    sys.exit(end.code)
+assert not {"torch", "detectron2", "ssimkd"} & set(sys.modules), "imported"
+"""
+
+
+@pytest.mark.parametrize(
+    "words, status",
+    [(["--help"], 0), (["train", "--help"], 0), (["train", "--nope"], 2), (["fly"], 1)],
+)
+def test_help_and_wrong_words_need_neither_torch_nor_detectron2(words, status):
+    """Their imports take seconds."""
+    command = [sys.executable, "-c", SCRIPT, *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "projects/SSIMKD")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == status, done.stderr
+    assert status != 2 or done.stderr == "error: unrecognized arguments: --nope\n"
+
+
+def test_train_has_all_arguments_of_detectron2_with_their_defaults():
+    theirs = vars(default_argument_parser().parse_args([]))
+    ours = vars(main.parse("train", []))
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("word", ["my/parts.py", "a..b", ""])
+def test_what_is_no_module_is_said_so(word, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.parse("report", ["run", "--import", word])
+    assert "--import: write my_package.my_module" in capsys.readouterr().err

@@ -10,10 +10,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, save_teacher, shapes_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from ssimkd.checkpoint.export import export_student, read_weights
-from ssimkd.commands import predict
+from ssimkd.commands import export, predict
+from ssimkd.engine.arguments import load_config
+from ssimkd.engine.run_record import describe_run
 from ssimkd.errors import ConfigError
 from ssimkd.evaluation.predictor import (
     draw_detections,
@@ -61,7 +67,7 @@ def test_it_lists_and_draws_what_detectron2_finds(images, tmp_path):
         torch.testing.assert_close(boxes, expected.pred_boxes.tensor)
         classes = ["disk", "ring", "triangle", "cross"]
         assert [classes.index(entry["category_name"]) for entry in own] == [
-            entry["category_id"] for entry in own
+            entry["category_id"] - 1 for entry in own
         ] == expected.pred_classes.tolist()  # fmt: skip
         drawn = cv2.imread(str(tmp_path / path.split("/")[-1]))
         assert min(drawn.shape[:2]) == 480
@@ -86,12 +92,65 @@ def test_a_lazy_student(images, tmp_path):
 def test_an_exported_student_needs_no_weights_named(images, tmp_path):
     cfg = shapes_cfg("teacher")
     _, config = export_student(cfg, read_weights(TEACHER[1]), str(tmp_path))
-    own_data = ["--opts", "DATASETS.TEST", "()"]
+    own_data = ["--opts", "DATASETS.TEST", "()", "DATASETS.TRAIN", "()"]
     args = ["--config", config, *images, "--output", tmp_path / "seen", *own_data]
     run(*args)
     found = json.loads((tmp_path / "seen/predictions.json").read_text())
-    # without a test set nobody knows the names
+    # without a test set nobody knows the names that this file does not hold
     assert found and {entry["category_name"] for entry in found} <= set("0123")
+    assert {entry["image_id"] for entry in found} <= {"000000.jpg", "000001.jpg"}
+
+
+@pytest.fixture
+def own_config(few_shapes, tmp_path):
+    """A config of one's own data, whose category ids have gaps; returns it and its json."""
+    root = f"{few_shapes}/ssimkd_shapes"
+    with open(f"{root}/instances_val.json") as f:
+        content = json.load(f)
+    for entries, key in (("categories", "id"), ("annotations", "category_id")):
+        for entry in content[entries]:
+            entry[key] = 10 * entry[key] + 1
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    entry = {"NAME": "own_ids", "JSON": str(tmp_path / "own.json"), "IMAGES": f"{root}/val"}
+    data = {"COCO": [entry], "TRAIN": ["own_ids"], "TEST": ["own_ids"]}
+    config = {"_BASE_": str(ROOT / TEACHER[0]), "DATASETS": {**data, "NUM_CLASSES_FROM_DATA": True}}
+    (tmp_path / "own.yaml").write_text(yaml.dump(config))
+    yield str(tmp_path / "own.yaml"), tmp_path / "own.json"
+    if "own_ids" in DatasetCatalog:
+        DatasetCatalog.remove("own_ids")
+        MetadataCatalog.remove("own_ids")
+
+
+def test_predictions_are_cocos_results_with_the_ids_of_the_json(own_config, images, tmp_path):
+    config, json_file = own_config
+    run("--config", config, "--weights", TEACHER[1], *images, "--output", tmp_path / "seen")
+    truth = COCO(str(json_file))
+    results = truth.loadRes(str(tmp_path / "seen/predictions.json"))
+    metric = COCOeval(truth, results, "bbox")
+    metric.params.imgIds = [image["id"] for image in truth.dataset["images"][:2]]
+    metric.evaluate(), metric.accumulate(), metric.summarize()
+    assert metric.stats[1] > 0.5  # AP50 of a trained detector
+
+
+def test_names_travel_with_an_export_that_is_moved_and_needs_no_data(own_config, images, tmp_path):
+    config, json_file = own_config
+    cfg = load_config(config, [])
+    run_of = describe_run(cfg, torch.nn.Identity())
+    weights = tmp_path / "model_0000009.pth"
+    torch.save({"model": read_weights(TEACHER[1]), "run": run_of}, weights)
+    json_file.unlink()
+    words = ["--config", config, "--weights", str(weights)]
+    export.main([*words, "--out", str(tmp_path / "first")])
+    (tmp_path / "first").rename(tmp_path / "moved")
+    found = []
+    student = ["--config", tmp_path / "moved/student.yaml"]
+    for number, named in enumerate((student, words)):
+        run(*named, images[0], "--output", tmp_path / f"seen{number}")
+        found.append(json.loads((tmp_path / f"seen{number}/predictions.json").read_text()))
+    assert found[0] == found[1] != []
+    names = {"disk": 11, "ring": 21, "triangle": 31, "cross": 41}
+    assert all(names[entry["category_name"]] == entry["category_id"] for entry in found[0])
+    assert str(tmp_path) not in (tmp_path / "moved/student.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +159,7 @@ def test_an_exported_student_needs_no_weights_named(images, tmp_path):
         ({"images": ["{out}/a.jpg"]}, "a.jpg would be overwritten"),
         ({"images": ["{out}/a.jpg", "{out}/b/a.jpg"], "output": "{out}/c"}, "have the same name"),
         ({"weights": ""}, "--weights: name the detector's checkpoint"),
+        ({"weights": "none.pth"}, "--weights: none.pth cannot be read"),
         ({"opts": ["MODEL.ROI_HEADS.NUM_CLASSES", "5"]}, "does not hold roi_heads.box_predictor"),
     ],
 )
@@ -138,7 +198,7 @@ def test_nothing_above_the_threshold_says_how_close_it_was(images, tmp_path, cap
     assert 0.5 < float(said[-2].split("The best score is ")[1].split(",")[0]) <= 1
     with pytest.raises(SystemExit, match="2"):
         run(*words, "--confidence-threshold", 1.5)
-    assert "--confidence-threshold must be from 0 to 1" in capsys.readouterr().err
+    assert "--confidence-threshold: must be from 0 to 1, got 1.5" in capsys.readouterr().err
 
 
 def test_drawings_are_the_same_each_time_and_leave_the_generators_alone(images):
@@ -146,6 +206,6 @@ def test_drawings_are_the_same_each_time_and_leave_the_generators_alone(images):
     model = load_detector(cfg, TEACHER[1])
     found = model([image_reader(cfg)(images[0])])[0]["instances"]
     before = get_random_state()["numpy"][1]
-    first, second = (draw_detections(images[0], found, metadata_of(cfg)) for _ in range(2))
+    first, second = (draw_detections(images[0], found, metadata_of(cfg, [])) for _ in range(2))
     assert np.array_equal(first, second) and min(first.shape[:2]) == 480
     assert torch.equal(get_random_state()["numpy"][1], before)

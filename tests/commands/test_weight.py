@@ -21,46 +21,50 @@ LAZY = (
 
 @pytest.fixture
 def suggest(few_shapes, monkeypatch, capsys):
-    """Runs the command; returns (ratio now, weight now, weight proposed)."""
+    """Runs the command; returns (pull now, pull recommended, key of the weight, weight)."""
     monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
 
     def run(*args):
         weight.main([*map(str, args)])
-        pattern = r"levels is (\S+),(?:.|\n)*ssim has the weight (\S+);.* and (\S+) gives"
-        return [float(group) for group in re.search(pattern, capsys.readouterr().out).groups()]
+        said = capsys.readouterr()
+        assert "it/s" not in said.err and "iteration" not in said.err  # no bar outside a terminal
+        pattern = r"pulls (\S+) times(?:.|\n)* Recommended is (\S+), .*\n\n    (\S+)[ =](\S+)\n$"
+        now, wanted, key, number = re.search(pattern, said.out).groups()
+        return float(now), float(wanted), key, float(number)
 
     return run
 
 
-def test_the_proposal_makes_the_ratio(suggest):
-    # the student does not move, so the ratio is proportional to the weight
-    still = (*YAML[:2], "--iters", 20, "--ratio", 2.0, *YAML[2:], "SOLVER.BASE_LR", 1e-9)
-    ratio, now, proposed = suggest(*still)
-    assert now == 16 and proposed == pytest.approx(16 * 2 / ratio, rel=0.06)  # two digits
-    again, _, _ = suggest(*still, "MODEL.DISTILL.SSIM.WEIGHT", proposed)
-    assert again == pytest.approx(2.0, rel=0.06)
+def test_the_override_gives_the_recommended_pull(suggest):
+    # the student does not move, so the pull is proportional to the weight
+    still = (*YAML[:2], "--iters", 20, *YAML[2:], "SOLVER.BASE_LR", 1e-9)
+    pull, wanted, key, number = suggest(*still)
+    assert wanted == weight.CLIPPED and number == pytest.approx(16 * wanted / pull, rel=0.06)
+    assert suggest(*still, key, number)[0] == pytest.approx(wanted, rel=0.06)  # two digits
 
 
 def test_a_lazy_config(suggest):
-    ratio, now, proposed = suggest(*LAZY[:2], "--iters", 20, *LAZY[2:])
-    assert proposed == pytest.approx(now * 8 / ratio, rel=0.06)
+    pull, wanted, key, number = suggest(*LAZY[:2], "--iters", 20, *LAZY[2:])
+    assert wanted == weight.UNCLIPPED and key == "model.distiller.losses.0.weight"
+    assert number == pytest.approx(4.0 * wanted / pull, rel=0.06)  # 4 is the default
+    assert load_config(LAZY[1], [f"{key}={number}"]).model.distiller.losses[0].weight == number
 
 
 def test_text_by_hand():
     rows = [{"iteration": i, "gradient_ratio": r} for i, r in enumerate([90.0, 9.0, 2.0, 4.0])]
     rows[-1].update({"ssim_kd/p3": 0.25, "gradient_ratio/p3": 8.0, "ssim_kd/p4": 0.5})
-    text = weight.report({"ssim": 6.0, "l2": 3.0}, weight.medians(rows), 1.0)
+    weights = {"MODEL.DISTILL.SSIM.WEIGHT": 6.0, "MODEL.DISTILL.L2.WEIGHT": 3.0}
+    text = weight.report(weights, weight.medians(rows), clipped=False)
     assert "| ssim_kd/p3 | 0.25 | 8 |\n| ssim_kd/p4 | 0.5 | - |" in text
     # the median of 2 and 4, the later half
-    assert "over all levels is 3, outside the range of 5 to\n120 where" in text
-    assert "ssim has the weight 6; the range is 10 to 2.4e+02, and 2 gives the ratio 1\n" in text
-    assert "l2 has the weight 3; the range is 5 to 1.2e+02, and 1 gives the ratio 1" in text
-    assert "inside the range" in weight.report({"ssim": 6.0}, {"gradient_ratio": 9.0}, 8.0)
+    assert "pulls 3 times" in text and "8, because this solver does not clip" in text
+    assert text.endswith("    MODEL.DISTILL.SSIM.WEIGHT 16\n    MODEL.DISTILL.L2.WEIGHT 8")
+    assert "25, because this solver clips" in weight.report(weights, {"gradient_ratio": 3.0}, True)
     with pytest.raises(ConfigError, match="--iters"):
-        weight.report({"ssim": 6.0}, {}, 1.0)
+        weight.report(weights, {}, True)
 
 
-@pytest.mark.parametrize("flag", [("--iters", "19"), ("--num-gpus", "0"), ("--ratio", "0")])
+@pytest.mark.parametrize("flag", [("--iters", "19"), ("--num-gpus", "0")])
 def test_what_cannot_be_measured_is_said_before_the_run(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         weight.main([*YAML[:2], *flag])
@@ -78,10 +82,12 @@ def test_several_teachers_have_losses_of_their_own():
     teachers = [{**entry, "NAME": "a", "LOSSES": ["l1", "pkd"]}, {**entry, "LOSSES": ["l1"]}]
     key = "MODEL.DISTILL"
     cfg = shapes_cfg("ssimkd", f"{key}.TEACHER.CONFIG", "", f"{key}.TEACHERS", teachers)
-    assert weight.weights_of(cfg) == {"a/l1": 4.0, "a/pkd": 6.0, "teacher2/l1": 4.0}
+    assert weight.weights_of(cfg) == {f"{key}.L1.WEIGHT": 4.0, f"{key}.PKD.WEIGHT": 6.0}
     lazy = load_config("configs/ssimkd_R50.py", [])
     lazy.model.distiller = L(Distillers)(a=lazy.model.distiller, b=lazy.model.distiller)
-    assert weight.weights_of(lazy) == {"a/ssim": 4.0, "b/ssim": 4.0}
+    keys = [f"model.distiller.{name}.losses.0.weight" for name in "ab"]
+    assert weight.weights_of(lazy) == dict.fromkeys(keys, 4.0)
+    assert load_config("configs/ssimkd_R50.py", [f"{keys[0].replace('.a', '')}=5"])
     watched = LazyConfig.apply_overrides(lazy, weight.logging_gradients(lazy))
     assert watched.model.log_gradients == weight.PERIOD
 

@@ -1,6 +1,9 @@
 """A user's annotation file: what is wrong with it is said in one line."""
 
 import json
+import subprocess
+import sys
+import zlib
 
 import pytest
 from ssimkd import ConfigError
@@ -49,3 +52,20 @@ def test_boxes_without_area_or_outside_their_image_are_a_warning(tmp_path, caplo
     (said,) = caplog.messages
     assert said.startswith(f"{tmp_path}/own.json: 3 of 5 boxes have no area or lie outside")
     assert said.endswith("id 0 in a.jpg, id 1 in a.jpg, id 3 in a.jpg")
+    assert not caplog.records[0].harmless  # more than half of the boxes
+    read(tmp_path, annotations=[{**BOX, "id": i, "bbox": box} for i, box in enumerate(boxes)])
+    assert len(caplog.records) == 1  # it is said once
+
+
+def test_a_warning_is_said_by_one_process(tmp_path, caplog, monkeypatch):
+    bad = {**BOX, "id": 0, "bbox": [4, 4, 0, 20]}
+    boxes = [bad, *({**BOX, "id": i} for i in range(1, 200))]
+    monkeypatch.setenv("RANK", "1")  # torchrun's second process
+    read(tmp_path, annotations=boxes)
+    assert not caplog.records
+    monkeypatch.delenv("RANK")
+    read(tmp_path, annotations=boxes)
+    assert caplog.records[0].harmless  # one box of 200
+    said = "import os, zlib; text = os.environ['SSIMKD_SAID'].split()[-1]; print(text)"
+    child = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == f"{zlib.crc32(caplog.messages[0].encode()):08x}"

@@ -8,8 +8,9 @@ import random
 import pytest
 from conftest import shapes_cfg
 from detectron2.config import CfgNode
-from ssimkd.engine.arguments import argument_parser, check_config, load_arguments
+from ssimkd.engine.arguments import check_config, load_arguments
 from ssimkd.errors import exit_in_one_line
+from ssimkd_cli import parse
 
 VALUES = [
     "0", "-1", "1", "2.5", "1e400", "-0.0", "nan", "inf", "None", "True", "''", "x", "()", "(1,)",
@@ -38,7 +39,7 @@ def refused(action, *args):
 
 
 def load(*words):
-    args = argument_parser().parse_args(words)
+    args = parse("train", words)
     check_config(load_arguments(args), args)
 
 

@@ -88,6 +88,18 @@ def test_a_resume_that_is_not_exact_is_logged(caplog):
 
 
 @pytest.mark.parametrize(
+    "start, period, last, first", [(0, 5000, 900, 900), (0, 100, 900, 100), (250, 100, 900, 300)]
+)
+def test_a_run_says_when_it_first_saves(start, period, last, first, caplog):
+    hook = ExactResume(None, torch.nn.Identity(), period)
+    hook.trainer = Trainer(start, start)
+    hook.trainer.max_iter = last
+    with caplog.at_level("INFO", "ssimkd"):
+        hook.before_train()
+    assert f"first checkpoint is written after iteration {first} of {last} " in caplog.text
+
+
+@pytest.mark.parametrize(
     ("opts", "warned"),
     [
         (("MODEL.DISTILL.SSIM.WEIGHT", 1e4), True),

@@ -2,7 +2,7 @@
 
 import pytest
 from ssimkd import ConfigError
-from ssimkd.engine.run_record import read_record, record_run
+from ssimkd.engine.run_record import command_line, only_evaluates, read_record, record_run
 
 
 @pytest.mark.parametrize("content", ['[{"comm', "3"])
@@ -21,3 +21,16 @@ def test_a_record_that_cannot_be_written_is_an_error(tmp_path):
         record_run(str(tmp_path)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "evaluates"),
+    [
+        (["/bin/ssimkd", "eval", "KEY", "a b"], "ssimkd eval KEY 'a b'", True),
+        (["/x/ssimkd/__main__.py", "train"], "ssimkd train", False),
+        (["train_net.py", "--eval-only"], "python train_net.py --eval-only", True),
+    ],
+)
+def test_the_command_is_what_a_user_types(words, command, evaluates):
+    assert command_line(words) == command
+    assert only_evaluates({"command": command}) == evaluates

@@ -14,19 +14,20 @@ from conftest import ROOT, shapes_cfg
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from ssimkd.commands.report import main as command
 from ssimkd.data.datasets import use_own_data
 from ssimkd.data.shapes import FOLDER
 from ssimkd.engine import yaml_driver as engine
 from ssimkd.engine.arguments import load_config
-from ssimkd.engine.run_record import in_words, record_run
+from ssimkd.engine.run_record import end_of, record_run
 from ssimkd.report import images
 from ssimkd.report.config_diff import differences
 from ssimkd.report.detection_errors import KINDS, detection_errors
-from ssimkd.report.model_cost import flop_counter
-from ssimkd.report.page import Report
+from ssimkd.report.detectors import Detector
+from ssimkd.report.model_cost import flop_counter, speeds
+from ssimkd.report.page import Report, gap
 from ssimkd.report.run import Run
 
 TEACHER = "configs/shapes/teacher.pth"  # a trained one
@@ -107,7 +108,7 @@ def folder(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(folder):
-    return Report(Run(str(folder / "student")), [Run(str(folder / n)) for n in ("twin", "taught")])
+    return Report([Run(str(folder / name)) for name in ("student", "twin", "taught")])
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,10 @@ def expected_numbers(folder, report, objects):
     results = {k: read(folder / name / "results.json")["bbox"] for k, name in names.items()}
     for label, name in names.items():
         expected.update({f"{label}/{k}": (results[label][k], 1) for k in ("AP", "AP50", "AP75")})
+        lines = (folder / name / "metrics.json").read_text() if label != "teacher" else ""
+        times = [json.loads(line)["time"] for line in lines.splitlines() if '"time"' in line]
+        expected[f"{label}/seconds"] = np.mean(times) if times else np.nan, 3
+        expected[f"{label}/runs"] = 1, 0
         expected.update({f"{label}/bbox/{k}": (value, 1) for k, value in results[label].items()})
         weights = ROOT / TEACHER if label == "teacher" else folder / name / "student.pth"
         plain = build_model(shapes_cfg("teacher" if label == "teacher" else "vanilla")).eval()
@@ -143,8 +148,10 @@ def expected_numbers(folder, report, objects):
     for key in results["student"]:
         s, v, t = (np.nan if r[key] is None else r[key] for r in results.values())
         expected[f"gain/bbox/{key}"] = s - v, 1
-        expected[f"share/bbox/{key}"] = (100 * (s - v) / (t - v) if t > v else np.nan), 0
-    return expected
+    s, v, t = (r["AP"] for r in results.values())
+    assert t > v  # the teacher is trained
+    shares = {"student": min(100 * (s - v) / (t - v), 100), "twin": np.nan, "teacher": np.nan}
+    return {**expected, **{f"{label}/share": (share, 0) for label, share in shares.items()}}
 
 
 def test_every_number_is_the_files(folder, report, page, few_shapes):
@@ -182,32 +189,85 @@ def check_levels(report, levels):
 
 def test_pictures_show_truth_and_every_detector(page, report):
     seen = {alt.split(": ")[1] for alt in page.images}
-    assert seen == {"ground truth", "student", "twin", "teacher", "maps"}
+    assert seen == {"truth", "student", "twin", "teacher", "maps"}
+    order = [alt.split(": ")[1] for alt in page.images[:5]]
+    assert order == ["truth", "twin", "student", "teacher", "maps"]
     assert len(page.images) == 6 * 5
     means = np.mean([report.levels[level] for level in report.levels], axis=0)
     assert len(report.chosen()) == 6 and int(means.argmin()) in report.chosen()
 
 
-def test_the_truth_is_drawn_as_annotated_without_crowds():
-    square = [[2.0, 2.0, 8.0, 2.0, 8.0, 8.0, 2.0, 8.0]]
+def test_the_truth_is_what_is_annotated_without_crowds():
     thing = {"bbox": [2, 2, 6, 6], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 3}
-    objects = [{**thing, "segmentation": square, "keypoints": [0] * 9}, {**thing, "iscrowd": 1}]
-    record = {"height": 10, "width": 12, "annotations": objects}
-    found = images.truth(record, masks=True)
-    assert found.pred_boxes.tensor.tolist() == [[2, 2, 8, 8]] and found.pred_classes.tolist() == [3]
-    assert found.pred_masks.shape == (1, 10, 12) and 25 <= found.pred_masks.sum() <= 49
-    assert not images.truth(record, masks=False).has("pred_masks")
-    assert len(images.truth({**record, "annotations": []}, masks=True)) == 0
+    record = {"height": 10, "width": 12, "annotations": [thing, {**thing, "iscrowd": 1}]}
+    found = images.truth(record)
+    assert found.gt_boxes.tensor.tolist() == [[2, 2, 8, 8]] and found.gt_classes.tolist() == [3]
+    assert len(images.truth({**record, "annotations": []})) == 0
 
 
-def test_a_picture_shows_the_detections_above_the_least_score(report, monkeypatch):
-    shown = []
-    monkeypatch.setattr(images, "draw_detections", lambda name, found, *rest: shown.append(found))
-    teacher, record = report.detectors[-1], report.sample[0]
-    images.draw_image(record, [teacher], None)
-    found = teacher.detect(record["file_name"])
-    assert isinstance(shown[1], Instances) and (found.scores < images.LEAST_SCORE).any()
-    assert torch.equal(shown[1].scores, found.scores[found.scores >= images.LEAST_SCORE])
+def test_hits_misses_and_false_alarms_by_hand():
+    """The second detection is a duplicate, the third has the wrong class, the last is nowhere."""
+    size = (50, 50)
+    objects = Instances(size, gt_boxes=Boxes(torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])))
+    objects.gt_classes = torch.tensor([0, 1])
+    boxes = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 40, 40], [30, 0, 40, 5]])
+    found = Instances(size, pred_boxes=Boxes(boxes), pred_classes=torch.tensor([0, 0, 0, 1]))
+    found.scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    assert images.hits_and_misses(objects, found) == ([True, False, False, False], [False, True])
+    assert images.hits_and_misses(objects[:0], found)[0] == [False] * 4
+    assert images.hits_and_misses(objects, found[:0])[1] == [True] * 2
+
+
+def test_names_are_left_out_where_they_would_hide_objects(report, monkeypatch):
+    record, written = report.sample[0], []
+    monkeypatch.setattr(images.cv2, "putText", lambda *args: written.append(args[1]))
+    thing = record["annotations"][0]
+    few, many = (
+        {**record, "annotations": [thing] * count}
+        for count in (images.LABELLED, images.LABELLED + 1)
+    )
+    images.draw(few, None, list("abcd"))
+    assert len(written) == 2 * images.LABELLED  # with a dark edge
+    images.draw(many, None, list("abcd"))
+    assert len(written) == 2 * images.LABELLED
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row(folder, tmp_path):
+    runs = [Run(str(folder / "student"))]
+    for seed, ap in ((2, 3.0), (3, 5.0)):
+        (tmp_path / str(seed)).mkdir()
+        runs.append(
+            copy_run(folder, tmp_path / str(seed), "student", config=("SEED: 1", f"SEED: {seed}"))
+        )
+        runs[-1].results = {"bbox": {"AP": ap}}
+    other = copy_run(folder, tmp_path, "student", config=("MAX_ITER: 2", "MAX_ITER: 3"))
+    report = Report([*runs, other])
+    assert [len(d.runs) for d in report.detectors] == [3, 1, 0]
+    values = [runs[0].results["bbox"]["AP"], 3.0, 5.0]
+    expected = f"{np.mean(values):.1f} \N{PLUS-MINUS SIGN} {np.std(values, ddof=1):.1f}"
+    assert Page(report.html()).numbers["student/AP"] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [((50, 40, 60), 50), ((70, 40, 60), 100), ((30, 40, 60), -50), ((50, 40, 30), None)],
+)
+def test_the_share_of_the_gap(values, share):
+    assert gap(*values) == share
+    assert gap(None, *values[1:]) is None and gap(values[0], None, values[2]) is None
+
+
+def test_one_architecture_is_timed_once(report, monkeypatch):
+    timed = []
+    monkeypatch.setattr(Detector, "detect", lambda self, name: timed.append(self.label))
+    found = speeds(report.detectors, report.names[:1])
+    assert set(timed) == {"student", "teacher"}
+    assert found["twin"] == found["student"] and len(found) == 3
+
+
+def test_without_a_twin_there_is_no_share_of_the_gap(folder):
+    page = Page(Report([Run(str(folder / name)) for name in ("student", "taught")]).html())
+    assert page.numbers["student/share"] == DASH and "needs a run of the same student" in page.text
 
 
 def copy_run(folder, tmp_path, name, *, missing=(), broken=(), config=("", "")):
@@ -232,7 +292,7 @@ def copy_run(folder, tmp_path, name, *, missing=(), broken=(), config=("", "")):
     ],
 )
 def test_without_a_file_the_page_says_so_and_keeps_the_results(folder, tmp_path, change, said):
-    page = Page(Report(copy_run(folder, tmp_path, "student", **change), []).html())
+    page = Page(Report([copy_run(folder, tmp_path, "student", **change)]).html())
     assert said in page.text and "This run has no teacher" not in page.text
     expected = read(folder / "student/results.json")["bbox"]["AP50"]
     assert float(page.numbers["student/AP50"]) == pytest.approx(expected, abs=0.06)
@@ -243,7 +303,7 @@ def test_without_its_data_a_run_has_no_pictures(folder, monkeypatch):
         raise FileNotFoundError(f"{name} is gone")
 
     monkeypatch.setattr("ssimkd.report.run.DatasetCatalog.get", gone)
-    page = Page(Report(Run(str(folder / "twin")), []).html())
+    page = Page(Report([Run(str(folder / "twin"))]).html())
     assert "report_val cannot be read" in page.text and "There are no pictures" in page.text
     assert page.numbers["twin/speed"] == DASH and page.numbers["twin/AP"] != DASH
 
@@ -251,7 +311,7 @@ def test_without_its_data_a_run_has_no_pictures(folder, monkeypatch):
 @pytest.mark.parametrize("how", ["missing", "broken"])
 def test_missing_and_broken_files_leave_their_sections_out(folder, tmp_path, how):
     files = ["results.json", "run.json", "inference/coco_instances_results.json"]
-    page = Page(Report(copy_run(folder, tmp_path, "twin", **{how: files}), []).html())
+    page = Page(Report([copy_run(folder, tmp_path, "twin", **{how: files})]).html())
     for words in (
         "This run has no teacher", "This run was not evaluated", "There are no results",
         "Command, commit and versions are not known", "The errors are not counted",
@@ -262,7 +322,7 @@ def test_missing_and_broken_files_leave_their_sections_out(folder, tmp_path, how
 
 
 def test_without_its_adapters_a_students_maps_are_not_compared(folder, tmp_path):
-    report = Report(copy_run(folder, tmp_path, "student", missing=["last_checkpoint"]), [])
+    report = Report([copy_run(folder, tmp_path, "student", missing=["last_checkpoint"])])
     assert report.own.model is not None and not report.levels
     assert any("student.pth lacks the adapters" in note for note in report.notes)
 
@@ -270,9 +330,9 @@ def test_without_its_adapters_a_students_maps_are_not_compared(folder, tmp_path)
 def test_it_says_what_was_trained_and_how_to_do_it_again(page, folder):
     entry = read(folder / "student/run.json")[0]
     for words in (
-        "DistillRCNN, FPN, ResNet", TEACHER, "ssim (weight 16)", "adapter conv1x1",
+        TEACHER, "ssim (weight 16)", "adapter conv1x1",
         entry["command"], f"Commit {entry['commit']}", f"torch {torch.__version__.split('+')[0]}",
-        in_words(entry["ended"]), "2 iterations of 2 images", "MODEL.DISTILL.ADAPTER 'conv1x1'",
+        end_of(entry), "2 iterations of 2 images", "MODEL.DISTILL.ADAPTER 'conv1x1'",
     ):  # fmt: skip
         assert words in page.text, words
 
@@ -284,13 +344,13 @@ def test_it_needs_nothing_beside_it(page):
 
 
 def test_the_command(folder, tmp_path, capsys):
-    command(["--run", str(folder / "twin"), "--out", str(tmp_path / "page.html")])
+    command([str(folder / "twin"), "--out", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.endswith(f"Report: {tmp_path / 'page.html'}\n")
     assert "<title>twin - run report</title>" in (tmp_path / "page.html").read_text()
     with pytest.raises(SystemExit, match=f"^error: {folder} holds no config.yaml"):
-        command(["--run", str(folder)])
+        command([str(folder)])
     with pytest.raises(SystemExit, match="^error: --out: there is no folder .*/none$"):
-        command(["--run", str(folder / "twin"), "--out", str(tmp_path / "none/a.html")])
+        command([str(folder / "twin"), "--out", str(tmp_path / "none/a.html")])
 
 
 def test_a_later_evaluation_does_not_change_the_end(folder, tmp_path):
@@ -298,14 +358,14 @@ def test_a_later_evaluation_does_not_change_the_end(folder, tmp_path):
     entries = read(folder / "student/run.json")
     later = {"command": "python train_net.py --eval-only", "ended": "2099-01-01T00:00:00+00:00"}
     run.record = [*entries, {**entries[0], **later}]
-    assert run.ended == in_words(entries[0]["ended"]) and "minutes" in run.trained
+    assert run.ended == end_of(entries[0])
     assert Run(str(folder / "taught")).trained == "nothing: the run was only evaluated"
 
 
 def test_ap_of_other_data_is_named_and_not_compared(folder, tmp_path):
     other = copy_run(folder, tmp_path, "twin", config=("- report_val", "- report_train"))
-    report = Report(Run(str(folder / "student")), [other])
-    assert report.tasks()["bbox"]["labels"] == list(report.errors()) == ["student"]
+    report = Report([Run(str(folder / "student")), other])
+    assert list(report.tasks()["bbox"]["AP"][0]) == list(report.errors()) == ["student"]
     assert any("twin was evaluated on report_train" in note for note in report.notes)
 
 
@@ -333,6 +393,6 @@ def test_a_lazy_run(data, tmp_path, monkeypatch):
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     torch.save({"model": instantiate(cfg.model).state_dict()}, tmp_path / "student.pth")
     (tmp_path / "results.json").write_text('{"report_val": {"bbox": {"AP": 12.34}}}')
-    page = Page(Report(Run(str(tmp_path)), []).html())
-    assert "DistillRCNN" in page.text and page.numbers[f"{tmp_path.name}/AP"] == "12.3"
+    page = Page(Report([Run(str(tmp_path))]).html())
+    assert "ssim (weight 4)" in page.text and page.numbers[f"{tmp_path.name}/AP"] == "12.3"
     assert float(page.numbers["teacher/parameters"]) > 1 and "p6/ssim" in page.numbers

@@ -1,6 +1,8 @@
 """What is read from the folder of a run."""
 
 import json
+import os
+import re
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import shapes_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from ssimkd import ConfigError
-from ssimkd.engine.run_record import read_record, record_run
+from ssimkd.engine.run_record import end_of, read_record, record_run
 from ssimkd.report.run import Run
 
 
@@ -32,7 +34,7 @@ def save(path):
 
 def test_weights_that_a_run_started_from_are_not_those_it_trained(write, tmp_path):
     state = save(tmp_path / "start.pth")
-    record = {"command": "train_net.py --eval-only", "ended": None}
+    record = {"command": "ssimkd eval --config-file a.yaml", "ended": None}
     (tmp_path / "run.json").write_text(json.dumps([record]))
     run = write("MODEL.WEIGHTS", str(tmp_path / "start.pth"))
     found = run.build()
@@ -96,13 +98,20 @@ def test_the_training_is_described_with_its_images_without_labels(write, tmp_pat
         assert write(*data, *opts).trained == expected.format(found)
 
 
-def test_a_record_has_every_command_and_no_end_for_a_failure(tmp_path, monkeypatch):
+def test_a_record_has_every_command_with_its_folder_and_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", "a b.yaml"])
     with record_run(str(tmp_path)):
-        assert read_record(str(tmp_path))[0]["ended"] is None
-    with pytest.raises(KeyError), record_run(str(tmp_path)):
-        raise KeyError
-    first, second = read_record(str(tmp_path))
+        (running,) = read_record(str(tmp_path))
+        assert running["ended"] is None and "or was killed" in end_of(running)
+    for error in (KeyError("x"), SystemExit(75), SystemExit(130), KeyboardInterrupt()):
+        with pytest.raises(type(error)), record_run(str(tmp_path)):
+            raise error
+    first, second, *stopped, at_once = read_record(str(tmp_path))
     assert first["command"] == "python train_net.py --config-file 'a b.yaml'"
-    assert first["started"] <= first["ended"] <= second["started"] and second["ended"] is None
+    assert first["folder"] == os.getcwd()
+    assert first["started"] <= first["ended"] <= second["started"]
+    assert end_of(first).startswith("finished, ")
+    assert end_of(second).startswith("failed: KeyError: 'x', ")
+    assert all(re.match("stopped, .*; --resume continues it$", end_of(entry)) for entry in stopped)
+    assert end_of(at_once).startswith("stopped at once, without a checkpoint")
     assert first["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -19,12 +19,13 @@ OWN_KEYS = (
     ("DATASETS", "NUM_CLASSES_FROM_DATA"),
     ("DATASETS", "UNLABELED"),
     ("SOLVER", "IMS_PER_BATCH_UNLABELED"),
+    ("DATALOADER", "MAPPER"),
     ("DATALOADER", "SKIP_BAD_IMAGES"),
 )
 
 
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL`, two backbones and five other keys to a Detectron2 config, in place.
+    """Adds `MODEL.DISTILL`, two backbones and six other keys to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
     the code of a loss's own authors. [shapes]: measured on the Shapes data by
@@ -44,6 +45,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     # True: the heads get as many classes as the first data set of TRAIN has
     cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
 
+    # A mapper of your own, such as "my_package.MyMapper", in place of Detectron2's DatasetMapper
+    cfg.DATALOADER.MAPPER = ""
     # True: an image that cannot be read is replaced by another one
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
 

@@ -18,6 +18,10 @@ LIBRARIES = {
     *("numpy", "PIL", "yaml", "antlr4", "pycocotools", __name__.split(".")[0]),
     *getattr(sys, "stdlib_module_names", ("ast", "collections", "copy", "functools", "importlib")),
 }
+# fvcore's registries, and Detectron2's LazyConfig, say this of what no import has defined.
+UNKNOWN = re.compile(
+    "No object named .* registry|Cannot dynamically locate|Error (loading|locating) "
+)
 LOGGERS = ("detectron2", "ssimkd")
 TRAIN_KEYS = ("INHERIT", "CHECK_IMAGES", "SKIP_NONFINITE_STEPS", "WANDB_PROJECT")
 IN_LOG = " (traceback in "  # the path of the log file follows
@@ -50,7 +54,8 @@ def is_user_error(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """An exception as one line: its type and the first line of its message."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    hint = "; --import names the module that holds it" if UNKNOWN.search(str(error)) else ""
+    return f"{type(error).__name__}: {text[0]}{hint}" if text else type(error).__name__
 
 
 def describe_error(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import suppress
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import yaml
@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ssimkd.config import OWN_KEYS
-from ssimkd.errors import ConfigError, one_line
+from ssimkd.errors import ConfigError, as_setting_error, one_line
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.config_keys import LIBRARIES, target_of, without_pretraining
+from ssimkd.utils.config_keys import LIBRARIES, key_of, target_of, without_pretraining
+from ssimkd.utils.user_code import IMPORTED
 
-from .reader import CheckpointReader
+from .reader import CheckpointReader, fetch, read_checkpoint
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."
@@ -26,9 +27,12 @@ NEEDS_PACKAGE = (
     "# The backbone comes with the package ssimkd: import ssimkd, and call\n"
     "# ssimkd.add_ssimkd_config(cfg) before cfg.merge_from_file.\n"
 )
+NEEDS_WEIGHTS = "# {} names the file beside this one: set it to its path from where you are.\n"
 
 
-def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str, str]:
+def export_student(
+    cfg, state_dict: Dict[str, Tensor], folder: str, categories: Sequence[Dict[str, Any]] = ()
+) -> Tuple[str, str]:
     """Writes `student.pth` and `student.yaml`, which plain Detectron2 reads.
 
     If YAML cannot express a LazyConfig, a warning says so, and there is no `student.yaml`.
@@ -36,7 +40,8 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     Args:
         cfg (CfgNode or DictConfig): the config of the distilled run, or of a plain detector.
         state_dict (dict[str, Tensor]): the model's.
-        folder (str): where the two files are written.
+        folder (str): where the two files are written. It can be moved.
+        categories (sequence[dict]): "id" and "name" of the classes, kept in `student.pth`.
 
     Returns:
         (str, str): paths of the checkpoint and the config. The config of a CfgNode is for
@@ -48,11 +53,12 @@ def export_student(cfg, state_dict: Dict[str, Tensor], folder: str) -> Tuple[str
     """
     weights = {k: v.detach().cpu() for k, v in state_dict.items() if not k.startswith(PREFIX)}
     paths = os.path.join(folder, "student.pth"), os.path.join(folder, "student.yaml")
-    plain = plain_config(cfg, os.path.abspath(paths[0]))
+    plain = plain_config(cfg, os.path.basename(paths[0]))
     check_weights(plain, weights)
     os.makedirs(folder, exist_ok=True)
     with atomic_write(paths[0]) as file:
-        torch.save({"model": weights, "__author__": "SSIMKD"}, file)
+        run = {"categories": list(categories)}
+        torch.save({"model": weights, "__author__": "SSIMKD", "run": run}, file)
     try:
         text = to_yaml(plain)
     except ConfigError as error:
@@ -80,9 +86,11 @@ def to_yaml(plain) -> str:
     Raises:
         ConfigError: YAML cannot express what a LazyConfig holds.
     """
+    head = NEEDS_WEIGHTS.format(key_of(plain, "weights"))
+    head += f"# Before that, import {', '.join(IMPORTED)}.\n" if IMPORTED else ""
     if isinstance(plain, CfgNode):
         used = any(library in plain.MODEL for library in LIBRARIES)
-        return (NEEDS_PACKAGE if used else "") + plain.dump()
+        return (NEEDS_PACKAGE if used else "") + head + plain.dump()
     try:
         text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
         yaml.unsafe_load(text)  # as LazyConfig.load reads it
@@ -91,7 +99,7 @@ def to_yaml(plain) -> str:
             "YAML cannot express what the node model holds, such as a lambda; import it by a name "
             f"from a module instead ({one_line(error)})"
         ) from error
-    return text
+    return head + text
 
 
 def with_names(node: Any) -> Any:
@@ -110,7 +118,8 @@ def plain_config(cfg, weights: str):
     """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`."""
     plain = without_pretraining(cfg)
     if isinstance(plain, CfgNode):
-        architecture = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)
+        with as_setting_error("MODEL.META_ARCHITECTURE"):
+            architecture = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)
         plain.MODEL.META_ARCHITECTURE = parent_of(architecture).__name__
         plain.MODEL.WEIGHTS = weights
         for node, key in OWN_KEYS:
@@ -147,11 +156,13 @@ def build_plain(plain) -> nn.Module:
     """The detector of a config, on the CPU. The random generator of the CPU is not changed."""
     with torch.random.fork_rng(devices=[]):
         if not isinstance(plain, CfgNode):
-            return instantiate(plain.model)
+            with as_setting_error("model"):
+                return instantiate(plain.model)
         plain = plain.clone()
         plain.defrost()
         plain.MODEL.DEVICE = "cpu"
-        return build_model(plain)
+        with as_setting_error("MODEL"):
+            return build_model(plain)
 
 
 def read_weights(path: str) -> Dict[str, Any]:
@@ -165,3 +176,13 @@ def read_weights(path: str) -> Dict[str, Any]:
     reader = Reader(nn.Module())
     reader.load(path)
     return reader.found
+
+
+def read_categories(path: str) -> List[Dict[str, Any]]:
+    """The categories of the classes that a checkpoint was trained on; empty where it has none.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    content = read_checkpoint(fetch(path))
+    return list((content.get("run") or {}).get("categories", ()))

@@ -8,6 +8,7 @@ Detectron2's TracingAdapter traces the detector on one image. H and W can differ
 graph is compared with the detector on all given images before the file gets its name.
 """
 
+import json
 import os
 import warnings
 from contextlib import suppress
@@ -34,7 +35,13 @@ def detect(model: Any, inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: str) -> str:
+def write_graph(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    kind: str,
+    folder: str,
+    categories: Sequence[Dict[str, Any]] = (),
+) -> str:
     """Writes `student.ts` or `student.onnx`.
 
     An earlier file stays if the export fails.
@@ -44,6 +51,8 @@ def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: s
         images (sequence[Tensor]): (3, H, W) uint8. The first is traced, all are compared.
         kind (str): a key of SUFFIXES.
         folder (str): the folder of the file.
+        categories (sequence[dict]): "id" and "name" of the classes. As JSON the file keeps them:
+            TorchScript in the extra file "categories.json", ONNX in the metadata "categories".
 
     Returns:
         str: path of the file.
@@ -71,7 +80,7 @@ def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: s
             # Tracing warns of each value that becomes a constant. The comparison finds wrong ones.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             write = write_torchscript if kind == "torchscript" else write_onnx
-            graph = write(adapter, list(expected[0]), path + ".tmp")
+            graph = write(adapter, list(expected[0]), path + ".tmp", json.dumps(list(categories)))
         compare(graph, images, expected, kind)
         os.replace(path + ".tmp", path)
     finally:
@@ -80,16 +89,17 @@ def write_graph(model: nn.Module, images: Sequence[Tensor], kind: str, folder: s
     return path
 
 
-def write_torchscript(adapter: Any, names: List[str], path: str) -> Graph:
+def write_torchscript(adapter: Any, names: List[str], path: str, categories: str) -> Graph:
     """Writes TorchScript and reads it back. To run, it needs `import torchvision`."""
-    torch.jit.save(torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False), path)
+    graph = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    torch.jit.save(graph, path, _extra_files={"categories.json": categories})
     return torch.jit.load(path)
 
 
-def write_onnx(adapter: Any, names: List[str], path: str) -> Graph:
+def write_onnx(adapter: Any, names: List[str], path: str, categories: str) -> Graph:
     """Writes ONNX with the fields' names for the outputs, and reads it back."""
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
     except ImportError as error:
         raise ConfigError(f"--format onnx needs pip install {error.name}") from error
@@ -101,6 +111,9 @@ def write_onnx(adapter: Any, names: List[str], path: str) -> Graph:
         output_names=names,
         dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "n"} for name in names}},
     )
+    content = onnx.load(path)
+    content.metadata_props.add(key="categories", value=categories)
+    onnx.save(content, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: tuple(map(torch.as_tensor, session.run(None, {"image": x.numpy()})))
 

@@ -88,6 +88,8 @@ class RunCheckpointer(CheckpointReader):
                 f"{OUTPUT}: the processes see different checkpoints in {self.save_dir} (this one "
                 f"sees {found or 'none'}); all processes must share the folder"
             )
+        if resume and not found and comm.is_main_process():
+            logger.warning("--resume: %s has no checkpoint, so the run starts anew", self.save_dir)
         self.resuming, self.source = bool(found), found
         if not found:
             if self.require_all and not path:

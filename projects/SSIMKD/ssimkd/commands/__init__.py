@@ -1,36 +1,66 @@
-"""The commands of `ssimkd`. Each is a file with a function `main`."""
+"""The commands of `ssimkd`. Each is a file with a function `main`; `ssimkd_cli.py` calls it."""
 
 import argparse
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from ssimkd_cli import parse
+
+from ssimkd.checkpoint.export import read_categories
+from ssimkd.data.datasets import categories_of
+from ssimkd.engine.arguments import load_config
+from ssimkd.engine.run_record import import_recorded
+from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.utils import config_files
+from ssimkd.utils.config_keys import setting
+from ssimkd.utils.user_code import import_user_code
 
 
-def command_parser(name: str, text: str) -> argparse.ArgumentParser:
-    """The parser of a command that takes a config; `text` is shown by --help."""
-    parser = argparse.ArgumentParser(
-        f"ssimkd {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file",
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="path of a .yaml or .py config, or the name of one of this project's configs",
-    )
-    return parser
+class Trained(NamedTuple):
+    """What a command line says of a trained detector.
+
+    Attributes:
+        cfg (CfgNode or DictConfig): of --config-file.
+        weights (str): path or URL of the checkpoint.
+        categories (list[dict]): "id" and "name" of each class, as the checkpoint tells them, or
+            the data of the config.
+    """
+
+    cfg: Any
+    weights: str
+    categories: List[Dict[str, Any]]
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Adds the overrides of the config, which come last on a command line."""
-    text = "overrides of the config: KEY VALUE (.yaml) or key=value (.py)"
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help=text)
+def begin(name: str, words: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The arguments of a command.
+
+    The modules of --import are imported, and those of the run whose checkpoint is given.
+    """
+    args = parse(name, words)
+    import_user_code(args.imports)
+    import_recorded(os.path.dirname(getattr(args, "weights", "")))
+    return args
 
 
-def at_least(least: int):
-    """The type of an argument that is a whole number and at least `least`."""
+def load_trained(args: argparse.Namespace, *splits: str) -> Trained:
+    """The config, checkpoint and classes of a trained detector.
 
-    def parse(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        return int(text)
+    Args:
+        args (Namespace): --config-file, --weights and overrides.
+        splits (str): "TEST" registers its data, which may be missing if the checkpoint tells the
+            classes.
 
-    parse.__name__ = "whole number"  # argparse names it when int() fails
-    return parse
+    Raises:
+        ConfigError: no checkpoint is named, or a file cannot be read.
+    """
+    weights = args.weights
+    if not weights:
+        with as_config_error("--config-file"):
+            path = config_files.find_config(args.config_file)
+        weights = setting(config_files.load_config(path, args.opts), "weights")
+    if not weights:
+        raise ConfigError("--weights: name the detector's checkpoint; its config has none")
+    with as_config_error(f"--weights: {weights}", sep=" "):
+        categories = read_categories(weights)
+    cfg = load_config(args.config_file, args.opts, splits, len(categories))
+    return Trained(cfg, weights, categories or categories_of(cfg))

@@ -28,7 +28,7 @@ from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
 from ssimkd.report.model_cost import flop_counter
 from ssimkd.utils.measure import clock_of, interleave, markdown
 
-from . import add_overrides, at_least, command_parser
+from . import begin, load_trained
 from .weight import distillers_in
 
 logger = logging.getLogger("ssimkd.analyze")
@@ -105,15 +105,12 @@ def table(cfg, weights: str, image: Tensor, repeats: int) -> str:
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
-    parser = command_parser("analyze", __doc__)
-    add = parser.add_argument
-    add("--weights", default="", help="path or URL of the student's checkpoint")
-    add("--image", default="", help="the image file to measure with")
-    add("--repeats", type=at_least(1), default=5, help="number of timed runs (5)")
-    add_overrides(parser)
-    args = parser.parse_args(words)
+    args = begin("analyze", words)
     setup_logger(name="ssimkd")
-    cfg = load_config(args.config_file, args.opts, splits=())
+    if args.weights:  # it tells the number of classes
+        cfg = load_trained(args).cfg
+    else:
+        cfg = load_config(args.config_file, args.opts, splits=())
     image = read_image(cfg, args.image)
     text = table(cfg, args.weights, image, args.repeats)
     height, width = image.shape[1:]

@@ -9,7 +9,7 @@ This command gets the batch of one of them. The time does not include evaluation
 between GPUs.
 
 The command prints a table with its findings and warnings. The exit status is 1 if there is an error
-or a warning, and 0 otherwise.
+or a warning, and 0 otherwise. A note, such as one on a few boxes without area, is no warning.
 """
 
 import datetime
@@ -24,10 +24,11 @@ from typing import Any, Dict, Iterator, List, MutableMapping, Optional, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
+from ssimkd_cli import parse
 
 from ssimkd.data.datasets import check_classes, training_classes
 from ssimkd.engine import lazy_driver, yaml_driver
-from ssimkd.engine.arguments import argument_parser, check_config, load_config
+from ssimkd.engine.arguments import check_config, load_config
 from ssimkd.engine.preflight import warn_of_settings
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
@@ -35,10 +36,9 @@ from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import build_teachers, distillers_of
 from ssimkd.utils.config_keys import datasets_of, setting
 
-from . import add_overrides, at_least, command_parser
+from . import begin
 
 Row = Tuple[str, str]
-LEAST = 5  # iterations; Detectron2 measures the time from the fourth one on
 
 
 class Remarks(logging.Handler):
@@ -56,18 +56,19 @@ class Remarks(logging.Handler):
         """The results of the teachers' checks, and every warning."""
         for record in self.found:
             if record.levelno >= logging.WARNING:
-                yield "WARNING", record.getMessage()
+                harmless = getattr(record, "harmless", False)
+                yield "note" if harmless else "WARNING", record.getMessage()
             elif record.name == "ssimkd.engine.preflight":
                 yield "check", record.getMessage()
 
 
 def listen() -> Remarks:
-    """Starts to collect the log records. The terminal shows warnings only."""
+    """Starts to collect the log records. The terminal shows other packages' warnings only."""
     remarks = Remarks()
     for name in LOGGERS:
         logger = setup_logger(name=name)
         for handler in logger.handlers:
-            handler.setLevel(logging.WARNING)
+            handler.setLevel(logging.ERROR if name == "ssimkd" else logging.WARNING)
     logging.getLogger("ssimkd").addHandler(remarks)
     return remarks
 
@@ -189,20 +190,20 @@ def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
-    parser = command_parser("check", __doc__)
-    add = parser.add_argument
-    add("--num-gpus", type=at_least(1), default=1, help="number of GPUs of the long run (1)")
-    add("--iterations", type=at_least(LEAST), default=20, help="iterations of the short run (20)")
-    add_overrides(parser)
-    args = parser.parse_args(words)
+    args = begin("check", words)
     remarks = listen()
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = load_config(args.config_file, args.opts)
-        check_config(cfg, argument_parser().parse_args([]))
-        rows = list(pair_rows(build(cfg)))
-        iterations = setting(cfg, "iterations")  # those of the long run
-        metrics = measure(cfg, folder, args.iterations, args.num_gpus)
-    rows += [*dict.fromkeys(remarks.rows()), *cost_rows(metrics, iterations)]
-    width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    rows: List[Row] = []
+    costs: List[Row] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = load_config(args.config_file, args.opts)
+            check_config(cfg, parse("train", []))
+            rows += pair_rows(build(cfg))
+            iterations = setting(cfg, "iterations")  # those of the long run
+            metrics = measure(cfg, folder, args.iterations, args.num_gpus)
+            costs += cost_rows(metrics, iterations)
+    finally:  # an error ends the command after what is known by then
+        rows += [*dict.fromkeys(remarks.rows()), *costs]
+        width = max((len(name) for name, _ in rows), default=0)
+        print("".join(f"\n{name:<{width}}  {text}" for name, text in rows))
     sys.exit(any(name == "WARNING" for name, _ in rows))

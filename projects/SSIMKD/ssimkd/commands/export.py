@@ -17,21 +17,21 @@ from typing import Optional, Sequence
 from detectron2.utils.logger import setup_logger
 
 from ssimkd.checkpoint.export import export_student, read_weights
-from ssimkd.checkpoint.graph import SUFFIXES, write_graph
-from ssimkd.engine.arguments import load_config
+from ssimkd.checkpoint.graph import write_graph
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import image_reader, load_detector
 
-from . import add_overrides, command_parser
+from . import begin, load_trained
 
 
 def export_weights(args: argparse.Namespace) -> None:
     """Writes student.pth and student.yaml."""
-    weights = read_weights(args.weights)
+    cfg, path, categories = load_trained(args)
+    weights = read_weights(path)
     if args.half:
         # Vectors stay as they are because a running variance can leave the range of float16.
         weights = {k: v.half() if v.dim() > 1 else v for k, v in weights.items()}
-    export_student(load_config(args.config_file, args.opts, splits=()), weights, args.out)
+    export_student(cfg, weights, args.out, categories)
 
 
 def export_graph(args: argparse.Namespace) -> None:
@@ -40,29 +40,17 @@ def export_graph(args: argparse.Namespace) -> None:
         raise ConfigError("--half works only with --format detectron2")
     if len(args.images) < 2:
         raise ConfigError(f"--images: --format {args.format} needs at least two images to check")
-    cfg = load_config(args.config_file, args.opts, splits=())
+    cfg, path, categories = load_trained(args)
     read = image_reader(cfg)
     images = [read(path)["image"] for path in args.images]
-    path = write_graph(load_detector(cfg, args.weights).cpu(), images, args.format, args.out)
+    model = load_detector(cfg, path).cpu()
+    path = write_graph(model, images, args.format, args.out, categories)
     print(f"{path}: agrees with the detector on {len(images)} images")
 
 
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
-    parser = command_parser("export", __doc__)
-    add = parser.add_argument
-    add("--weights", required=True, help="path or URL of the student's checkpoint")
-    add("--out", required=True, help="folder to write to")
-    add(
-        "--format",
-        choices=("detectron2", *SUFFIXES),
-        default="detectron2",
-        help="kind of files to write",
-    )
-    add("--images", nargs="+", default=[], help="image files to check the graph with")
-    add("--half", action="store_true", help="store matrices in float16")
-    add_overrides(parser)
-    args = parser.parse_args(words)
+    args = begin("export", words)
     setup_logger(name="ssimkd")
     export_weights(args) if args.format == "detectron2" else export_graph(args)

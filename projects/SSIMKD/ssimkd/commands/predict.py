@@ -4,13 +4,15 @@ r"""Draws and lists the objects that a detector finds in images.
         street.jpg park.jpg --output seen
 
 writes the drawn images and predictions.json to the folder `seen`. Images are prepared as in an
-evaluation of the config, and classes have the names of its test data. An entry of the list is
+evaluation of the config. The list is in the format of COCO's results, and an entry also has names:
 
-    {"file_name": "street.jpg", "category_name": "car", "category_id": 2, "score": 0.98,
-     "bbox": [x, y, width, height]}
+    {"file_name": "street.jpg", "category_name": "car", "image_id": 397133, "category_id": 3,
+     "bbox": [x, y, width, height], "score": 0.98}
 
-The box is in pixels, and category_id counts from 0. Masks and keypoints have COCO's format. An
-image that cannot be read is left out. It is named at the end, and the exit status is then 1.
+The box is in pixels. Names and ids of classes are those of the annotation file that the detector
+was trained on; its checkpoint holds them. The image_id is that of the config's test data, or the
+file's name if the image is not listed there. An image that cannot be read is left out. It is named
+at the end, and the exit status is then 1.
 """
 
 import argparse
@@ -20,13 +22,12 @@ import sys
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
-from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from ssimkd.engine.arguments import load_config
+from ssimkd.data.datasets import image_ids_of
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import (
     draw_detections,
@@ -36,7 +37,7 @@ from ssimkd.evaluation.predictor import (
     write_image,
 )
 
-from . import command_parser
+from . import begin, load_trained
 
 
 class Predictions(NamedTuple):
@@ -68,14 +69,16 @@ def check_files(images: List[str], folder: str) -> None:
             )
 
 
-def entries_of(path: str, detections: Instances, metadata: Metadata) -> List[Dict[str, Any]]:
+def entries_of(
+    path: str, image_id: Any, detections: Instances, categories: List[Dict[str, Any]]
+) -> List[Dict[str, Any]]:
     """The entries of one image in predictions.json."""
-    names = metadata.get("thing_classes", None)
     entries = []
-    for entry in instances_to_coco_json(detections, path):
+    for entry in instances_to_coco_json(detections, image_id):
         label = entry["category_id"]
-        named = {"category_name": names[label] if names else str(label)}
-        entries.append({"file_name": entry.pop("image_id"), **named, **entry})
+        known = categories[label] if categories else {"id": label, "name": str(label)}
+        entry["category_id"] = known["id"]
+        entries.append({"file_name": path, "category_name": known["name"], **entry})
     return entries
 
 
@@ -83,8 +86,9 @@ def entries_of(path: str, detections: Instances, metadata: Metadata) -> List[Dic
 def predict(args: argparse.Namespace) -> Predictions:
     """Draws and lists the detections of all images that can be read."""
     check_files(args.images, args.output)
-    cfg = load_config(args.config_file, args.opts, splits=("TEST",))
-    model, read, metadata = load_detector(cfg, args.weights), image_reader(cfg), metadata_of(cfg)
+    cfg, weights, categories = load_trained(args, "TEST")
+    model, read, ids = load_detector(cfg, weights), image_reader(cfg), image_ids_of(cfg)
+    metadata = metadata_of(cfg, categories)
     os.makedirs(args.output, exist_ok=True)
     entries: List[Dict[str, Any]] = []
     unread, best = [], 0.0
@@ -100,33 +104,15 @@ def predict(args: argparse.Namespace) -> Predictions:
         found = found[shown]
         drawing = draw_detections(path, found, metadata)
         write_image(os.path.join(args.output, os.path.basename(path)), drawing)
-        entries += entries_of(path, found, metadata)
+        image_id = ids.get(os.path.realpath(path), os.path.basename(path))
+        entries += entries_of(path, image_id, found, categories)
     return Predictions(entries, unread, best)
 
 
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
-    parser = command_parser("predict", __doc__)
-    add = parser.add_argument
-    add("images", nargs="+", help="image files")
-    add("--weights", default="", help="path or URL of the checkpoint (the config's)")
-    add("--output", required=True, help="folder for the drawings and predictions.json")
-    add(
-        "--confidence-threshold",
-        type=float,
-        default=0.5,
-        help="lowest score to draw and list (0.5)",
-    )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="overrides of the config, which come last",
-    )
-    args = parser.parse_args(words)
-    if not 0 <= args.confidence_threshold <= 1:
-        parser.error("--confidence-threshold must be from 0 to 1")
+    args = begin("predict", words)
     setup_logger(name="ssimkd")
     found = predict(args)
     path = os.path.join(args.output, "predictions.json")

@@ -16,9 +16,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from ssimkd_cli import parse
 
 from ssimkd.engine import launch, lazy_driver, yaml_driver
-from ssimkd.engine.arguments import argument_parser, check_config, load_arguments
+from ssimkd.engine.arguments import check_config, load_arguments
 from ssimkd.engine.run_record import record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log
@@ -58,4 +59,4 @@ def check(args) -> str:
 
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
-    launch.start(run, check, argument_parser().parse_args(words))
+    launch.start(run, check, parse("train", words))

@@ -5,11 +5,9 @@
 
 The command runs the first --iters iterations of the training in a temporary folder. It measures two
 gradients at the maps that the backbone returns: that of the distillation losses, and that of the
-detector's own losses. The ratio of their lengths is proportional to the weight. On the Shapes data
-most losses did best at ratios of 5 to 120, and SSIM did best at a higher one (docs/comparison.md).
-The gradients were clipped there (SOLVER.CLIP_GRADIENTS). Without clipping a large ratio may do
-harm. The weight for --ratio 8 is a place to start a search from. Several losses keep the
-proportions of their weights.
+detector's own losses. The ratio of their lengths, the pull, is proportional to the weight. The last
+line is the override that gives the recommended pull; docs/losses.md has the reason for it. Several
+losses keep the proportions of their weights.
 """
 
 import argparse
@@ -34,12 +32,14 @@ from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.distiller import Distiller
 from ssimkd.modeling.several_teachers import build_distiller, distillers_of
 from ssimkd.utils.config_keys import key_of
+from ssimkd.utils.user_code import IMPORTED
 
-from . import add_overrides, at_least, command_parser
+from . import begin
 
 PERIOD = 10  # iterations between two measurements of the gradients
-LEAST = 2 * PERIOD  # iterations until the log holds a gradient
-GOOD = (5.0, 120.0)  # range of the ratios of the best weights, docs/comparison.md
+# The recommended ratio of the gradients where the solver clips them, and where it does not; see
+# "Choosing a weight" in docs/losses.md.
+CLIPPED, UNCLIPPED = 25.0, 8.0
 
 
 def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
@@ -51,21 +51,30 @@ def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
 
 
 def weights_of(cfg) -> Dict[str, float]:
-    """Loss, or "<teacher>/<loss>" with several teachers -> the weight that a config gives it.
+    """The key of each loss's weight -> the weight that a config gives it, where it is not 0.
 
     Raises:
         ConfigError: nothing is distilled.
     """
-    weights = {
-        f"{teacher}/{loss.name}".lstrip("/"): loss.weight
-        for teacher, distiller in distillers_in(cfg)
-        for loss in distiller.losses.values()
-    }
-    if not any(weights.values()):
+    weights = {}
+    for teacher, distiller in distillers_in(cfg):
+        for number, loss in enumerate(distiller.losses.values()):
+            key = f"MODEL.DISTILL.{loss.name.upper()}.WEIGHT"
+            if not isinstance(cfg, CfgNode):
+                of_teacher = f"model.distiller.{teacher}".rstrip(".")
+                key = f"{of_teacher}.losses.{number}.weight"
+            weights[key] = loss.weight
+    weights = {key: weight for key, weight in weights.items() if weight}
+    if not weights:
         raise ConfigError(
             "MODEL.DISTILL.LOSSES (lazy: model.distiller.losses) names no loss of a weight above 0"
         )
     return weights
+
+
+def clips(cfg) -> bool:
+    """Whether the solver of a config clips gradients; Detectron2's LazyConfigs never do."""
+    return isinstance(cfg, CfgNode) and cfg.SOLVER.CLIP_GRADIENTS.ENABLED
 
 
 def logging_gradients(cfg) -> List[str]:
@@ -85,19 +94,22 @@ def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
         key, iters = key_of(cfg, "output"), args.iters
         output_dir = [key, folder] if isinstance(cfg, CfgNode) else [f"{key}={folder}"]
         command = [sys.executable, "-m", "ssimkd", "train", "--config-file", args.config_file]
+        command += [word for name in IMPORTED for word in ("--import", name)]
         command += ["--num-gpus", str(args.num_gpus), *args.opts]
         command += [*logging_gradients(cfg), *output_dir]
         output, metrics = Path(folder, "output.txt"), Path(folder, "metrics.json")
         rows: List[Dict[str, Any]] = []
-        with open(output, "w") as stream, tqdm(total=iters, unit="iteration") as bar:
+        with open(output, "w") as stream, tqdm(total=iters, unit="iteration", disable=None) as bar:
             process = subprocess.Popen(
                 command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                while process.poll() is None and bar.n < iters:
+                done = 0
+                while process.poll() is None and done < iters:
                     time.sleep(0.5)
                     rows = read_rows(metrics)
-                    bar.update(min(iters, rows[-1]["iteration"] + 1) - bar.n if rows else 0)
+                    done = min(iters, rows[-1]["iteration"] + 1) if rows else 0
+                    bar.update(done - bar.n)  # does nothing where the output is a file
             finally:
                 with suppress(ProcessLookupError):  # the training may have ended by itself
                     os.killpg(process.pid, signal.SIGKILL)  # stops the processes of all GPUs
@@ -121,7 +133,7 @@ def medians(rows: List[Dict[str, Any]]) -> Dict[str, float]:
     return {key: statistics.median(row[key] for row in late if key in row) for key in keys}
 
 
-def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -> str:
+def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -> str:
     """The text for the terminal.
 
     Raises:
@@ -129,36 +141,28 @@ def report(weights: Dict[str, float], logged: Dict[str, float], wanted: float) -
     """
     ratio = logged.get("gradient_ratio", 0.0)
     if not ratio > 0:
-        raise ConfigError(f"--iters: no gradient was logged; take at least {LEAST}")
-    lines = ["| loss/level | value, weight 1 | gradient over the detector's |", "|---|---|---|"]
+        raise ConfigError("--iters: no gradient was logged; take more iterations")
+    lines = ["| loss/level | value, weight 1 | pull |", "|---|---|---|"]
     for key, value in ((key, value) for key, value in logged.items() if "_kd/" in key):
         level = logged.get(f"gradient_ratio/{key.rsplit('/', 1)[1]}")
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
-    low, high = GOOD
-    inside = "inside" if low <= ratio <= high else "outside"
-    lines += ["", f"The ratio over all levels is {ratio:.3g}, {inside} the range of {low:g} to"]
-    lines.append(f"{high:g} where most losses did best on the Shapes data (clipped gradients).")
-    for name, weight in weights.items():
-        least, start, most = (weight * r / ratio for r in (low, wanted, high))
-        lines.append(
-            f"  {name} has the weight {weight:g}; the range is {least:.2g} to {most:.2g}, "
-            f"and {start:.2g} gives the ratio {wanted:g}"
-        )
-    return "\n".join(lines)
+    wanted = CLIPPED if clipped else UNCLIPPED
+    how = "clips" if clipped else "does not clip"
+    lines += [
+        "",
+        f"The distillation pulls {ratio:.3g} times as strongly at the student's maps as the",
+        f"detector's own losses. Recommended is {wanted:g}, because this solver {how} gradients:",
+        "",
+    ]
+    numbers = {key: f"{weight * wanted / ratio:.2g}" for key, weight in weights.items()}
+    equals = {key: " " if key.isupper() else "=" for key in weights}
+    return "\n".join(lines + [f"    {key}{equals[key]}{x}" for key, x in numbers.items()])
 
 
 @exit_in_one_line()
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
-    parser = command_parser("weight", __doc__)
-    add = parser.add_argument
-    add("--iters", type=at_least(LEAST), default=300, help="number of iterations (300)")
-    add("--ratio", type=float, default=8.0, help="propose the weight that gives this ratio (8)")
-    add("--num-gpus", type=at_least(1), default=1, help="number of GPUs (1)")
-    add_overrides(parser)
-    args = parser.parse_args(words)
-    if not args.ratio > 0:
-        parser.error("--ratio must be above 0")
+    args = begin("weight", words)
     cfg = load_config(args.config_file, args.opts)
     weights = weights_of(cfg)
-    print(report(weights, medians(probe(cfg, args)), args.ratio))
+    print(report(weights, medians(probe(cfg, args)), clips(cfg)))

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import zlib
 from typing import Any, Dict, List
 
 from ssimkd.errors import ConfigError, as_config_error
@@ -15,6 +16,8 @@ REQUIRED: Dict[str, Dict[str, Any]] = {
     "annotations": {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list},
     "categories": {"id": int, "name": str},
 }
+FEW = 0.01  # share of boxes that cannot be learned and are no reason to stop
+SAID = "SSIMKD_SAID"  # the environment variable that tells child processes what has been said
 SCORED = {"area": (int, float), "iscrowd": int}  # COCO's metric needs these of annotations, too.
 
 
@@ -29,8 +32,8 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
         scored (bool): detections will be compared with the annotations.
 
     Returns:
-        dict: Detectron2's metadata: thing_classes in the order of their ids, and the names of
-        keypoints where the categories have some. A flip swaps left and right keypoints.
+        dict: Detectron2's metadata: thing_classes in the order of their ids, these ids, and the
+        names of keypoints where the categories have some. A flip swaps left and right keypoints.
 
     Raises:
         ConfigError: what is wrong with the file. The caller puts the file's name before it.
@@ -49,7 +52,10 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
     if not os.path.isfile(first):
         raise ConfigError(f"names the image {first}, which does not exist")
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    found: Dict[str, Any] = {"thing_classes": [category["name"] for category in categories]}
+    found: Dict[str, Any] = {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+    }
     names = categories[0].get("keypoints")
     if names:
         pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
@@ -97,7 +103,23 @@ def check_boxes(json_file: str, content: Dict[str, Any]) -> None:
     if len(unseen) == len(content["annotations"]):
         raise ConfigError("has no box with an area inside its image: nothing can be learned")
     if unseen:
-        logger.warning(
-            "%s: %d of %d boxes have no area or lie outside their image and are not learned: %s",
-            *(json_file, len(unseen), len(content["annotations"]), ", ".join(unseen[:3])),
+        boxes = len(content["annotations"])
+        warn_once(
+            f"{json_file}: {len(unseen)} of {boxes} boxes have no area or lie outside their image "
+            f"and are not learned: {', '.join(unseen[:3])}",
+            harmless=len(unseen) <= FEW * boxes,
         )
+
+
+def warn_once(text: str, harmless: bool) -> None:
+    """Warns in one process of a run, once.
+
+    Args:
+        text (str): the warning.
+        harmless (bool): `ssimkd check` lists it and does not count it as a problem.
+    """
+    said, digest = os.environ.get(SAID, ""), f"{zlib.crc32(text.encode()):08x}"
+    if digest in said.split() or os.environ.get("RANK", "0") != "0":  # RANK is torchrun's
+        return
+    os.environ[SAID] = f"{said} {digest}"
+    logger.warning(text, extra={"harmless": harmless})

@@ -6,10 +6,11 @@ from itertools import chain, product
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.registry import locate
 
-from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.config_keys import key_of, names_of
 
 from .coco_json import read_coco
@@ -29,7 +30,7 @@ HOW_TO_SET = {  # head -> the keys that set its number of classes
 }
 
 
-def use_own_data(cfg, splits: Sequence[str]) -> None:
+def use_own_data(cfg, splits: Sequence[str], classes: int = 0) -> None:
     """Registers a config's own data and, where asked, takes the number of classes from it.
 
     Args:
@@ -37,6 +38,7 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
             `datasets.coco` and `.num_classes_from_data`. The latter key is False afterwards.
         splits (sequence[str]): "TRAIN", "TEST", "UNLABELED": which data the run uses. The classes
             of the first one are counted; those of "TRAIN" if none is used.
+        classes (int): their number where a checkpoint tells it. The data may be missing then.
 
     Raises:
         ConfigError: a key is wrong, a file is missing or is not in COCO's format.
@@ -50,7 +52,9 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
             raise ConfigError(f"datasets: there are the keys {known}, got {node}")
         entries, count = node.get("coco", []), node.get("num_classes_from_data", False)
     names = {split: names_of(cfg, split) for split in splits or ("TRAIN",)}
-    if splits or count:
+    if classes:
+        entries = [entry for entry in entries if is_present(entry)]
+    if splits or (count and not classes):
         used = {split: [PART.sub(r"\1", name) for name in names[split]] for split in names}
         unlabeled = used.pop("UNLABELED", [])
         labeled = list(chain(*used.values()))
@@ -60,7 +64,7 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
     if not count:
         return
     split = next(iter(names))
-    classes = count_classes(names[split], key_of(cfg, split))
+    classes = classes or count_classes(names[split], key_of(cfg, split))
     if isinstance(cfg, CfgNode):
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
         cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
@@ -68,6 +72,12 @@ def use_own_data(cfg, splits: Sequence[str]) -> None:
         head = cfg.model.roi_heads if "roi_heads" in cfg.model else cfg.model
         head.num_classes = classes
         cfg.datasets.num_classes_from_data = False
+
+
+def is_present(entry: Any) -> bool:
+    """Whether the files of an entry of DATASETS.COCO are there; true of an entry that is wrong."""
+    values = {str(k).upper(): str(v) for k, v in entry.items()} if hasattr(entry, "items") else {}
+    return set(values) != KEYS or all(os.path.exists(values[key]) for key in ("JSON", "IMAGES"))
 
 
 def register_coco(
@@ -122,6 +132,18 @@ def register_coco(
             raise ConfigError(f"{key}: another data set is called {name}: choose another NAME")
 
 
+def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
+    """The mapper of a YAML config. A class of the user's own is called as Detectron2's is.
+
+    Raises:
+        ConfigError: DATALOADER.MAPPER names nothing that can be imported.
+    """
+    name = cfg.DATALOADER.get("MAPPER", "")
+    with as_setting_error("DATALOADER.MAPPER"):
+        mapper = locate(name) if name else DatasetMapper
+    return mapper(cfg, is_train)
+
+
 def register_part(name: str) -> None:
     """Registers a part of a data set, such as "cracks_train[:10%]": the first tenth of its images.
 
@@ -161,8 +183,8 @@ def check_datasets(names: Sequence[str], key: str) -> None:
             )
         if not isinstance(name, str) or name not in DatasetCatalog:
             raise ConfigError(
-                f"{key}: no data set {name!r} is registered; DATASETS.COCO (.yaml) or "
-                "datasets.coco (.py) registers your own"
+                f"{key}: no data set {name!r} is registered; DATASETS.COCO (.yaml), "
+                "datasets.coco (.py) or a module of --import registers your own"
             )
         if not name.startswith(FOLDER):  # The Shapes data is drawn on first use.
             paths = [MetadataCatalog.get(name).get(key) for key in ("json_file", "image_root")]
@@ -223,6 +245,32 @@ def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
                         f"{key}: {name} has the class {b!r} where {other} has {a!r}: their json "
                         "files must give the same ids to the same names"
                     )
+
+
+def categories_of(cfg) -> List[Dict[str, Any]]:
+    """COCO's categories of a config's data, in the order of the heads' outputs.
+
+    Returns:
+        list[dict]: "id" and "name" of each; empty where no registered data set names its classes.
+    """
+    for name in (*names_of(cfg, "TEST"), *names_of(cfg, "TRAIN")):
+        names = classes_of(name) if name in MetadataCatalog.list() else []
+        if names:
+            contiguous = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
+            ids = {index: id for id, index in contiguous.items()}
+            return [{"id": ids.get(i, i), "name": name} for i, name in enumerate(names)]
+    return []
+
+
+def image_ids_of(cfg) -> Dict[str, Any]:
+    """Real path of an image file -> its id, of all test data of a config that is there."""
+    ids = {}
+    for name in names_of(cfg, "TEST"):
+        known = MetadataCatalog.get(name) if name in DatasetCatalog else None
+        if known and os.path.isfile(known.get("json_file", "")):
+            records = DatasetCatalog.get(name)
+            ids.update({os.path.realpath(r["file_name"]): r["image_id"] for r in records})
+    return ids
 
 
 def training_classes(cfg) -> List[str]:

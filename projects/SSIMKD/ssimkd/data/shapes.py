@@ -228,6 +228,7 @@ def register_shapes() -> None:
             json_file=os.path.join(root, f"instances_{split}.json"),
             image_root=os.path.join(root, split),
             thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
             keypoint_names=list(KEYPOINTS),
             keypoint_flip_map=[("left", "right")],
             keypoint_connection_rules=[("center", end, (0, 255, 0)) for end in KEYPOINTS[1:]],
@@ -241,7 +242,6 @@ def register_shapes() -> None:
             stuff_classes=list(STUFF),
             # COCO's category ids. 0, "things", is not one of them.
             stuff_dataset_id_to_contiguous_id={0: 0, BACKGROUND: 1},
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
             ignore_label=255,
             **metadata,
         )

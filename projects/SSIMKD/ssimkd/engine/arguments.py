@@ -6,13 +6,15 @@ from typing import List, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
 
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
 from ssimkd.data.datasets import check_datasets, use_own_data
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
+from ssimkd.utils.user_code import import_user_code
+
+from .run_record import import_recorded
 
 SPLITS = ("TRAIN", "TEST", "UNLABELED")
 SKIP = (
@@ -21,59 +23,32 @@ SKIP = (
 )
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line and this project's own flags. A wrong flag ends it in one line."""
-    parser = default_argument_parser()
-    parser.add_argument(
-        "--skip-bad-images",
-        action="store_true",
-        help="train on another image in place of one that cannot be read, and count them",
-    )
-    parser.add_argument(
-        "--quiet", action="store_true", help="show progress, results and warnings alone"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=minutes,
-        default=30.0,  # Detectron2's DEFAULT_TIMEOUT
-        metavar="MINUTES",
-        help="the run ends when a process waits longer than this for another one (default: 30)",
-    )
-
-    def fail(message: str) -> None:
-        parser.exit(2, f"error: {message}\n")
-
-    parser.error = fail  # type: ignore[assignment, method-assign]
-    return parser
-
-
-def minutes(text: str) -> float:
-    """A time that PyTorch can wait for, in minutes."""
-    value = float(text)
-    if not 0 < value <= 1e6:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1e6 minutes, got {text}")
-    return value
-
-
 def load_arguments(args: argparse.Namespace):
-    """The config that a command line of :func:`argument_parser` names; see :func:`load_config`."""
+    """The config that the command line of `ssimkd train` names; see :func:`load_config`."""
     flags = [word for word in args.opts if word.startswith("--")]
     if flags:
         raise ConfigError(f"{flags[0]}: flags stand before the overrides")
+    import_user_code(args.imports)
     overrides = list(args.opts)
     if args.skip_bad_images:
         with as_config_error("--config-file"):
             lazy = config_files.find_config(args.config_file).endswith(".py")
         overrides += SKIP[lazy]
-    return load_config(args.config_file, overrides, ("TEST",) if args.eval_only else SPLITS)
+    cfg = load_config(args.config_file, overrides, ("TEST",) if args.eval_only else SPLITS)
+    if args.resume:
+        import_recorded(setting(cfg, "output"))
+    if args.eval_only:
+        import_recorded(os.path.dirname(str(setting(cfg, "weights") or "")))
+    return cfg
 
 
-def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS):
+def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS, classes: int = 0):
     """The config that a user names, with their own data registered.
 
     Args:
         path (str), overrides (list[str]): see :func:`config_files.load_config`.
         splits (sequence[str]): some of SPLITS; their data of `DATASETS.COCO` is registered.
+        classes (int): see :func:`use_own_data`.
 
     Raises:
         ConfigError: the file cannot be read, an override does not apply, or the data is wrong.
@@ -84,10 +59,11 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS)
         )
     with as_config_error("--config-file"):
         path = config_files.find_config(path)
+    import_recorded(os.path.dirname(os.path.abspath(path)))  # it may be the config.yaml of a run
     cfg = config_files.load_config(path, overrides)
     if isinstance(cfg, CfgNode):
         check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
-    use_own_data(cfg, splits)
+    use_own_data(cfg, splits, classes)
     if isinstance(cfg, CfgNode):
         cfg.freeze()
     return cfg
@@ -107,7 +83,7 @@ def check_config(cfg, args: argparse.Namespace) -> str:
 
     Args:
         cfg (CfgNode or DictConfig): of :func:`load_arguments`.
-        args (Namespace): of :func:`argument_parser`.
+        args (Namespace): of `ssimkd train`.
 
     Returns:
         str: the config's device, such as "cuda" or "cpu".

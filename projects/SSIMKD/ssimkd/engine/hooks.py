@@ -100,6 +100,12 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         """Restores the generators and the running numbers, after everything is built."""
+        start, last = self.trainer.start_iter, self.trainer.max_iter
+        logger.info(
+            "The first checkpoint is written after iteration %d of %d (SOLVER.CHECKPOINT_PERIOD or "
+            "train.checkpointer.period is %d)",
+            *(min(last, (start // self.period + 1) * self.period), last, self.period),
+        )
         if not self.states:
             if self.trainer.start_iter > 0:
                 logger.warning("The checkpoint has no random state: this resume is not exact")

@@ -41,7 +41,7 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
     Args:
         main (callable): takes `args`; the work of one process.
         check (callable): takes `args`, returns the device; raises ConfigError for a wrong setting.
-        args (Namespace): of :func:`argument_parser`.
+        args (Namespace): of `ssimkd train`.
     """
     with exit_in_one_line():
         place = find_place(os.environ)

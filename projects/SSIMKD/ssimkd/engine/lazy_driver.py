@@ -20,7 +20,7 @@ from torch import nn
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes, training_classes
+from ssimkd.data.datasets import categories_of, check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import (
     ConfigError,
@@ -100,7 +100,7 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     def export() -> None:
         with as_output_error(f"write the student to {folder}"):
             checkpointer.write_final()
-            export_student(original, student.state_dict(), folder)
+            export_student(original, student.state_dict(), folder, categories_of(cfg))
 
     exporting = CallAfterTraining(export)
     with as_config_error("train.checkpointer", TypeError):  # it names an unknown argument

@@ -22,16 +22,21 @@ from torch import nn
 
 from ssimkd.checkpoint.reader import sha256
 from ssimkd.checkpoint.same_run import flatten
+from ssimkd.data.datasets import categories_of
 from ssimkd.errors import ConfigError, as_output_error, one_line
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.atomic import atomic_write
+from ssimkd.utils.user_code import IMPORTED, import_user_code
+
+from .preemption import EXIT_STATUS, INTERRUPTED
 
 logger = logging.getLogger(__name__)
+STOPPED = (EXIT_STATUS, INTERRUPTED)  # after a signal and a checkpoint
 FILE = "run.json"
 PACKAGES = ("ssimkd", "detectron2", "torch", "torchvision", "numpy")
 
 
-def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
+def describe_run(cfg, model: nn.Module) -> Dict[str, Any]:
     """The description of a run that its checkpoints hold.
 
     Args:
@@ -39,8 +44,10 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
         model (nn.Module): a student, or a plain detector, which has no teachers.
 
     Returns:
-        dict: "settings", key -> value in words; "teachers", key -> "file" and its "sha256".
+        dict: "settings", key -> value in words; "teachers", key -> "file" and its "sha256";
+        "categories", see :func:`categories_of`.
     """
+    categories = categories_of(cfg)
     if not isinstance(cfg, CfgNode):
         cfg = OmegaConf.to_container(cfg)
     teachers = {}
@@ -49,14 +56,15 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Dict[str, Any]]:
             key = f"MODEL.DISTILL.TEACHERS, {name}" if name else "MODEL.DISTILL.TEACHER.WEIGHTS"
             path = distiller.spec.find_weights()
             teachers[key] = {"file": path, "sha256": sha256(path)}
-    return {"settings": dict(flatten(cfg)), "teachers": teachers}
+    return {"settings": dict(flatten(cfg)), "teachers": teachers, "categories": categories}
 
 
 @contextmanager
 def record_run(folder: str) -> Iterator[None]:
     """Adds a run's command, times, commit, versions and machine to `run.json`.
 
-    Resuming or evaluating a run adds another entry. The entry of a run that failed has no "ended".
+    Resuming or evaluating a run adds another entry. Its "ended" is None and its "outcome" is
+    "running" until the process ends; a process that is killed leaves them so.
 
     Args:
         folder (str): the run's folder, which exists. Only the main process writes to it.
@@ -65,12 +73,15 @@ def record_run(folder: str) -> Iterator[None]:
         yield
         return
     entry: Dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(sys.argv),
+        "folder": os.getcwd(),
         "started": now(),
         "ended": None,
+        "outcome": "running",
         "commit": commit(),
         "versions": {"python": platform.python_version(), **versions()},
         "machine": machine(),
+        "imports": list(IMPORTED),
     }
     old, path = read_record(folder), os.path.join(folder, FILE)
     entries = [*old, entry]
@@ -78,9 +89,21 @@ def record_run(folder: str) -> Iterator[None]:
         if not old and os.path.exists(path):  # it could not be read
             os.replace(path, f"{path}.unreadable")
     write(folder, entries)
-    yield
-    entry["ended"] = now()
-    write(folder, entries)
+    try:
+        yield
+        entry["outcome"] = "finished"
+    except SystemExit as end:
+        entry["outcome"] = "stopped" if end.code in STOPPED else f"failed: {end.code}"
+        raise
+    except KeyboardInterrupt:
+        entry["outcome"] = "stopped at once, without a checkpoint"
+        raise
+    except Exception as error:
+        entry["outcome"] = f"failed: {one_line(error)}"
+        raise
+    finally:
+        entry["ended"] = now()
+        write(folder, entries)
 
 
 def read_record(folder: str) -> List[Dict[str, Any]]:
@@ -100,6 +123,24 @@ def read_record(folder: str) -> List[Dict[str, Any]]:
     return []
 
 
+def command_line(words: List[str]) -> str:
+    """What a user types to run this process again, in the same folder."""
+    own = os.path.basename(words[0]) in ("ssimkd", "__main__.py")  # python -m ssimkd
+    return shlex.join(["ssimkd", *words[1:]] if own else ["python", *words])
+
+
+def only_evaluates(entry: Dict[str, Any]) -> bool:
+    """Whether an entry is that of an evaluation."""
+    words = shlex.split(entry["command"])
+    return "--eval-only" in words or words[:2] == ["ssimkd", "eval"]
+
+
+def import_recorded(folder: str) -> None:
+    """Imports the modules (--import) of the runs in a folder; nothing without a `run.json`."""
+    for entry in read_record(folder) if folder else []:
+        import_user_code(entry.get("imports", []), f"--import, of {os.path.join(folder, FILE)}")
+
+
 def read_json(path: str) -> Any:
     """The content of a JSON file of a run.
 
@@ -113,11 +154,18 @@ def read_json(path: str) -> Any:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
-def in_words(time: Optional[str]) -> str:
-    """An entry's "started" or "ended" as people write it; None is a run that has not ended."""
-    if time is None:
-        return "not ended, or failed"
+def in_words(time: str) -> str:
+    """An entry's "started" or "ended" as people write it."""
     return f"{datetime.fromisoformat(time):%d %b %Y, %H:%M} UTC"
+
+
+def end_of(entry: Dict[str, Any]) -> str:
+    """How and when the run of an entry ended, in words."""
+    if not entry["ended"]:
+        return "has not ended, or was killed"
+    outcome = entry.get("outcome", "finished")
+    hint = "; --resume continues it" if outcome == "stopped" else ""
+    return f"{outcome}, {in_words(entry['ended'])}{hint}"
 
 
 def write(folder: str, entries: List[Dict[str, Any]]) -> None:

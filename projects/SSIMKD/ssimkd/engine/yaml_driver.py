@@ -8,7 +8,7 @@ import logging
 import weakref
 from typing import Any, Dict
 
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
@@ -20,7 +20,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import check_classes, training_classes
+from ssimkd.data.datasets import build_mapper, categories_of, check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
@@ -117,7 +117,7 @@ class DistillTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg):
         """Detectron2's data set, sampler and mapper, in a stream that can be resumed."""
         with as_setting_error("DATASETS, DATALOADER or INPUT"):
-            return build_stream(cfg, _train_loader_from_config(cfg))
+            return build_stream(cfg, _train_loader_from_config(cfg, build_mapper(cfg, True)))
 
     @classmethod
     def build_unlabeled_loader(cls, cfg):
@@ -126,7 +126,9 @@ class DistillTrainer(DefaultTrainer):
             dataset = [x for name in cfg.DATASETS.UNLABELED for x in DatasetCatalog.get(name)]
             logger.info("%d images without labels", len(dataset))
             sampler = TrainingSampler(len(dataset))
-            parts = _train_loader_from_config(cfg, dataset=dataset, sampler=sampler)
+            parts = _train_loader_from_config(
+                cfg, build_mapper(cfg, True), dataset=dataset, sampler=sampler
+            )
             parts["total_batch_size"] = (
                 cfg.SOLVER.IMS_PER_BATCH_UNLABELED or cfg.SOLVER.IMS_PER_BATCH
             )
@@ -136,7 +138,7 @@ class DistillTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg, dataset_name):
         """Detectron2's loader, which names an unreadable image and ignores a job's signals here."""
         with as_setting_error(f"DATASETS.TEST: {dataset_name}"):
-            mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+            mapper = NamingMapper(build_mapper(cfg, False))
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = ignore_cluster_signals
         return loader
@@ -218,7 +220,8 @@ class DistillTrainer(DefaultTrainer):
         folder = self.cfg.OUTPUT_DIR
         with as_output_error(f"write the student to {folder}"):
             self.checkpointer.write_final()
-            export_student(self.cfg, unwrap(self.model).state_dict(), folder)
+            state = unwrap(self.model).state_dict()
+            export_student(self.cfg, state, folder, categories_of(self.cfg))
 
     def state_dict(self):
         """Adds the optimizer and loss scale, which Detectron2 up to v0.6 leaves out."""

@@ -1,13 +1,13 @@
 """Loading a trained detector, reading images as its config says, and drawing detections."""
 
 from contextlib import suppress
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Sequence
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetMapper, Metadata, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
@@ -16,6 +16,7 @@ from torch import nn
 
 from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.export import build_plain, plain_config
+from ssimkd.data.datasets import build_mapper
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.config_keys import names_of, setting
 from ssimkd.utils.random_state import preserve_random_state
@@ -59,7 +60,7 @@ def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
             image.
     """
     if isinstance(cfg, CfgNode):
-        mapper = DatasetMapper(cfg, is_train=False)
+        mapper: Any = build_mapper(cfg, False)
     elif "dataloader" in cfg:
         mapper = instantiate(cfg.dataloader.test.mapper)
     else:
@@ -72,10 +73,12 @@ def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
     return read
 
 
-def metadata_of(cfg) -> Metadata:
-    """Detectron2's metadata of a config's first test set, with the names of the classes."""
+def metadata_of(cfg, categories: Sequence[Dict[str, Any]]) -> Metadata:
+    """Detectron2's metadata of a config's first test set, with the names of `categories`."""
     names = names_of(cfg, "TEST")
-    return MetadataCatalog.get(names[0] if names else "__unused")
+    known = MetadataCatalog.get(names[0]).as_dict() if names else {}
+    classes = {"thing_classes": [category["name"] for category in categories]} if categories else {}
+    return Metadata(**{**known, **classes})
 
 
 def draw_detections(

@@ -5,7 +5,6 @@ from itertools import cycle
 from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -38,46 +37,24 @@ def colours(labels: Sequence[str]) -> Dict[str, str]:
 
 def lines(
     title: str,
-    series: Mapping[str, Tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, Sequence[Tuple[Sequence[float], Sequence[float]]]],
     colour: Mapping[str, str],
-    levels: Mapping[str, float],
 ) -> str:
     """Curves over iterations.
 
     Args:
         title (str): what the values are.
-        series (mapping): label -> iterations and values.
+        series (mapping): label -> iterations and values of each of its runs.
         colour (mapping): label -> colour.
-        levels (mapping): label -> a value that is drawn as a dashed line.
     """
 
     def draw(axes: Axes) -> None:
-        for label, (x, y) in series.items():
+        for label, (x, y) in ((label, curve) for label, run in series.items() for curve in run):
             marker = "o" if len(x) < 12 else None
             axes.plot(x, y, color=colour[label], linewidth=1.2, marker=marker, markersize=3)
-        for label, value in levels.items():
-            axes.axhline(value, color=colour[label], linewidth=1.2, linestyle="--")
         axes.set_xlabel("iteration")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-    return chart(title, draw)
-
-
-def bars(
-    title: str,
-    groups: Sequence[str],
-    values: Mapping[str, Sequence[float]],
-    colour: Mapping[str, str],
-) -> str:
-    """A group of bars for each of `groups`, with a bar for each label of `values`."""
-
-    def draw(axes: Axes) -> None:
-        width = 0.8 / len(values)
-        for place, (label, heights) in enumerate(values.items()):
-            left = np.arange(len(groups)) - 0.4 + width * (place + 0.5)
-            axes.bar(left, heights, width, color=colour[label])
-        axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
 
     return chart(title, draw)
 

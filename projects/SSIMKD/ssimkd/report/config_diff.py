@@ -1,6 +1,6 @@
 """The settings in which runs differ."""
 
-from typing import List, Mapping, Tuple
+from typing import Dict, List, Mapping
 
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
@@ -10,33 +10,39 @@ from ssimkd.checkpoint.same_run import flatten
 from .run import Run
 
 ABSENT = "-"
+OF_A_RUN = ("OUTPUT_DIR", "SEED", "train.output_dir", "train.seed")  # runs may differ in them
+
+
+def settings_of(run: Run) -> Dict[str, str]:
+    """The settings of a run by key, in words, without its folder, its seed and unused losses."""
+    cfg = run.cfg if isinstance(run.cfg, CfgNode) else OmegaConf.to_container(run.cfg)
+    unused = () if run.lazy else tuple(f"MODEL.DISTILL.{name}." for name in unused_losses(run))
+    return {
+        key: text
+        for key, text in flatten(cfg)
+        if key not in OF_A_RUN and not key.startswith(unused)
+    }
 
 
 def differences(runs: List[Run]) -> List[List[str]]:
-    """A row for each setting in which the runs differ: its key, and its value in each run.
-
-    Settings of losses that no run uses are left out.
+    """A row for each setting in which runs differ: its key, and its value in each run.
 
     Args:
         runs (list[Run]): either all YAML or all LazyConfig.
     """
-    columns = [
-        dict(flatten(r.cfg if isinstance(r.cfg, CfgNode) else OmegaConf.to_container(r.cfg)))
-        for r in runs
-    ]
-    hidden = () if runs[0].lazy else unused_losses(runs)
+    columns = [settings_of(run) for run in runs]
     rows = []
     for key in sorted({key for column in columns for key in column}):
         values = [column.get(key, ABSENT) for column in columns]
-        if len(set(values)) > 1 and not key.startswith(hidden):
+        if len(set(values)) > 1:
             rows.append([key, *values])
     return rows
 
 
-def unused_losses(runs: List[Run]) -> Tuple[str, ...]:
-    """The prefixes "MODEL.DISTILL.<LOSS>." of the losses that none of some YAML runs uses."""
-    nodes = [run.cfg.MODEL.DISTILL for run in runs]
-    used = {str(name).upper() for node in nodes for name in node.LOSSES}
-    used |= {str(n).upper() for node in nodes for t in node.TEACHERS for n in t.get("LOSSES", ())}
-    losses = {key for key, node in nodes[0].items() if isinstance(node, Mapping)} - {"TEACHER"}
-    return tuple(f"MODEL.DISTILL.{name}." for name in losses - used)
+def unused_losses(run: Run) -> List[str]:
+    """The nodes of MODEL.DISTILL of the losses that a YAML run does not use."""
+    node = run.cfg.MODEL.DISTILL
+    entries = node.TEACHERS or [node.TEACHER if node.TEACHER.CONFIG else {"LOSSES": ()}]
+    used = {str(name).upper() for e in entries for name in e.get("LOSSES", node.LOSSES)}
+    losses = [key for key, value in node.items() if isinstance(value, Mapping) and key != "TEACHER"]
+    return [key for key in losses if key not in used]

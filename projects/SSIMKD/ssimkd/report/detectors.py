@@ -1,27 +1,32 @@
-"""The detectors of a report: those of the runs, and the teachers of the reported one."""
+"""The detectors of a report: those of the runs, and the teachers of the first one."""
 
 import os
-from dataclasses import dataclass
-from typing import Any, List, Optional
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Instances
 from torch import nn
 
+from ssimkd.checkpoint.export import PREFIX
+from ssimkd.checkpoint.reader import sha256
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import image_reader
 from ssimkd.modeling.several_teachers import distillers_of
 
+from .config_diff import settings_of
 from .run import Run
 
 
 @dataclass
 class Detector:
-    """One detector of the report.
+    """One detector of the report. It stands for several runs if they differ only in their seed.
 
     Attributes:
         label (str): its name in tables and legends.
-        run (Run or None): None for a teacher that was not evaluated.
+        runs (list[Run]): the first one is shown in pictures; empty for a teacher that was not
+            evaluated.
         model (nn.Module or None): in evaluation mode; None if it cannot be loaded.
         read (callable): an image file -> the input of the model.
         file (str): the file of its weights.
@@ -29,16 +34,33 @@ class Detector:
     """
 
     label: str
-    run: Optional[Run]
+    runs: List[Run] = field(default_factory=list)
     model: Optional[nn.Module] = None
     read: Any = None
     file: str = ""
     teaches: bool = False
 
     @property
+    def dataset(self) -> str:
+        """The data that it was evaluated on, or ""."""
+        return self.runs[0].dataset if self.runs else ""
+
+    @property
     def distils(self) -> bool:
         """Whether it learned from a teacher."""
         return any(distiller.enabled for _, distiller in distillers_of(self.model))
+
+    @property
+    def architecture(self) -> Tuple[Any, ...]:
+        """Its parameters by name and shape, without those that only a distillation needs."""
+        model = self.model or nn.Module()
+        named = ((n, p.shape) for n, p in model.named_parameters() if not n.startswith(PREFIX))
+        return (type(self.read), *sorted(named))
+
+    def values(self, task: str, metric: str) -> List[float]:
+        """A metric of all runs that have it, in percent."""
+        found = (run.results.get(task, {}).get(metric) for run in self.runs)
+        return [value for value in found if value is not None]
 
     @torch.no_grad()
     def detect(self, file_name: str) -> Optional[Instances]:
@@ -48,34 +70,47 @@ class Detector:
         return None if found is None else found.to("cpu")
 
 
-def load_detectors(run: Run, others: List[Run], notes: List[str]) -> List[Detector]:
-    """Loads the run's detector, those of the other runs, and the teachers, in this order.
+def load_detectors(runs: List[Run], notes: List[str]) -> List[Detector]:
+    """Loads the detector of the first run, those of the other runs, and the teachers.
 
     Another run that evaluated the weights of a teacher is taken as the results of that teacher.
 
     Args:
-        run (Run): the run that is reported.
-        others (list[Run]): the runs it is compared with.
+        runs (list[Run]): those that are reported.
         notes (list[str]): gets a sentence for each detector that cannot be loaded.
     """
-    own = load_run(run, run.name, notes)
+    groups: Dict[Tuple, List[Run]] = {}
+    for run in runs:
+        key = (bool(run.training), *sorted(settings_of(run).items()))
+        groups.setdefault(key, []).append(run)
+    first, *others = groups.values()
+    own = load_run(first, label_of(first), notes)
     teachers = load_teachers(own.model, notes) if own.model is not None else []
     found = [own]
-    for other in others:
-        same = [t for t in teachers if os.path.realpath(t.file) == os.path.realpath(other.weights)]
+    for group in others:
+        path = group[0].weights
+        digest = sha256(path) if os.path.isfile(path) else ""
+        same = [t for t in teachers if sha256(t.file) == digest]
         if same:
-            same[0].run = other
+            same[0].runs = group
             continue
-        taken = {d.label for d in (*found, *teachers)}
-        label = other.folder if other.name in taken else other.name
-        found.append(load_run(other, label, notes))
+        label = label_of(group)
+        taken = label in {d.label for d in (*found, *teachers)}
+        found.append(load_run(group, group[0].folder if taken else label, notes))
     return [*found, *teachers]
 
 
-def load_run(run: Run, label: str, notes: List[str]) -> Detector:
-    """The detector that a run trained or evaluated."""
+def label_of(runs: List[Run]) -> str:
+    """The name of a run's folder; of several runs without its number: "ssim_seed1" is "ssim"."""
+    name = runs[0].name
+    return name if len(runs) == 1 else re.sub(r"[-_ ]*(seed)?[-_ ]*\d+$", "", name) or name
+
+
+def load_run(runs: List[Run], label: str, notes: List[str]) -> Detector:
+    """The detector that runs trained or evaluated; the model is that of the first one."""
+    run = runs[0]
     exported = run.path("student.pth")
-    found = Detector(label, run, file=exported if os.path.isfile(exported) else run.weights)
+    found = Detector(label, runs, file=exported if os.path.isfile(exported) else run.weights)
     try:
         with as_config_error("its images cannot be prepared", Exception):
             found.read = image_reader(run.cfg)
@@ -100,5 +135,5 @@ def load_teachers(model: nn.Module, notes: List[str]) -> List[Detector]:
             continue
         if absent:
             notes.append(f"The {label} detects nothing here: its checkpoint lacks {absent[0]}.")
-        found.append(Detector(label, None, None if absent else detector, read, path, True))
+        found.append(Detector(label, [], None if absent else detector, read, path, True))
     return found

@@ -1,10 +1,10 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""The report of runs: one HTML file that needs nothing beside it."""
 
-import math
 import os
 import re
+import statistics
 from collections import defaultdict
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import jinja2
 import numpy as np
@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 
 from ssimkd.checkpoint.export import read_weights
 from ssimkd.checkpoint.reader import fetch
-from ssimkd.engine.run_record import in_words, machine, now
+from ssimkd.engine.run_record import end_of, in_words, machine, now
 from ssimkd.errors import ConfigError
 from ssimkd.evaluation.similarity import similarity_maps
 from ssimkd.modeling.several_teachers import distillers_of
@@ -33,27 +33,32 @@ CURVES = {  # heading -> the scalars below it
     "Distillation by level, before its weight": r".*_kd/.*",
     "AP and learning rate": r"lr|(.*/)?(bbox|segm|keypoints)/AP",
 }
+HEAD = ("AP", "AP50", "AP75")  # of boxes, in the first table
 ADAPTER = re.compile(r"distiller\.([^.]+\.)?adapters\.")  # of one teacher, or of several
 
 
 class Report:
-    """Everything that the page says about a run and the runs that it is compared with.
+    """Everything that the page says about runs.
 
     Args:
-        run (Run): the run.
-        others (list[Run]): students with or without a teacher, or evaluations of its teachers.
+        runs (list[Run]): the page is about the first one. The others are students with or without
+            a teacher, or evaluations of its teachers.
 
     Attributes:
+        detectors (list[Detector]): the first run's, its vanilla twin, other ones, its teachers.
+        twin (Detector or None): the same student, trained on the same data without a teacher.
         notes (list[str]): sentences that say what is left out and why.
         levels (dict[str, list[float]]): level -> for each image of the sample, the SSIM of student
             and teacher. It is empty if they cannot be compared.
     """
 
-    def __init__(self, run: Run, others: List[Run]) -> None:
-        self.run = run
+    def __init__(self, runs: List[Run]) -> None:
+        self.run = run = runs[0]
         self.notes: List[str] = []
-        self.detectors = load_detectors(run, others, self.notes)
-        self.own = self.detectors[0]
+        self.own, *others = load_detectors(runs, self.notes)
+        self.twin = self.find_twin(others)
+        others.sort(key=lambda d: (d is not self.twin, d.teaches))
+        self.detectors = [self.own, *others]
         self.colour = charts.colours([d.label for d in self.detectors])
         step = max(1, len(run.images) // SAMPLE)
         self.sample = run.images[::step][:SAMPLE] if self.own.model is not None else []
@@ -61,12 +66,20 @@ class Report:
         self.levels = self.compare_maps()
         if not run.results:
             self.notes.append("This run was not evaluated, or its results.json is not complete.")
-        for d in self.detectors[1:]:
-            if d.run and d.run.dataset != run.dataset:
+        for d in others:
+            if d.runs and d not in self.comparable:
                 self.notes.append(
-                    f"{d.label} was evaluated on {d.run.dataset or 'nothing'}, not on "
-                    f"{run.dataset}: its AP and its errors are not compared."
+                    f"{d.label} was evaluated on {d.dataset or 'nothing'}, not on {run.dataset}: "
+                    "its AP and its errors are not compared."
                 )
+
+    def find_twin(self, others: List[Detector]) -> Optional[Detector]:
+        """The first other detector of the same architecture that learned without a teacher."""
+        if not self.own.distils:
+            return None
+        found = (d for d in others if d.runs and not d.teaches and not d.distils)
+        alike = (d for d in found if d.architecture == self.own.architecture)
+        return next((d for d in alike if d.dataset == self.run.dataset), None)
 
     def compare_maps(self) -> Dict[str, List[float]]:
         """Measures :attr:`levels`, or adds a note that says why it cannot."""
@@ -91,24 +104,14 @@ class Report:
         return levels
 
     @property
-    def runs(self) -> Dict[str, Run]:
-        """The runs by label."""
-        return {d.label: d.run for d in self.detectors if d.run is not None}
-
-    @property
-    def comparable(self) -> Dict[str, Run]:
-        """The runs by label that were evaluated on the same data as the run of this page."""
-        return {label: r for label, r in self.runs.items() if r.dataset == self.run.dataset}
+    def comparable(self) -> List[Detector]:
+        """The detectors that were evaluated on the same data as the run of this page."""
+        return [d for d in self.detectors if d.runs and d.dataset == self.run.dataset]
 
     def what(self) -> Dict[str, str]:
         """What was trained, in words."""
-        model = self.own.model
-        words = {"student": "not known"}
-        if model is not None:
-            backbone = getattr(model, "backbone", None)
-            parts = [model, backbone, getattr(backbone, "bottom_up", None)]
-            words["student"] = ", ".join(type(part).__name__ for part in parts if part is not None)
-        for name, distiller in distillers_of(model):
+        words = {}
+        for name, distiller in distillers_of(self.own.model):
             if distiller.enabled:
                 spec = distiller.spec
                 losses = [f"{x.name} (weight {x.weight:g})" for x in distiller.losses.values()]
@@ -117,31 +120,36 @@ class Report:
                     f"{', '.join(losses)} on {', '.join(distiller.in_features)}, "
                     f"adapter {distiller.adapter}"
                 )
-        words["trained on"] = self.run.trained
-        words["evaluated on"] = self.run.dataset or "nothing"
-        words["ended"] = self.run.ended
-        for entry in (self.run.training or self.run.record)[-1:]:
-            words["command"] = entry["command"]
-            words["commit"] = entry["commit"] or "not known"
-            words["machine"] = entry["machine"]
-        return words
+        return {**words, "trained on": self.run.trained, "run": self.run.ended}
 
     def rows(self) -> List[Dict[str, Any]]:
-        """The first table has a row for each detector, with its AP and its costs."""
+        """The first table has a row for each detector: its AP, its training and its costs."""
         speed = speeds(self.detectors, self.names[:TIMED])
-        return [
-            {
-                "detector": d,
-                "results": d.run.results.get("bbox", {}) if d.run else {},
-                "speed": speed.get(d.label),
-                **costs(d, self.names[0] if self.names else ""),
-            }
-            for d in self.detectors
-        ]
+        teacher = next((d for d in self.comparable if d.teaches), None)
+        rows = []
+        for d in self.detectors:
+            share = None
+            if d in self.comparable and d.distils and self.twin:
+                share = gap(
+                    *(mean(x.values("bbox", "AP")) if x else None for x in (d, self.twin, teacher))
+                )
+            rows.append(
+                {
+                    "detector": d,
+                    "ap": {m: d.values("bbox", m) if d in self.comparable else [] for m in HEAD},
+                    "share": share,
+                    "seconds": mean(
+                        [s for run in d.runs for s in run.scalars.get("time", ((), ()))[1]]
+                    ),
+                    "speed": speed.get(d.label),
+                    **costs(d, self.names[0] if self.names else ""),
+                }
+            )
+        return rows
 
     def curves(self) -> Dict[str, List[str]]:
         """Heading -> its charts over iterations. Each chart has the curves of all runs."""
-        names = sorted({name for run in self.runs.values() for name in run.scalars})
+        names = sorted({name for d in self.detectors for run in d.runs for name in run.scalars})
         kinds = {
             kind: [self.curve(name) for name in names if re.fullmatch(pattern, name)]
             for kind, pattern in CURVES.items()
@@ -149,13 +157,12 @@ class Report:
         return {kind: found for kind, found in kinds.items() if found}
 
     def curve(self, name: str) -> str:
-        """The chart of one scalar. The AP of a run that was only evaluated is a dashed line."""
-        task, _, metric = name.rpartition("/")
-        runs = self.comparable if metric == "AP" else self.runs
-        series = {label: run.scalars[name] for label, run in runs.items() if name in run.scalars}
-        found = {label: run.results.get(task, {}).get(metric) for label, run in runs.items()}
-        levels = {k: ap for k, ap in found.items() if ap is not None and k not in series}
-        return charts.lines(name, series, self.colour, levels)
+        """The chart of one scalar."""
+        detectors = self.comparable if name.endswith("/AP") else self.detectors
+        series = {
+            d.label: [run.scalars[name] for run in d.runs if name in run.scalars] for d in detectors
+        }
+        return charts.lines(name, series, self.colour)
 
     def chosen(self) -> Dict[int, str]:
         """The images of the sample that are shown: index -> a remark, which may be empty."""
@@ -167,54 +174,53 @@ class Report:
             found.update(dict.fromkeys(rest[:SHOWN], f"among the least similar of {count}"))
         return found
 
+    def classes(self) -> Dict[str, str]:
+        """Name of each class -> its colour in the pictures of the truth."""
+        names = MetadataCatalog.get(self.run.dataset).get("thing_classes", ())
+        return {name: images.class_colour(label) for label, name in enumerate(names)}
+
     def images(self) -> List[Dict[str, Any]]:
-        """The pictures of each image that is shown."""
-        metadata = MetadataCatalog.get(self.run.dataset) if self.sample else None
+        """The pictures of each image that is shown: of the truth, vanilla, student, teacher."""
         found = []
+        shown = sorted(self.detectors, key=lambda d: (d.teaches, d is self.own, d is not self.twin))
         for index, remark in self.chosen().items():
-            name = self.names[index]
-            pictures = images.draw_image(self.sample[index], self.detectors, metadata)
-            found.append(
-                {
-                    "name": os.path.basename(name),
-                    "remark": remark,
-                    "pictures": {label: images.data_url(p) for label, p in pictures.items()},
-                    "maps": images.data_url(images.draw_maps(self.own, name))
-                    if self.levels
-                    else "",
-                }
-            )
+            record, name = self.sample[index], self.names[index]
+            seen = {d.label: d.detect(name) for d in shown if d.model is not None}
+            kept = {k: x[x.scores >= images.LEAST_SCORE] for k, x in seen.items() if x is not None}
+            pictures = {
+                label: images.data_url(images.draw(record, x, list(self.classes())))
+                for label, x in {"truth": None, **kept}.items()
+            }
+            maps = ""
+            if self.levels:
+                maps = images.data_url(images.draw_maps(self.own, name))
+            shows = {"name": os.path.basename(name), "remark": remark}
+            found.append({**shows, "pictures": pictures, "maps": maps})
         return found
 
-    def twin(self) -> Optional[Detector]:
-        """The first other run that was trained on the same data without a teacher."""
-        others = [d for d in self.detectors[1:] if d.label in self.comparable and not d.teaches]
-        return next((d for d in others if d.model is not None and not d.distils), None)
-
     def tasks(self) -> Dict[str, Dict[str, Any]]:
-        """The results of the last evaluations: task -> labels, and a row for each metric."""
-        twin = self.twin() if self.own.distils else None
-        teacher = next((d for d in self.detectors if d.teaches and d.run), None)
-        found = {}
+        """The results of the last evaluations: task -> metric -> values by label, and the gain."""
+        found: Dict[str, Dict[str, Any]] = {}
         for task, own in self.run.results.items():
-            results = {k: run.results.get(task, {}) for k, run in self.comparable.items()}
-            rows = {}
-            for metric, value in own.items():
-                values = {label: r.get(metric) for label, r in results.items()}
-                others = (values.get(d.label) if d else None for d in (twin, teacher))
-                rows[metric] = values, *gap(value, *others)
-            found[task] = {"labels": list(results), "rows": rows}
+            rows = found[task] = {}
+            for metric in own:
+                values = {d.label: d.values(task, metric) for d in self.comparable}
+                student, twin = (
+                    mean(values[d.label]) if d else None for d in (self.own, self.twin)
+                )
+                unknown = student is None or twin is None
+                rows[metric] = values, None if unknown else student - twin  # type: ignore[operator]
         return found
 
     def errors(self) -> Dict[str, DetectionErrors]:
-        """Label -> the errors of that run, if it was evaluated on the same data."""
+        """Label -> the errors of its first run, if it was evaluated on the same data."""
         objects = self.run.objects if self.run.detections is not None else None
         if objects is None:
             return {}
         return {
-            label: detection_errors(objects, run.detections)
-            for label, run in self.comparable.items()
-            if run.detections is not None
+            d.label: detection_errors(objects, d.runs[0].detections)
+            for d in self.comparable
+            if d.runs[0].detections is not None
         }
 
     def html(self) -> str:
@@ -226,33 +232,34 @@ class Report:
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        environment.filters.update(number=number, in_words=in_words)
-        twin, errors = self.twin(), self.errors()
-        error_costs = {label: list(e.costs.values()) for label, e in errors.items()}
-        students = {d.label: d.run for d in self.detectors if d.run is not None and not d.teaches}
-        alike = {label: r for label, r in students.items() if r.lazy == self.run.lazy}
+        environment.filters.update(number=number, in_words=in_words, end_of=end_of)
+        students = [d for d in self.detectors if d.runs and not d.teaches]
+        alike = {d.label: d.runs[0] for d in students if d.runs[0].lazy == self.run.lazy}
+        runs = [run for d in self.detectors for run in d.runs]
         content = {  # before the notes, because it adds some
             "rows": self.rows(),
             "curves": self.curves(),
             "images": self.images(),
             "tasks": self.tasks(),
+            "errors": self.errors(),
             "settings": differences(list(alike.values())) if len(alike) > 1 else [],
         }
         return environment.get_template("page.html").render(
             **content,
-            notes=[*self.notes, *(note for run in self.runs.values() for note in run.notes)],
+            notes=[*self.notes, *(note for run in runs for note in run.notes)],
+            title=self.own.label,
             run=self.run,
-            runs=self.runs,
+            runs=runs,
             alike=list(alike),
             what=self.what(),
             colour=self.colour,
+            classes=self.classes() if self.sample else {},
+            marks={"hit": images.HIT, "miss": images.MISS, "false alarm": images.FALSE_ALARM},
             levels=self.levels,
-            twin=twin.label if twin and self.own.distils else "",
-            errors=errors,
-            error_costs=errors
-            and charts.bars("Cost of errors in AP50", KINDS, error_costs, self.colour),
+            twin=self.twin.label if self.twin else "",
             kinds=KINDS,
             least_score=images.LEAST_SCORE,
+            labelled=images.LABELLED,
             sample=len(self.sample),
             threads=torch.get_num_threads(),
             machine=machine(),
@@ -267,21 +274,26 @@ def adapters_in(weights: Mapping[str, Any]) -> Set[Tuple[str, torch.Size]]:
 
 def gap(
     student: Optional[float], twin: Optional[float], teacher: Optional[float]
-) -> Tuple[Optional[float], Optional[float]]:
-    """The student's gain on its twin, and the share of the teacher's lead that it is in percent.
+) -> Optional[float]:
+    """The share of the teacher's lead over the twin that a student has gained, in percent.
 
-    The twin was trained without a teacher. Either number is None if a value that it needs is
-    missing. The share is None if the teacher is not better than the twin.
+    The twin was trained without a teacher. The share is 100 for a student that is better than its
+    teacher. It is None if a value is missing, or if the teacher is not better than the twin.
     """
-    if student is None or twin is None:
-        return None, None
-    gain = student - twin
-    if teacher is None or teacher <= twin:
-        return gain, None
-    return gain, 100 * gain / (teacher - twin)
+    if student is None or twin is None or teacher is None or teacher <= twin:
+        return None
+    return min(100 * (student - twin) / (teacher - twin), 100.0)
 
 
-def number(value: Optional[float], digits: int = 1) -> str:
-    """A value as the page writes it, or a dash if it is not known."""
-    known = value is not None and not math.isnan(value)
-    return f"{value:.{digits}f}" if known else "\N{EN DASH}"
+def mean(values: Sequence[float]) -> Optional[float]:
+    """The mean, or None of no values."""
+    return statistics.fmean(values) if values else None
+
+
+def number(value: Any, digits: int = 1) -> str:
+    """A value as the page writes it; mean +- standard deviation of several; a dash for none."""
+    values = [x for x in (value if isinstance(value, list) else [value]) if x is not None]
+    if not values or np.isnan(values).any():
+        return "\N{EN DASH}"
+    parts = [statistics.fmean(values), *([statistics.stdev(values)] if values[1:] else [])]
+    return " \N{PLUS-MINUS SIGN} ".join(f"{part:.{digits}f}" for part in parts)

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shlex
-from datetime import datetime
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -16,7 +14,13 @@ from torch import nn
 from ssimkd.checkpoint.coverage import load_teacher
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.data.datasets import use_own_data
-from ssimkd.engine.run_record import in_words, read_json, read_record
+from ssimkd.engine.run_record import (
+    end_of,
+    import_recorded,
+    only_evaluates,
+    read_json,
+    read_record,
+)
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
 from ssimkd.utils.config_files import load_config
@@ -44,6 +48,7 @@ class Run:
         self.folder = os.path.normpath(folder)
         self.name = os.path.basename(self.folder)
         self.notes: List[str] = []
+        import_recorded(self.folder)
         path = self.path("config.yaml")
         if not os.path.isfile(path):
             raise ConfigError(f"{folder} holds no config.yaml. Is it the folder of a run?")
@@ -147,11 +152,11 @@ class Run:
     @property
     def training(self) -> List[Dict[str, Any]]:
         """The entries of run.json that are trainings, oldest first."""
-        return [e for e in self.record if "--eval-only" not in shlex.split(e["command"])]
+        return [entry for entry in self.record if not only_evaluates(entry)]
 
     @property
     def trained(self) -> str:
-        """Describes the training: data sets, iterations, batch size and minutes."""
+        """Describes the training: data sets, iterations and batch size."""
         if self.record and not self.training:
             return "nothing: the run was only evaluated"
         words, images = ", ".join(names_of(self.cfg, "TRAIN")), str(setting(self.cfg, "batch"))
@@ -162,19 +167,13 @@ class Run:
         iterations = self.scalars.get("total_loss", ([], []))[0]
         if iterations:
             words += f", {iterations[-1] + 1} iterations of {images} images"
-        if self.training and all(e["ended"] for e in self.training):
-            time = datetime.fromisoformat
-            seconds = sum(
-                (time(e["ended"]) - time(e["started"])).total_seconds() for e in self.training
-            )
-            words += f", in {seconds / 60:.1f} minutes with its evaluations"
         return words
 
     @property
     def ended(self) -> str:
-        """When the training ended, or when the evaluation ended if nothing was trained."""
+        """How the training ended, or when the evaluation ended if nothing was trained."""
         entries = self.training or self.record
-        return in_words(entries[-1]["ended"]) if entries else "not known, without a run.json"
+        return end_of(entries[-1]) if entries else "not known, without a run.json"
 
     def build(self) -> nn.Module:
         """The detector with its weights, in evaluation mode. Its teacher is not built.

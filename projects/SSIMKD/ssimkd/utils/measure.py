@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from typing import Callable, Dict, List, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 
 import torch
 
@@ -34,10 +34,10 @@ def clock_of(device: Union[str, torch.device], cpu_time: bool = False) -> Callab
 
 
 def interleave(
-    calls: Mapping[str, Call], repeats: int, clock: Callable[[], float]
-) -> Dict[str, float]:
+    calls: Mapping[Any, Call], repeats: int, clock: Callable[[], float]
+) -> Dict[Any, float]:
     """Median seconds of each call. The calls take turns, and the first round does not count."""
-    times: Dict[str, List[float]] = {name: [] for name in calls}
+    times: Dict[Any, List[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             start = clock()
