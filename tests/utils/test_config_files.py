@@ -128,11 +128,14 @@ def test_a_wrong_key_in_a_yaml_file_says_which_one_was_meant(tmp_path):
         load_config(tmp_path / "x.yaml")
 
 
-def test_a_wrong_key_of_a_config_is_named_with_its_line_in_the_py(tmp_path):
+@pytest.mark.parametrize(
+    "line", ["x.b.c = 2", "x.a.c = 2", "x['b']['c']", "property().fget = 1"], ids=str
+)
+def test_a_wrong_key_of_a_config_is_named_with_its_line_in_the_py(line, tmp_path):
     (tmp_path / "base.py").write_text("from omegaconf import OmegaConf\n")
-    text = "from .base import OmegaConf\nx = OmegaConf.create({'a': 1})\n\nx.b.c = 2\n"
-    (tmp_path / "x.py").write_text(text)
-    with pytest.raises(ConfigError, match=r"x\.py, line 4: Config"):
+    text = "from .base import OmegaConf\nx = OmegaConf.create({'a': 1})\n\n"
+    (tmp_path / "x.py").write_text(text + line)
+    with pytest.raises(ConfigError, match=r"x\.py, line 4: "):
         load_config(tmp_path / "x.py")
 
 

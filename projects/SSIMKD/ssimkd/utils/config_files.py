@@ -111,14 +111,17 @@ def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNo
 
 
 def load_lazy(path: str) -> DictConfig:
-    """Runs a `.py` config; raises ConfigError with its line where a key does not exist."""
+    """Runs a `.py` config; raises ConfigError with its line where a key cannot be got or set."""
     try:
         return LazyConfig.load(path)
-    except OmegaConfBaseException as error:
-        place = path
-        for frame, line in walk_tb(error.__traceback__):
-            # Detectron2 runs a config without a module name, and its imports under this one
-            if frame.f_globals.get("__name__", LOADER).startswith(LOADER):
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
+        place, frames = path, list(walk_tb(error.__traceback__))
+        # Detectron2 runs a config without a module name, and its imports under this one
+        own = [x[0].f_globals.get("__name__", LOADER).startswith(LOADER) for x in frames]
+        if not (own[-1] or isinstance(error, OmegaConfBaseException)):
+            raise  # it comes from a library, so its traceback is needed
+        for (frame, line), is_own in zip(frames, own):
+            if is_own:
                 place = f"{frame.f_code.co_filename}, line {line}"
         raise ConfigError(f"{place}: {one_line(error)}") from error
 
