@@ -83,6 +83,10 @@ def test_parts_of_a_data_set(few_names):
         check_datasets(parts, "DATASETS.TEST")
     with pytest.raises(ConfigError, match=r"no data set 'nothing\[:10%\]' is registered"):
         check_datasets(["nothing[:10%]"], "DATASETS.TRAIN")
+    parts.append(f"{name}[50%:50%]")
+    use_own_data(shapes_cfg("ssimkd", "DATASETS.TRAIN", tuple(parts[-1:])), ("TRAIN",))
+    with pytest.raises(ConfigError, match=r"\[50%:50%\] is empty: .* has 40 images"):
+        DatasetCatalog.get(parts[-1])
     for part in parts:
         DatasetCatalog.remove(part)
         MetadataCatalog.remove(part)
@@ -113,6 +117,12 @@ def test_the_two_streams_are_joined_and_resumed():
     assert list(itertools.islice(first, 5)) == joined[:5]
     second.load_state_dict(first.state_dict())
     assert list(itertools.islice(second, 7)) == joined[5:]
+
+
+def test_instances_that_a_mapper_adds_are_taken_away():
+    loader = stream(4, 2, 1, labels=False)
+    loader.dataset._map_func._obj.mapper.mapper = lambda record: {**record, "instances": ()}
+    assert all("instances" not in x for x in next(iter(loader)))
 
 
 def test_a_checkpoint_without_the_second_stream_says_so(caplog):
@@ -147,6 +157,9 @@ def test_the_reference_number_of_processes_scales_both_batches_and_the_schedule(
     assert (distill.STOP_ITER, distill.COOLDOWN_ITERS, distill.WARMUP_ITERS) == (45, 10, 0)
     assert (solver.IMS_PER_BATCH, solver.IMS_PER_BATCH_UNLABELED) == (16, 8)
     assert DistillTrainer.auto_scale_workers(cfg, 2) is cfg
+    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 3
+    with pytest.raises(ConfigError, match="UNLABELED must be a multiple of .* which is 2"):
+        DistillTrainer.auto_scale_workers(cfg, 1)
 
 
 def test_a_lazy_config_builds_the_second_stream(few_names):

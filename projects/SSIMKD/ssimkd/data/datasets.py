@@ -18,9 +18,8 @@ from .image_folder import list_images
 from .shapes import FOLDER
 
 KEYS = {"NAME", "JSON", "IMAGES"}
-PART = re.compile(
-    r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]"
-)  # "name[10%:50%]", either number may be left out
+# "name[10%:50%]", either number may be left out
+PART = re.compile(r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]")
 LAZY_KEYS = {"coco", "num_classes_from_data"}
 FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
 HOW_TO_SET = {  # head -> the keys that set its number of classes
@@ -147,6 +146,8 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
 def register_part(name: str) -> None:
     """Registers a part of a data set, such as "cracks_train[:10%]": the first tenth of its images.
 
+    Getting it raises ConfigError if the part holds no image.
+
     Args:
         name (str): another name, or one that is registered already, is left alone.
     """
@@ -162,7 +163,10 @@ def register_part(name: str) -> None:
     def load() -> List[Dict]:
         records = DatasetCatalog.get(whole)
         describe()  # some data sets know their classes only now
-        return records[len(records) * start // 100 : len(records) * stop // 100]
+        part = records[len(records) * start // 100 : len(records) * stop // 100]
+        if not part:
+            raise ConfigError(f"the data set {name} is empty: {whole} has {len(records)} images")
+        return part
 
     describe()
     DatasetCatalog.register(name, load)

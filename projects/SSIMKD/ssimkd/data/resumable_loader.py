@@ -171,14 +171,21 @@ class ResumableLoader:
 
 
 class Unlabeled:
-    """Wraps a mapper (record -> item), which then sees no labels."""
+    """Wraps a mapper (record -> item), which then sees no labels and gives none.
+
+    A mapper of the user's own may give an image without annotations "instances" that are empty. The
+    detector would take it for an image of the background.
+    """
 
     def __init__(self, mapper: Callable[[Dict], Any]) -> None:
         self.mapper = mapper
 
     def __call__(self, record: Dict) -> Any:
         """Maps a record in Detectron2's format."""
-        return self.mapper({key: record[key] for key in record if key not in LABELS})
+        item = self.mapper({key: record[key] for key in record if key not in LABELS})
+        if isinstance(item, dict):
+            item.pop("instances", None)
+        return item
 
 
 class SeededDataset(Dataset):

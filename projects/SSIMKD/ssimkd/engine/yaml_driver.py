@@ -78,15 +78,24 @@ class DistillTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers: int):
-        """Detectron2's, which here scales this project's images and iterations as well."""
+        """Detectron2's, which here scales this project's images and iterations as well.
+
+        Raises:
+            ConfigError: the images of the reference cannot be shared by its processes.
+        """
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
-            scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+            reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+            images, left = divmod(cfg.SOLVER.IMS_PER_BATCH_UNLABELED, reference)
+            if left:
+                raise ConfigError(
+                    "SOLVER.IMS_PER_BATCH_UNLABELED must be a multiple of "
+                    f"SOLVER.REFERENCE_WORLD_SIZE, which is {reference}"
+                )
             scaled.defrost()
-            images = cfg.SOLVER.IMS_PER_BATCH_UNLABELED
-            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(images * scale)
+            scaled.SOLVER.IMS_PER_BATCH_UNLABELED = images * num_workers
             for key in ("WARMUP_ITERS", "COOLDOWN_ITERS", "STOP_ITER"):
-                scaled.MODEL.DISTILL[key] = round(cfg.MODEL.DISTILL[key] / scale)
+                scaled.MODEL.DISTILL[key] = round(cfg.MODEL.DISTILL[key] * reference / num_workers)
             if cfg.is_frozen():
                 scaled.freeze()
         return scaled
