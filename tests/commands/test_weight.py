@@ -92,6 +92,19 @@ def test_several_teachers_have_losses_of_their_own():
     assert watched.model.log_gradients == weight.PERIOD
 
 
+def test_the_pull_is_that_of_the_whole_weight():
+    schedule = {"WARMUP_ITERS": 900, "COOLDOWN_ITERS": 5, "STOP_ITER": 9}
+    key = "MODEL.DISTILL"
+    opts = [x for name, value in schedule.items() for x in (f"{key}.{name}", value)]
+    cfg = shapes_cfg("ssimkd", *opts)
+    cfg.merge_from_list(weight.logging_gradients(cfg))
+    assert [cfg.MODEL.DISTILL[name] for name in schedule] == [0, 0, 0]
+    path = "configs/ssimkd_R50.py"
+    opts = [f"model.distiller.{name.lower()}={value}" for name, value in schedule.items()]
+    lazy = load_config(path, [*opts, *weight.logging_gradients(load_config(path, opts))])
+    assert [lazy.model.distiller[name.lower()] for name in schedule] == [0, 0, 0]
+
+
 def test_a_training_that_fails_says_why():
     opts = ["MODEL.DISTILL.TEACHER.WEIGHTS", "gone.pth"]
     args = argparse.Namespace(config_file=YAML[1], iters=20, num_gpus=1, opts=opts)

@@ -230,6 +230,13 @@ def test_a_new_student_inherits_and_a_resumed_or_plain_one_does_not(
         (("MODEL.DISTILL.SSIM.EXPONENTS", (0, 0, 0)), 900, "learns nothing from the teacher by"),
         (("MODEL.DISTILL.WARMUP_ITERS", 5000), 900, "the losses never get their whole weight"),
         (("MODEL.DISTILL.WARMUP_ITERS", 500), 900, ""),
+        (
+            ("MODEL.DISTILL.WARMUP_ITERS", 500, "MODEL.DISTILL.STOP_ITER", 400),
+            900,
+            "distils in 400",
+        ),
+        (("MODEL.DISTILL.STOP_ITER", 901), 900, "ends before the distillation does"),
+        (("MODEL.DISTILL.STOP_ITER", 900), 900, ""),
         (("MODEL.DISTILL.LOSSES", ("ssim", "l2"), "MODEL.DISTILL.L2.WEIGHT", 0.0), 900, ""),
     ],
 )

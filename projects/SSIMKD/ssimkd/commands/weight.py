@@ -78,10 +78,14 @@ def clips(cfg) -> bool:
 
 
 def logging_gradients(cfg) -> List[str]:
-    """Overrides that log the gradients."""
+    """Overrides that log the gradients, at the losses' whole weight from the start."""
+    phases = ("warmup_iters", "cooldown_iters", "stop_iter")
     if isinstance(cfg, CfgNode):
-        return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD)]
-    return [f"model.log_gradients={PERIOD}"]
+        whole = [word for phase in phases for word in (f"MODEL.DISTILL.{phase.upper()}", "0")]
+        return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD), *whole]
+    nodes = [f"model.distiller.{teacher}".rstrip(".") for teacher, _ in distillers_in(cfg)]
+    whole = [f"{node}.{phase}=0" for node in nodes for phase in phases]
+    return [f"model.log_gradients={PERIOD}", *whole]
 
 
 def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:

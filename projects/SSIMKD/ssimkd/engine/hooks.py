@@ -173,7 +173,7 @@ class WarnOfShare(HookBase):
             return
         self.model.report_gradients = None
         warmup = [one.schedule["warmup"] for _, one in distillers_of(self.model)]
-        ratio = self.measured.get("gradient_ratio", 0.0) * max(1, *warmup, 1)
+        ratio = self.measured.get("gradient_ratio", 0.0) * max([1, *warmup])
         if ratio > MOST_RATIO:
             logger.warning(
                 "The distillation's gradient is %.3g times the detector's own at the start, %.2f "

@@ -82,7 +82,7 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
 
 
 def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[str, str]:
-    """Warns of settings that keep a whole teacher from the student, or at less than full weight.
+    """Warns of settings that keep a teacher from the student, and of a schedule beyond the run.
 
     Args:
         name (str): the teacher's; "" if there is one teacher.
@@ -92,14 +92,22 @@ def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[s
     Returns:
         dict[str, str]: loss -> the setting of 0 that keeps it from the student.
     """
-    idle = idle_by_settings(distiller)
+    idle, schedule = idle_by_settings(distiller), distiller.schedule
+    distils = min(iterations, schedule["stop"] or iterations)
     if len(idle) == len(distiller.losses):
         warn_of_idle(name, idle)
-    elif distiller.schedule["warmup"] > iterations:
+    elif schedule["warmup"] > distils:
         logger.warning(
-            "MODEL.DISTILL.WARMUP_ITERS is %d, and the run has %d iterations: the losses never get "
-            "their whole weight",
-            distiller.schedule["warmup"],
+            "MODEL.DISTILL.WARMUP_ITERS is %d, and the run distils in %d iterations: the losses "
+            "never get their whole weight",
+            schedule["warmup"],
+            distils,
+        )
+    if schedule["stop"] > iterations:
+        logger.warning(
+            "MODEL.DISTILL.STOP_ITER is %d, and the run has %d iterations: it ends before the "
+            "distillation does",
+            schedule["stop"],
             iterations,
         )
     return idle
