@@ -214,3 +214,7 @@ def test_a_resume_without_a_checkpoint_warns(tmp_path, caplog):
     checkpointer = RunCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
     checkpointer.resume_or_load("", resume=True)
     assert f"--resume: {tmp_path} has no checkpoint, so the run starts anew" in caplog.text
+    torch.save({"model": checkpointer.model.state_dict()}, tmp_path / "x.pth")
+    evaluated = RunCheckpointer(checkpointer.model, str(tmp_path), require_all=True)
+    evaluated.resume_or_load(str(tmp_path / "x.pth"), resume=True)
+    assert f"has no checkpoint, so {tmp_path / 'x.pth'} is taken" in caplog.text

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 from detectron2.modeling import BACKBONE_REGISTRY
-from ssimkd.commands import check, export, predict, report, train
+from ssimkd.commands import begin, check, export, predict, report, train
 from ssimkd.engine.arguments import load_arguments
 from ssimkd.utils.user_code import IMPORTED
 from ssimkd_cli import parse
@@ -112,6 +112,13 @@ def test_a_command_says_what_is_missing(command, words, run, few_shapes, tmp_pat
         command.main(filled(words, run, few_shapes, tmp_path))
     assert f"{NAME} cannot be imported (ModuleNotFoundError" in ended.value.code
     assert "run.json" in ended.value.code and "\n" not in ended.value.code
+
+
+def test_a_checkpoint_in_the_current_folder_imports_it_again(run, monkeypatch):
+    monkeypatch.chdir(run / "output")
+    monkeypatch.setattr(sys, "path", [str(run), *sys.path])
+    begin("analyze", ["--config-file", "shapes/vanilla.yaml", "--weights", "model_final.pth"])
+    assert IMPORTED == [NAME]
 
 
 def test_a_resumed_run_imports_it_again(run, monkeypatch):

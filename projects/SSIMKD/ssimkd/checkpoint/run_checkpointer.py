@@ -89,7 +89,8 @@ class RunCheckpointer(CheckpointReader):
                 f"sees {found or 'none'}); all processes must share the folder"
             )
         if resume and not found and comm.is_main_process():
-            logger.warning("--resume: %s has no checkpoint, so the run starts anew", self.save_dir)
+            then = f"{path} is taken" if self.require_all else "the run starts anew"
+            logger.warning("--resume: %s has no checkpoint, so %s", self.save_dir, then)
         self.resuming, self.source = bool(found), found
         if not found:
             if self.require_all and not path:

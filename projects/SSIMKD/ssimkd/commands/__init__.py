@@ -1,7 +1,6 @@
 """The commands of `ssimkd`. Each is a file with a function `main`; `ssimkd_cli.py` calls it."""
 
 import argparse
-import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ssimkd_cli import parse
@@ -9,7 +8,7 @@ from ssimkd_cli import parse
 from ssimkd.checkpoint.export import read_categories
 from ssimkd.data.datasets import categories_of
 from ssimkd.engine.arguments import load_config
-from ssimkd.engine.run_record import import_recorded
+from ssimkd.engine.run_record import import_of_file
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import setting
@@ -38,7 +37,7 @@ def begin(name: str, words: Optional[Sequence[str]]) -> argparse.Namespace:
     """
     args = parse(name, words)
     import_user_code(args.imports)
-    import_recorded(os.path.dirname(getattr(args, "weights", "")))
+    import_of_file(getattr(args, "weights", ""))
     return args
 
 

@@ -14,7 +14,7 @@ from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import datasets_of, key_of, setting
 from ssimkd.utils.user_code import import_user_code
 
-from .run_record import import_recorded
+from .run_record import import_of_file, import_recorded
 
 SPLITS = ("TRAIN", "TEST", "UNLABELED")
 SKIP = (
@@ -38,7 +38,7 @@ def load_arguments(args: argparse.Namespace):
     if args.resume:
         import_recorded(setting(cfg, "output"))
     if args.eval_only:
-        import_recorded(os.path.dirname(str(setting(cfg, "weights") or "")))
+        import_of_file(str(setting(cfg, "weights") or ""))
     return cfg
 
 
@@ -59,7 +59,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS,
         )
     with as_config_error("--config-file"):
         path = config_files.find_config(path)
-    import_recorded(os.path.dirname(os.path.abspath(path)))  # it may be the config.yaml of a run
+    import_of_file(path)  # it may be the config.yaml of a run
     cfg = config_files.load_config(path, overrides)
     if isinstance(cfg, CfgNode):
         check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")

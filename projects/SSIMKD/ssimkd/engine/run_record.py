@@ -137,8 +137,14 @@ def only_evaluates(entry: Dict[str, Any]) -> bool:
 
 def import_recorded(folder: str) -> None:
     """Imports the modules (--import) of the runs in a folder; nothing without a `run.json`."""
-    for entry in read_record(folder) if folder else []:
+    for entry in read_record(folder):
         import_user_code(entry.get("imports", []), f"--import, of {os.path.join(folder, FILE)}")
+
+
+def import_of_file(path: str) -> None:
+    """Does the same for the folder of a config or checkpoint; nothing for "" or a URL."""
+    if path and "://" not in path:
+        import_recorded(os.path.dirname(os.path.abspath(path)))
 
 
 def read_json(path: str) -> Any:

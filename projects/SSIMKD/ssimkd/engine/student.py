@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.datasets import check_classes, training_classes, use_own_data
 from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
+from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.utils.config_keys import datasets_of, key_of, names_of, setting, without_pretraining
 
@@ -70,4 +71,6 @@ def _build_student(cfg: Any) -> Any:
     with as_config_error(key_of(cfg, "weights")):
         RunCheckpointer(model, setting(cfg, "output")).resume_or_load(weights, resume=False)
     prepare(model, None, replace(settings, check_images=0), resumed=False)
+    if isinstance(model, DistillMixin):
+        model.of_the_driver = []  # it is done, also for a pickled student, which has no teacher
     return model.train()
