@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import statistics
 from collections import defaultdict
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
@@ -232,7 +233,9 @@ class Report:
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        environment.filters.update(number=number, in_words=in_words, end_of=end_of)
+        environment.filters.update(
+            number=number, in_words=in_words, end_of=end_of, quote=shlex.quote
+        )
         students = [d for d in self.detectors if d.runs and not d.teaches]
         alike = {d.label: d.runs[0] for d in students if d.runs[0].lazy == self.run.lazy}
         runs = [run for d in self.detectors for run in d.runs]
