@@ -69,7 +69,10 @@ def test_a_lazy_config_registers_and_counts(own):
     [
         ({"JSON": "no.json"}, f"{KEY}: own_train: no.json cannot be read: FileNotFoundError"),
         ({"IMAGES": "nowhere"}, f"{KEY}: own_train: there is no folder nowhere"),
-        ({"CLASSES": ["a"]}, f"{KEY}: an entry is a mapping of IMAGES, JSON, NAME"),
+        (
+            {"CLASSES": ["a"]},
+            f"{KEY}: an entry is a mapping of NAME, IMAGES and, with labels, JSON",
+        ),
         ({"JSON": "list.json"}, "list.json has no list 'images'"),
         ({"NAME": "ssimkd_shapes_train"}, "another data set is called ssimkd_shapes_train"),
     ],
@@ -127,6 +130,8 @@ def test_a_lazy_config_without_roi_heads_has_its_classes_counted():
 def test_a_wrong_key_of_a_lazy_config_is_named():
     with pytest.raises(ConfigError, match="datasets: there are the keys coco, num_classes_from"):
         use_own_data(OmegaConf.create({"datasets": {"cocoo": []}}), ("TRAIN",))
+    with pytest.raises(ConfigError, match="^datasets.coco: an entry is a mapping"):
+        use_own_data(OmegaConf.create({"datasets": {"coco": [{"nam": "a"}]}}), ("TRAIN",))
 
 
 @pytest.mark.parametrize("names, message", [([], "here names"), (["crack"], "'crack' is reg")])

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.registry import locate
 
-from ssimkd.errors import ConfigError, as_config_error, as_setting_error
+from ssimkd.errors import ConfigError, as_config_error, as_setting_error, naming_lazy_fields
 from ssimkd.utils.config_keys import key_of, names_of
 
 from .coco_json import read_coco
@@ -57,7 +57,8 @@ def use_own_data(cfg, splits: Sequence[str], classes: int = 0) -> None:
         used = {split: [PART.sub(r"\1", name) for name in names[split]] for split in names}
         unlabeled = used.pop("UNLABELED", [])
         labeled = list(chain(*used.values()))
-        register_coco(entries, labeled, used.get("TEST", ()), unlabeled)
+        with naming_lazy_fields(not isinstance(cfg, CfgNode)):
+            register_coco(entries, labeled, used.get("TEST", ()), unlabeled)
         for name in chain(*names.values()):
             register_part(name)
     if not count:
@@ -104,7 +105,8 @@ def register_coco(
         values = {str(k).upper(): v for k, v in entry.items()} if isinstance(entry, Mapping) else {}
         if {"JSON", *values} != KEYS:
             raise ConfigError(
-                f"{key}: an entry is a mapping of {', '.join(sorted(KEYS))}, got {entry!r}"
+                f"{key}: an entry is a mapping of NAME, IMAGES and, with labels, JSON, got "
+                f"{entry!r}"
             )
         name, images, json_file = str(values["NAME"]), str(values["IMAGES"]), values.get("JSON")
         if name not in names and name not in unlabeled:

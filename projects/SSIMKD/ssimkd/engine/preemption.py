@@ -26,7 +26,7 @@ class StopOnSignal(HookBase):
     A single process ends after the iteration in which the signal comes. Several processes exchange
     their signals every PERIOD iterations, and all end after the same iteration. This hook follows
     the hooks that write checkpoints and export the student. So after a signal in the last iteration
-    both are done, and only the evaluation is left out. A signal during the evaluation ends the
+    both are done, and only the evaluation is left out. A signal during the last evaluation ends the
     process at once, as the second Ctrl-C does at any time.
 
     Args:
