@@ -9,6 +9,7 @@ import ssimkd_cli as main
 from conftest import ROOT
 from detectron2.engine import default_argument_parser
 from ssimkd.commands import check, eval, train
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 
 def ssimkd(*args, cwd=ROOT):
@@ -42,6 +43,19 @@ def test_ctrl_c_ends_any_command_with_its_status(monkeypatch):
     monkeypatch.setattr(check, "main", interrupted)
     with pytest.raises(SystemExit, match="130"):
         main.main(["check", "--config-file", "a.yaml"])
+
+
+def test_ctrl_c_ends_a_process_of_a_run_with_its_status():
+    def interrupted(number, args):
+        patch.setattr(train, "load_arguments", raise_interrupt)
+        train.run(args)
+
+    def raise_interrupt(args):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ProcessExitedException) as ended:
+        start_processes(interrupted, (None,), nprocs=2, start_method="fork")
+    assert ended.value.exit_code == 130
 
 
 def test_eval_is_train_with_eval_only(monkeypatch):

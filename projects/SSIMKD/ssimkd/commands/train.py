@@ -9,6 +9,7 @@ A `.yaml` config runs through Detectron2's DefaultTrainer, a `.py` config throug
     srun --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 ... train_net.py ...
 """
 
+import sys
 from contextlib import nullcontext
 from typing import Optional, Sequence
 
@@ -20,6 +21,7 @@ from ssimkd_cli import parse
 
 from ssimkd.engine import launch, lazy_driver, yaml_driver
 from ssimkd.engine.arguments import check_config, load_arguments
+from ssimkd.engine.preemption import INTERRUPTED
 from ssimkd.engine.run_record import record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log
@@ -30,6 +32,13 @@ from ssimkd.utils.known_warnings import silence_known_warnings
 
 def run(args) -> None:
     """One process of a run."""
+    try:
+        _run(args)
+    except KeyboardInterrupt:  # torch would end a process that it has started with status 0
+        sys.exit(INTERRUPTED)
+
+
+def _run(args) -> None:
     silence_known_warnings()
     cfg = load_arguments(args)
     args.config_file = find_config(args.config_file)  # Detectron2 prints the file
