@@ -67,7 +67,7 @@ def test_a_weight_that_drowns_the_detector_and_a_ramp_that_never_ends_are_status
     status, rows = run_check(YAML, *opts, flags=("--iterations", "5"))
     ramp, share = [text for name, text in rows if name == "WARNING"]
     assert status == 1
-    assert ramp.startswith("MODEL.DISTILL.WARMUP_ITERS is 5000, and the run has 1000 iterations")
+    assert ramp.startswith("MODEL.DISTILL.WARMUP_ITERS is 5000, and the run distils in 1000 ")
     assert "times the detector's own at the start" in share
 
 
@@ -110,7 +110,7 @@ def test_what_the_whole_run_costs():
 
 
 def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
-    opts = ("SOLVER.IMS_PER_BATCH_UNLABELED", 8, "MODEL.DISTILL.STOP_ITER", 5)
+    opts = ("DATASETS.UNLABELED", ("heap",), "MODEL.DISTILL.STOP_ITER", 5)
     cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10, *opts)
     short = check.short(cfg, "folder", iterations=20, num_gpus=8)
     assert short.SOLVER.IMS_PER_BATCH == 2 and short.SOLVER.BASE_LR == 0.0

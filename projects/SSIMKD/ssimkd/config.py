@@ -40,8 +40,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     # Data sets whose images come beside those of TRAIN in every step, for the distillation alone;
     # their annotations are ignored
     cfg.DATASETS.UNLABELED = ()
-    # Images of UNLABELED in a step, in all processes together; 0: as many as IMS_PER_BATCH
-    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 0
+    # Images of UNLABELED in a step, in all processes together; 0: none
+    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 8
     # True: the heads get as many classes as the first data set of TRAIN has
     cfg.DATASETS.NUM_CLASSES_FROM_DATA = False
 

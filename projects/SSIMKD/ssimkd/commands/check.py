@@ -34,7 +34,7 @@ from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import build_teachers, distillers_of
-from ssimkd.utils.config_keys import datasets_of, setting
+from ssimkd.utils.config_keys import datasets_of, setting, unlabeled_batch
 
 from . import begin
 
@@ -124,13 +124,12 @@ def prepared(detector: Any, image_format: str) -> str:
 
 def short(cfg, folder: str, iterations: int, num_gpus: int):
     """The config of a short run that learns nothing: no warm-up, evaluation or picture is left."""
-    batches = {}
-    for name in ("batch", "unlabeled batch"):
-        total = setting(cfg, name) or 0
+    batches = []
+    for total in (setting(cfg, "batch") or 0, unlabeled_batch(cfg)):
         if total % num_gpus:
             raise ConfigError(f"--num-gpus: {total} images cannot be shared by {num_gpus} GPUs")
-        batches[name] = total // num_gpus
-    batch, unlabeled = batches.values()
+        batches.append(total // num_gpus)
+    batch, unlabeled = batches
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()
         cfg.defrost()

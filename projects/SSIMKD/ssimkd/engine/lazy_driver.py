@@ -34,7 +34,13 @@ from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.compat import create_ddp_model, unwrap
-from ssimkd.utils.config_keys import datasets_of, names_of, target_of, without_pretraining
+from ssimkd.utils.config_keys import (
+    datasets_of,
+    names_of,
+    target_of,
+    unlabeled_batch,
+    without_pretraining,
+)
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -80,7 +86,7 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
     loader = build_train_loader(cfg)
-    if "unlabeled" in cfg.dataloader and takes_unlabeled(student):
+    if unlabeled_batch(cfg) and takes_unlabeled(student):
         add_unlabeled(cfg, loader)
     with as_setting_error("train.ddp"):
         model = create_ddp_model(student, **cfg.train.ddp)

@@ -12,7 +12,13 @@ from ssimkd.data.datasets import check_classes, training_classes, use_own_data
 from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers
-from ssimkd.utils.config_keys import datasets_of, key_of, names_of, setting, without_pretraining
+from ssimkd.utils.config_keys import (
+    datasets_of,
+    key_of,
+    setting,
+    unlabeled_batch,
+    without_pretraining,
+)
 
 from . import lazy_driver, yaml_driver
 from .arguments import SPLITS
@@ -54,7 +60,7 @@ def _build_student(cfg: Any) -> Any:
             "MODEL.DISTILL.SKIP_NONFINITE_STEPS: only the training loop of `ssimkd train` leaves "
             "out steps: set it to 0"
         )
-    if names_of(cfg, "UNLABELED"):
+    if unlabeled_batch(cfg):
         key = key_of(cfg, "UNLABELED")
         logger.warning("%s: your loader has to add these images; see docs/configuration.md", key)
     if yaml:

@@ -27,7 +27,7 @@ from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.utils.compat import create_ddp_model, unwrap
-from ssimkd.utils.config_keys import without_pretraining
+from ssimkd.utils.config_keys import unlabeled_batch, without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -61,7 +61,7 @@ class DistillTrainer(DefaultTrainer):
         model = self.build_model(without_pretraining(cfg) if resumed else cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        if cfg.DATASETS.UNLABELED and takes_unlabeled(model):
+        if unlabeled_batch(cfg) and takes_unlabeled(model):
             loader.unlabeled = self.build_unlabeled_loader(cfg)
         model = create_ddp_model(model, broadcast_buffers=False)
         skip = self.settings.skip_nonfinite_steps
@@ -86,7 +86,7 @@ class DistillTrainer(DefaultTrainer):
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-            images, left = divmod(cfg.SOLVER.IMS_PER_BATCH_UNLABELED, reference)
+            images, left = divmod(unlabeled_batch(cfg), reference)
             if left:
                 raise ConfigError(
                     "SOLVER.IMS_PER_BATCH_UNLABELED must be a multiple of "
@@ -140,9 +140,7 @@ class DistillTrainer(DefaultTrainer):
             parts = _train_loader_from_config(
                 cfg, build_mapper(cfg, True), dataset=dataset, sampler=sampler
             )
-            parts["total_batch_size"] = (
-                cfg.SOLVER.IMS_PER_BATCH_UNLABELED or cfg.SOLVER.IMS_PER_BATCH
-            )
+            parts["total_batch_size"] = cfg.SOLVER.IMS_PER_BATCH_UNLABELED
             return build_stream(cfg, parts, labels=False)
 
     @classmethod

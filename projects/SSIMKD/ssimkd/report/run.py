@@ -24,7 +24,7 @@ from ssimkd.engine.run_record import (
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
 from ssimkd.utils.config_files import load_config
-from ssimkd.utils.config_keys import names_of, setting
+from ssimkd.utils.config_keys import names_of, setting, unlabeled_batch
 
 Series = Tuple[List[int], List[float]]  # iterations and values
 
@@ -160,10 +160,10 @@ class Run:
         if self.record and not self.training:
             return "nothing: the run was only evaluated"
         words, images = ", ".join(names_of(self.cfg, "TRAIN")), str(setting(self.cfg, "batch"))
-        unlabeled = names_of(self.cfg, "UNLABELED")
+        unlabeled = unlabeled_batch(self.cfg)
         if unlabeled and any("_kd_loss" in name for name in self.scalars):
-            words += f", and without labels {', '.join(unlabeled)}"
-            images += f" + {setting(self.cfg, 'unlabeled batch') or images}"
+            words += f", and without labels {', '.join(names_of(self.cfg, 'UNLABELED'))}"
+            images += f" + {unlabeled}"
         iterations = self.scalars.get("total_loss", ([], []))[0]
         if iterations:
             words += f", {iterations[-1] + 1} iterations of {images} images"

@@ -43,6 +43,12 @@ def names_of(cfg: Any, split: str) -> List[str]:
     return list(names) if isinstance(names, (ListConfig, list, tuple)) else [names]
 
 
+def unlabeled_batch(cfg: Any) -> int:
+    """Images without labels in a step, in all processes together; 0 where the run has none."""
+    has_names = not isinstance(cfg, CfgNode) or cfg.DATASETS.UNLABELED
+    return (setting(cfg, "unlabeled batch") or 0) if has_names else 0
+
+
 def datasets_of(cfg: Any, *splits: str) -> Dict[str, List[str]]:
     """The key of each split -> the names of its data sets."""
     return {key_of(cfg, split): names_of(cfg, split) for split in splits}
