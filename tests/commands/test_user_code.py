@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 from ssimkd.commands import begin, check, export, predict, report, train
 from ssimkd.engine.arguments import load_arguments
@@ -14,10 +15,12 @@ from ssimkd_cli import parse
 
 NAME = "own_parts.nets"
 CODE = """
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
+DatasetCatalog.register("own_data", list)
+MetadataCatalog.get("own_data").thing_classes = ["crack", "hole"]
 seen = []
 
 
@@ -36,6 +39,8 @@ class Mapper(DatasetMapper):
 def forget():
     """What this process knows of the module, as a new process does."""
     BACKBONE_REGISTRY._obj_map.pop("build_own_backbone", None)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop("own_data", None)
     for name in [name for name in sys.modules if name.split(".")[0] == "own_parts"]:
         del sys.modules[name]
     IMPORTED.clear()
@@ -121,11 +126,12 @@ def test_a_checkpoint_in_the_current_folder_imports_it_again(run, monkeypatch):
     assert IMPORTED == [NAME]
 
 
-def test_a_resumed_run_imports_it_again(run, monkeypatch):
+def test_a_resumed_run_imports_it_again_before_its_data_is_read(run, monkeypatch):
     monkeypatch.chdir(run)
     words = ["--config-file", "shapes/vanilla.yaml", "--resume", "OUTPUT_DIR", "output"]
-    load_arguments(parse("train", words))
-    assert IMPORTED == [NAME]
+    words += ["DATASETS.TRAIN", "('own_data',)", "DATASETS.NUM_CLASSES_FROM_DATA", "True"]
+    cfg = load_arguments(parse("train", words))
+    assert IMPORTED == [NAME] and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
 
 
 def test_an_exported_student_that_was_moved_asks_for_it(run, few_shapes, tmp_path, monkeypatch):

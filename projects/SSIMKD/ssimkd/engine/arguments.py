@@ -34,12 +34,12 @@ def load_arguments(args: argparse.Namespace):
         with as_config_error("--config-file"):
             lazy = config_files.find_config(args.config_file).endswith(".py")
         overrides += SKIP[lazy]
-    cfg = load_config(args.config_file, overrides, ("TEST",) if args.eval_only else SPLITS)
+    cfg = read_config(args.config_file, overrides)
     if args.resume:
         import_recorded(setting(cfg, "output"))
     if args.eval_only:
         import_of_file(str(setting(cfg, "weights") or ""))
-    return cfg
+    return with_own_data(cfg, ("TEST",) if args.eval_only else SPLITS)
 
 
 def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS, classes: int = 0):
@@ -53,6 +53,11 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS,
     Raises:
         ConfigError: the file cannot be read, an override does not apply, or the data is wrong.
     """
+    return with_own_data(read_config(path, overrides), splits, classes)
+
+
+def read_config(path: str, overrides: List[str]):
+    """The config that a user names, without their data. It is not frozen."""
     if not path:
         raise ConfigError(
             "--config-file is missing, for example --config-file configs/ssimkd_R50.yaml"
@@ -60,7 +65,11 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS,
     with as_config_error("--config-file"):
         path = config_files.find_config(path)
     import_of_file(path)  # it may be the config.yaml of a run
-    cfg = config_files.load_config(path, overrides)
+    return config_files.load_config(path, overrides)
+
+
+def with_own_data(cfg, splits: Sequence[str], classes: int = 0):
+    """The same config, frozen, once the user's own data is registered; see :func:`load_config`."""
     if isinstance(cfg, CfgNode):
         check_no_none(cfg.MODEL.DISTILL, "MODEL.DISTILL")
     use_own_data(cfg, splits, classes)
