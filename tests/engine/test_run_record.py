@@ -2,7 +2,13 @@
 
 import pytest
 from ssimkd import ConfigError
-from ssimkd.engine.run_record import command_line, only_evaluates, read_record, record_run
+from ssimkd.engine.run_record import (
+    command_line,
+    keep_config,
+    only_evaluates,
+    read_record,
+    record_run,
+)
 
 
 @pytest.mark.parametrize("content", ['[{"comm', "3"])
@@ -34,3 +40,16 @@ def test_a_record_that_cannot_be_written_is_an_error(tmp_path):
 def test_the_command_is_what_a_user_types(words, command, evaluates):
     assert command_line(words) == command
     assert only_evaluates({"command": command}) == evaluates
+
+
+@pytest.mark.parametrize("written", [None, "metrics.json", "model_0000009.pth"])
+def test_a_command_that_trains_nothing_leaves_the_config_of_the_run(tmp_path, written):
+    config = tmp_path / "config.yaml"
+    config.write_text("of the run")
+    (tmp_path / "model_final.pth").touch()
+    with pytest.raises(ConfigError), keep_config(str(tmp_path)):
+        config.write_text("of the command")
+        if written:
+            (tmp_path / written).touch()
+        raise ConfigError("a typo")
+    assert config.read_text() == ("of the command" if written else "of the run")

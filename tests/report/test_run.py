@@ -88,6 +88,15 @@ def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):
     assert run.notes == [f"Line 4 of {tmp_path / 'metrics.json'} is not JSON and was skipped."]
 
 
+def test_a_new_run_in_the_same_file_replaces_the_earlier_one(write, tmp_path):
+    lines = [{"iteration": i, "x": v} for i, v in ((19, 1), (39, 2), (59, 3), (39, 4), (79, 5))]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert write().scalars["x"] == ([19, 39, 79], [1, 4, 5])
+    lines += [{"iteration": 9, "y": 6}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert {k: v for k, v in write().scalars.items() if k in "xy"} == {"y": ([9], [6])}
+
+
 def test_the_training_is_described_with_its_images_without_labels(write, tmp_path):
     logged = {"iteration": 9, "total_loss": 1, "ssim_kd_loss": 1}
     (tmp_path / "metrics.json").write_text(json.dumps(logged))

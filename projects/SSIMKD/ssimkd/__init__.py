@@ -6,6 +6,7 @@ changes nothing else.
 
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 # Detectron2 compiles small functions when it is imported, and newer versions of torch warn of that.
@@ -32,10 +33,9 @@ with suppress(ImportError):  # Detectron2 v0.5 has no FCOS
 
 
 def __getattr__(name: str) -> Any:
-    if name == "build_student":  # the drivers, which it uses, take long to import
-        from ssimkd.engine.student import build_student
-
-        return build_student
+    places = {"build_student": "student", "load_config": "arguments"}
+    if name in places:  # the drivers take long to import
+        return getattr(import_module(f"ssimkd.engine.{places[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -52,6 +52,7 @@ __all__ = [
     "TorchvisionBackbone",
     "add_ssimkd_config",
     "build_student",
+    "load_config",
 ]
 
 register_shapes()

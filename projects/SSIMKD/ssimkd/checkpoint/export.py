@@ -66,7 +66,7 @@ def export_student(
         return paths
     with atomic_write(paths[1], "w") as file:
         file.write(text)
-    logger.info("Student for stock Detectron2: %s and %s", *paths)
+    logger.info("Student without the distillation: %s and %s", *paths)
     return paths
 
 

@@ -34,7 +34,7 @@ from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import build_teachers, distillers_of
-from ssimkd.utils.config_keys import datasets_of, setting, unlabeled_batch
+from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_batch
 
 from . import begin
 
@@ -198,6 +198,9 @@ def main(words: Optional[Sequence[str]] = None) -> None:
             cfg = load_config(args.config_file, args.opts)
             check_config(cfg, parse("train", []))
             rows += pair_rows(build(cfg))
+            if unlabeled_batch(cfg):
+                names = ", ".join(names_of(cfg, "UNLABELED"))
+                rows.append(("unlabeled", f"{unlabeled_batch(cfg)} images of {names} in a step"))
             iterations = setting(cfg, "iterations")  # those of the long run
             metrics = measure(cfg, folder, args.iterations, args.num_gpus)
             costs += cost_rows(metrics, iterations)

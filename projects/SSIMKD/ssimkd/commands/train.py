@@ -22,7 +22,7 @@ from ssimkd_cli import parse
 from ssimkd.engine import launch, lazy_driver, yaml_driver
 from ssimkd.engine.arguments import check_config, load_arguments
 from ssimkd.engine.preemption import INTERRUPTED
-from ssimkd.engine.run_record import record_run
+from ssimkd.engine.run_record import keep_config, record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log
 from ssimkd.utils.config_files import find_config
@@ -44,7 +44,7 @@ def _run(args) -> None:
     args.config_file = find_config(args.config_file)  # Detectron2 prints the file
     folder = setting(cfg, "output")
     quiet = quiet_terminal(folder, comm.get_rank()) if args.quiet else nullcontext()
-    with quiet:
+    with quiet, keep_config(folder):
         with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
             default_setup(cfg, args)
         setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from typing import List, Sequence
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -42,11 +42,14 @@ def load_arguments(args: argparse.Namespace):
     return with_own_data(cfg, ("TEST",) if args.eval_only else SPLITS)
 
 
-def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS, classes: int = 0):
+def load_config(
+    path: str, overrides: Sequence[str] = (), splits: Sequence[str] = SPLITS, classes: int = 0
+):
     """The config that a user names, with their own data registered.
 
     Args:
-        path (str), overrides (list[str]): see :func:`config_files.load_config`.
+        path (str): a file, or the name of one of this project's configs; see :func:`find_config`.
+        overrides (sequence[str]): KEY, VALUE, ... (.yaml) or key=value, ... (.py).
         splits (sequence[str]): some of SPLITS; their data of `DATASETS.COCO` is registered.
         classes (int): see :func:`use_own_data`.
 
@@ -56,7 +59,7 @@ def load_config(path: str, overrides: List[str], splits: Sequence[str] = SPLITS,
     return with_own_data(read_config(path, overrides), splits, classes)
 
 
-def read_config(path: str, overrides: List[str]):
+def read_config(path: str, overrides: Sequence[str]):
     """The config that a user names, without their data. It is not frozen."""
     if not path:
         raise ConfigError(
@@ -65,7 +68,7 @@ def read_config(path: str, overrides: List[str]):
     with as_config_error("--config-file"):
         path = config_files.find_config(path)
     import_of_file(path)  # it may be the config.yaml of a run
-    return config_files.load_config(path, overrides)
+    return config_files.load_config(path, list(overrides))
 
 
 def with_own_data(cfg, splits: Sequence[str], classes: int = 0):

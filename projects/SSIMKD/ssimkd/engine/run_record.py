@@ -106,6 +106,31 @@ def record_run(folder: str) -> Iterator[None]:
         write(folder, entries)
 
 
+@contextmanager
+def keep_config(folder: str) -> Iterator[None]:
+    """Puts the `config.yaml` of an earlier run back after a command that trained nothing.
+
+    Detectron2 writes the file at the start of every command. It belongs to the checkpoints beside
+    it, which an evaluation, or a run that fails at its start, leaves as they are.
+    """
+    path = os.path.join(folder, "config.yaml")
+    before, earlier = trained_files(folder), ""
+    if comm.is_main_process() and os.path.isfile(path):
+        earlier = Path(path).read_text()
+    try:
+        yield
+    finally:
+        if earlier and trained_files(folder) == before:
+            with atomic_write(path, "w") as file:
+                file.write(earlier)
+
+
+def trained_files(folder: str) -> Dict[str, int]:
+    """The files that a training writes: name -> time of the last change."""
+    paths = [*Path(folder).glob("*.pth"), *Path(folder).glob("metrics.json")]
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+
 def read_record(folder: str) -> List[Dict[str, Any]]:
     """The entries of a folder's `run.json`, oldest first; none if it cannot be read."""
     path = os.path.join(folder, FILE)

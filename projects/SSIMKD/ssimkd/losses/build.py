@@ -18,7 +18,10 @@ def build_loss(name: str, node) -> KDLoss:
     """
     if name not in KD_LOSS_REGISTRY:
         known = ", ".join(sorted(key for key, _ in KD_LOSS_REGISTRY))
-        raise ConfigError(f"MODEL.DISTILL.LOSSES: there is no loss {name!r}; there are {known}")
+        raise ConfigError(
+            f"MODEL.DISTILL.LOSSES: there is no loss {name!r}; there are {known}; "
+            "--import names the module of a loss of your own"
+        )
     key = name.upper()
     if key not in node:
         raise ConfigError(

@@ -7,6 +7,7 @@ The values in the order in which they are computed:
     losses             Dict[str, Tensor]              "<loss>_kd_loss" -> scalar, weighted
 """
 
+import logging
 from contextlib import nullcontext, suppress
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -38,6 +39,7 @@ from .late_log import LateLog
 from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 from .responses import Answers, HeadOutputs, pair_answers
 
+logger = logging.getLogger(__name__)
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
 OPTIONS = (
     *("in_features", "level_weights", "adapter", "mask_padding"),
@@ -275,6 +277,8 @@ class Distiller(nn.Module):
         """
         iteration = get_event_storage().iter
         if not self.active(iteration):
+            if iteration == self.schedule["stop"]:
+                logger.info("The distillation has ended (STOP_ITER): its losses are 0 from now on")
             return self._ended(images.device)
         student, teacher, *answers = self.match(
             batched_inputs, student_maps, images, preprocessing, outputs

@@ -1,6 +1,5 @@
 """The cost of a detector: parameters, FLOPs, size of its file, images per second."""
 
-import os
 import time
 import warnings
 from contextlib import suppress
@@ -44,20 +43,21 @@ def flop_counter(model: nn.Module, image: Tensor) -> FlopCountAnalysis:
 
 
 def costs(detector: Detector, file_name: str) -> Dict[str, Optional[float]]:
-    """Parameters in millions, FLOPs in billions and the file's size in MB; None if not known.
+    """Parameters in millions, FLOPs in billions and the weights' size in MB; None if not known.
 
-    Parameters that only the distillation needs are not counted.
+    What only the distillation or the training needs is not counted.
 
     Args:
         detector (Detector): may lack its model.
         file_name (str): the image on which FLOPs are counted, or "" if there is none.
     """
     found: Dict[str, Optional[float]] = dict.fromkeys(("parameters", "flops", "size"))
-    if os.path.isfile(detector.file):
-        found["size"] = os.path.getsize(detector.file) / 1e6
     if detector.model is not None:
         own = (p for n, p in detector.model.named_parameters() if not n.startswith(PREFIX))
         found["parameters"] = sum(p.numel() for p in own) / 1e6
+        weights = detector.model.state_dict().items()
+        kept = (x for name, x in weights if not name.startswith(PREFIX))
+        found["size"] = sum(x.numel() * x.element_size() for x in kept) / 1e6
         # Some operators run but cannot be traced.
         with suppress(Exception), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

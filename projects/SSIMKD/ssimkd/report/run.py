@@ -86,10 +86,12 @@ class Run:
     def scalars(self) -> Dict[str, Series]:
         """The scalars of metrics.json by name.
 
-        The later value counts if a resumed run repeated an iteration. A line that a killed run did
-        not finish is skipped.
+        A line of an earlier iteration begins a part that was trained again, or a new run: what
+        the file had from that iteration on is left out. A line that a killed run did not finish is
+        skipped.
         """
         by_name: Dict[str, Dict[int, float]] = {}
+        last = -1
         path = self.path("metrics.json")
         if not os.path.isfile(path):
             return {}
@@ -100,11 +102,17 @@ class Run:
                 except json.JSONDecodeError:
                     self.notes.append(f"Line {number} of {path} is not JSON and was skipped.")
                     continue
+                now, again = values["iteration"], values["iteration"] < last
+                for points in by_name.values() if again else ():
+                    for iteration in [x for x in points if x >= now]:
+                        del points[iteration]
+                last = now
                 for name, value in values.items():
-                    by_name.setdefault(name, {})[values["iteration"]] = value
+                    by_name.setdefault(name, {})[now] = value
         return {
             name: (sorted(points), [points[i] for i in sorted(points)])
             for name, points in by_name.items()
+            if points
         }
 
     @cached_property
