@@ -131,7 +131,7 @@ def test_a_wrong_key_of_a_lazy_config_is_named():
     with pytest.raises(ConfigError, match="datasets: there are the keys coco, num_classes_from"):
         use_own_data(OmegaConf.create({"datasets": {"cocoo": []}}), ("TRAIN",))
     with pytest.raises(ConfigError, match="^datasets.coco: an entry is a mapping"):
-        use_own_data(OmegaConf.create({"datasets": {"coco": [{"nam": "a"}]}}), ("TRAIN",))
+        use_own_data(OmegaConf.create({"datasets": {"coco": [{"title": "a"}]}}), ("TRAIN",))
 
 
 @pytest.mark.parametrize("names, message", [([], "here names"), (["crack"], "'crack' is reg")])
