@@ -7,20 +7,22 @@ r"""Compares the losses with equal budgets, seeds and searches of the weight.
     python benchmarks/compare.py --methods ssim ssim:SSIM.BORDER=zero:WARMUP_ITERS=100 "ssim:*0.5"
     python benchmarks/compare.py --methods ssim dist ssim+dist  # two losses at once
     python benchmarks/compare.py --on photos --methods vanilla "vanilla:*1.3" ssim --budget 1200
+    python benchmarks/compare.py --on retinanet --methods ssim crosskd ssim+crosskd
     python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda  # overrides for every run
 
 Finished runs are not repeated when the command is started again. With --records
 docs/comparison/records.json, the runs that this project has published are not repeated either.
 
-The data are Shapes or, with --on photos, BCCD, whose teacher configs/photos/teacher.yaml trains.
-On Shapes every student but vanilla starts with its teacher's heads (configs/shapes/compare.yaml);
-the method ssim:*0 starts with them and distils nothing. vanilla:*1.3 trains 1.3 times as long.
+The detector is a Faster R-CNN on Shapes, or a RetinaNet on Shapes with --on retinanet, or a Faster
+R-CNN on BCCD with --on photos. The last two need their teachers first; configs/README.md has the
+commands. On Shapes every student but vanilla starts with its teacher's heads
+(configs/shapes/compare.yaml); the method ssim:*0 starts with them and distils nothing. vanilla:*1.3 trains 1.3 times as long.
 
 Each weight is searched as follows. Short runs with the default weight measure the gradients. The
 search starts at the weight whose gradient at the maps is nearest to RATIO times the detector's. It
 tries factors of four around it, and goes on while the best weight is at an edge. The students of
-the search train at the shortest budget. They are evaluated on BCCD's validation images, or on a
-fifth of the training images of Shapes, which they do not see. Variants of --ablation take the
+the search train for --search-budget iterations. They are evaluated on BCCD's validation images, or
+on a fifth of the training images of Shapes, which they do not see. Variants of --ablation take the
 weight of ssim. In ssim+dist, ssim has the weight of its own search, and the search of dist starts
 at the weight that is best for dist alone. Differences are taken to ssim, or to the first of
 --methods if ssim is not among them.
@@ -47,6 +49,7 @@ from compare_methods import (
     PLAIN,
     REFERENCE,
     ROOT,
+    Experiment,
     Method,
     default_weight,
     parse_method,
@@ -137,7 +140,8 @@ class Comparison:
         self, methods: Sequence[Method], centres: Mapping[str, float]
     ) -> Dict[str, Dict[float, float]]:
         """Name of a method -> weight -> AP on the held-out images, or -inf if a run failed."""
-        iters, seeds = min(self.args.budget), self.args.search_seeds
+        iters = self.args.search_budget or min(self.args.budget)
+        seeds = self.args.search_seeds
         data = (*self.on.search_train, *self.on.search_test)
         scores: Dict[str, Dict[float, float]] = {}
         todo = {}
@@ -210,9 +214,9 @@ def origin_of(record: Dict[str, Any]) -> Dict[str, str]:
     return {key: record[key] for key in ("commit", "machine")}
 
 
-def fits(loss: type) -> bool:
-    """Whether the student, a Faster R-CNN, has what a loss compares with its defaults."""
-    return bool({"maps", "rpn", "roi"} & set(loss().compares))
+def fits(loss: type, on: Experiment) -> bool:
+    """Whether the student has what a loss compares with its defaults."""
+    return bool({"maps", *on.heads} & set(loss().compares))
 
 
 def select(args: argparse.Namespace) -> List[Method]:
@@ -221,7 +225,8 @@ def select(args: argparse.Namespace) -> List[Method]:
     Raises:
         ConfigError: there is no such method.
     """
-    every = [PLAIN, HEADS, *sorted(name for name, cls in KD_LOSS_REGISTRY if fits(cls))]
+    fitting = sorted(name for name, loss in KD_LOSS_REGISTRY if fits(loss, EXPERIMENTS[args.on]))
+    every = [PLAIN, HEADS, *fitting]
     names = args.methods or ([PLAIN, REFERENCE] if args.ablation else every)
     methods = [parse_method(name) for name in names]
     for group in args.ablation:
@@ -300,6 +305,7 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help="variants of ssim")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of every method")
     add("--budget", type=int, nargs="+", default=[500], help="iterations; each makes a table")
+    add("--search-budget", type=int, help="iterations in the search; default: the shortest budget")
     add("--search-seeds", type=int, nargs="*", default=[101], help="none for the default weights")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes, a thread each")
     add("--out", default=str(ROOT / "output/compare"), help="folder of runs and report")
@@ -316,7 +322,7 @@ def main() -> None:
     with exit_in_one_line():
         load_config(str(ROOT / EXPERIMENTS[args.on].vanilla), args.opts)
         methods = select(args)
-        if args.on == "shapes":  # draws the images before several processes do
+        if args.on != "photos":  # draws the images before several processes do
             DatasetCatalog.get("ssimkd_shapes_val")
         comparison, out = Comparison(args), Path(args.out).resolve()
         if args.records:

@@ -42,23 +42,31 @@ class Experiment(NamedTuple):
 
     Attributes:
         vanilla, distilled (str): paths of the configs without and with a teacher.
+        heads (tuple[str]): kinds of heads that the student has.
         search_train, search_test (tuple[str]): overrides for the runs that search the weights.
         test (tuple[str]): overrides for the runs of the table.
     """
 
     vanilla: str
     distilled: str
+    heads: Tuple[str, ...] = ("rpn", "roi")
     search_train: Tuple[str, ...] = ()
     search_test: Tuple[str, ...] = ()
     test: Tuple[str, ...] = ()
 
 
+SHAPES = Experiment(
+    "configs/shapes/vanilla.yaml",
+    "configs/shapes/compare.yaml",
+    search_train=("DATASETS.TRAIN", "('ssimkd_shapes_search_train',)"),
+    search_test=("DATASETS.TEST", "('ssimkd_shapes_search_val',)"),
+)
 EXPERIMENTS = {
-    "shapes": Experiment(
-        "configs/shapes/vanilla.yaml",
-        "configs/shapes/compare.yaml",
-        search_train=("DATASETS.TRAIN", "('ssimkd_shapes_search_train',)"),
-        search_test=("DATASETS.TEST", "('ssimkd_shapes_search_val',)"),
+    "shapes": SHAPES,
+    "retinanet": SHAPES._replace(
+        vanilla="configs/shapes/retinanet_vanilla.yaml",
+        distilled="configs/shapes/retinanet_compare.yaml",
+        heads=("dense",),
     ),
     "photos": Experiment(
         "configs/photos/vanilla.yaml",

@@ -79,10 +79,16 @@ def test_a_row_per_method_the_best_first():
 # --- methods ---
 
 
-def test_every_loss_that_fits_the_student_is_compared():
-    names = {m.name for m in compare.select(compare.parse_args([]))}
-    assert {"ssim", "kd", "dkd", "dist"} < names
-    assert not {"bckd", "crosskd"} & names  # of dense heads
+@pytest.mark.parametrize(
+    "on, fitting, others",
+    [
+        ("shapes", {"ssim", "kd", "dkd", "dist"}, {"bckd", "crosskd"}),
+        ("retinanet", {"ssim", "kd", "dist", "bckd", "crosskd"}, {"dkd"}),
+    ],
+)
+def test_every_loss_that_fits_the_student_is_compared(on, fitting, others):
+    names = {m.name for m in compare.select(compare.parse_args(["--on", on]))}
+    assert fitting < names and not others & names
 
 
 def test_a_method_is_a_loss_with_changes():
@@ -168,13 +174,15 @@ def weight_of(run):
 )
 def test_search_moves_on_to_the_best_weight(tmp_path, executed, target, tried, chosen):
     calls = executed(lambda run: 50 - abs(math.log(weight_of(run) / target)))
-    search, method = comparison(tmp_path, "--search-seeds", "7", "8"), parse_method("l1:*2")
+    args, method = ("--search-seeds", "7", "8", "--search-budget", "4"), parse_method("l1:*2")
+    search = comparison(tmp_path, *args)
     scores = search.search([parse_method(method.searched_as)], {"l1": 4.0})
     assert sorted(scores["l1"]) == tried and len(calls) == 2 * len(tried)
     assert compare.choose([method], scores) == {method: 2 * chosen}
     for run in calls:
         assert option(run, "DATASETS.TRAIN") == "('ssimkd_shapes_search_train',)"
         assert option(run, "DATASETS.TEST") == "('ssimkd_shapes_search_val',)"
+        assert option(run, "SOLVER.MAX_ITER") == "4"
 
 
 @pytest.mark.parametrize("ratio, centre", [(15.9, 4.0), (16.1, 1.0), (None, 4.0)])
