@@ -113,8 +113,9 @@ def test_a_wrong_method_is_named_and_every_ablation_is_a_method():
     assert len({(method.opts, method.factor) for method in methods[1:]}) == len(methods) - 1
 
 
-def test_published_runs_are_of_todays_configs_and_keys():
-    records = json.loads((ROOT / "docs/comparison/records.json").read_text())
+@pytest.mark.parametrize("path", (ROOT / "docs/comparison").glob("*.json"), ids=lambda p: p.stem)
+def test_published_runs_are_of_todays_configs_and_keys(path):
+    records = json.loads(path.read_text())
     for config, digest in {(r["settings"][0], r["config"]) for r in records.values()}:
         assert compare_runs.digest(config) == digest, config
     for config, *opts in {tuple(r["settings"]) for r in records.values()}:
