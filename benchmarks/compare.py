@@ -16,7 +16,8 @@ docs/comparison/records.json, the runs that this project has published are not r
 The detector is a Faster R-CNN on Shapes, or a RetinaNet on Shapes with --on retinanet, or a Faster
 R-CNN on BCCD with --on photos. The last two need their teachers first; configs/README.md has the
 commands. On Shapes every student but vanilla starts with its teacher's heads
-(configs/shapes/compare.yaml); the method ssim:*0 starts with them and distils nothing. vanilla:*1.3 trains 1.3 times as long.
+(configs/shapes/compare.yaml); the method ssim:*0 starts with them and distils nothing.
+vanilla:*1.3 trains 1.3 times as long.
 
 Each weight is searched as follows. Short runs with the default weight measure the gradients. The
 search starts at the weight whose gradient at the maps is nearest to RATIO times the detector's. It
