@@ -250,13 +250,6 @@ def test_a_run_that_cannot_learn_from_its_teacher_says_so_once(
     assert [expected in x for x in warnings] == [True] * bool(expected)
 
 
-def test_losses_of_a_teacher_that_are_switched_off_are_refused():
-    cfg = shapes_cfg("ssimkd", "MODEL.DISTILL.LOSSES", ())
-    cfg.MODEL.DISTILL.TEACHERS = [{"CONFIG": "configs/shapes/teacher.yaml", "LOSSES": ["ssim"]}]
-    with pytest.raises(ConfigError, match=r"MODEL.DISTILL.LOSSES is \(\), which switches off"):
-        DistillTrainer.build_model(cfg)
-
-
 def test_inheriting_without_losses_is_said_to_do_nothing(student, caplog):
     settings = replace(SETTINGS, inherit={"": ["neck"]})
     prepare(student("MODEL.DISTILL.LOSSES", ()), None, settings, resumed=False)

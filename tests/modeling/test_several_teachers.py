@@ -129,3 +129,8 @@ def test_a_whole_number_is_a_loss_weight(files):
 def test_one_and_several_exclude_each_other(files, key, value):
     with pytest.raises(ConfigError, match=f"{KEY}.{key} and .TEACHERS are both set"):
         build(entries(files), f"{KEY}.{key}", value)
+
+
+def test_losses_of_a_teacher_that_are_switched_off_are_refused(files):
+    with pytest.raises(ConfigError, match=rf"{KEY}.LOSSES is \(\), which switches off"):
+        build(entries(files, LOSSES=["ssim"]), f"{KEY}.LOSSES", ())

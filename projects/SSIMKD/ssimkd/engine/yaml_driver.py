@@ -116,11 +116,6 @@ class DistillTrainer(DefaultTrainer):
                 f"MODEL.META_ARCHITECTURE: {type(model).__name__} does not distil; set "
                 "DistillRCNN, DistillRetinaNet or DistillPanopticFPN, or MODEL.DISTILL.LOSSES to ()"
             )
-        if not node.LOSSES and any("LOSSES" in entry for entry in node.TEACHERS):
-            raise ConfigError(
-                "MODEL.DISTILL.LOSSES is (), which switches off every teacher, and an entry of "
-                "MODEL.DISTILL.TEACHERS names LOSSES: name losses in the first, or TEACHERS []"
-            )
         build_teachers(model, training_classes(cfg))
         return model
 
@@ -288,7 +283,7 @@ def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `MODEL.WEIGHTS` (or the last checkpoint) of a YAML config; no teacher is built."""
     cfg = without_pretraining(cfg)
-    cfg.MODEL.DISTILL.LOSSES = ()
+    cfg.MODEL.DISTILL.LOSSES, cfg.MODEL.DISTILL.TEACHERS = (), []
     with as_setting_error("MODEL"):
         model = build_model(cfg)
     check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})

@@ -160,10 +160,18 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
     """Builds what `cfg.MODEL.DISTILL` describes: one teacher, or the several of TEACHERS.
 
     Raises:
-        ConfigError: an option is unknown or out of its range, or both kinds are set.
+        ConfigError: an option is unknown or out of its range, both kinds are set, or LOSSES is
+            empty and an entry of TEACHERS names losses.
     """
     node = cfg.MODEL.get("DISTILL")
-    if not (node and node.TEACHERS and node.LOSSES):
+    if not (node and node.TEACHERS):
+        return Distiller(cfg)
+    if not node.LOSSES:
+        if any("LOSSES" in entry for entry in node.TEACHERS):
+            raise ConfigError(
+                "MODEL.DISTILL.LOSSES is (), which switches off every teacher, and an entry of "
+                "MODEL.DISTILL.TEACHERS names LOSSES: name losses in the first, or TEACHERS []"
+            )
         return Distiller(cfg)
     if node.TEACHER.CONFIG or node.INHERIT:
         set_too = "TEACHER.CONFIG" if node.TEACHER.CONFIG else "INHERIT"
