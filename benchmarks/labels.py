@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+r"""AP against the share of the training images that have labels.
+
+    python benchmarks/labels.py                          # Shapes, 1000 iterations
+    python benchmarks/labels.py --on photos --budget 600
+
+For each share and seed it trains three students of the same budget: without a teacher, with ssim on
+the labelled images, and with ssim on all images, where the teacher sees those without labels, too.
+Each step has a batch of labelled images; the third student gets as many others beside them.
+
+Finished runs are not repeated when the command is started again. The folder --out then holds
+table.md, plot.png and records.json.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import matplotlib
+from compare_methods import ROOT
+from compare_runs import Run, Runner, gather
+from detectron2.data import DatasetCatalog
+from ssimkd.engine.arguments import load_config
+from ssimkd.errors import exit_in_one_line
+from ssimkd.utils.measure import markdown
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+METHODS = ("vanilla", "ssim", "ssim on all images")
+# folder of the two configs, name of the training images, the dataset of the results
+DATA = {
+    "shapes": ("configs/shapes", "ssimkd_shapes_train", "ssimkd_shapes_val"),
+    "photos": ("configs/photos", "bccd_train", "bccd_val_test"),
+}
+Samples = Dict[Tuple[int, str], Dict[int, float]]  # (percent, method) -> seed -> AP
+
+
+def plan(args: argparse.Namespace) -> Dict[Tuple[int, str, int], Run]:
+    """(percent of labelled images, method, seed) -> the run."""
+    folder, train, test = DATA[args.on]
+    batch = load_config(str(ROOT / folder / "ssimkd.yaml"), args.opts).SOLVER.IMS_PER_BATCH
+    runs = {}
+    for seed in args.seeds:
+        for percent in args.shares:
+            for method in METHODS[: 3 if percent < 100 else 2]:
+                settings = ["SEED", seed, "SOLVER.MAX_ITER", args.budget]
+                settings += ["SOLVER.STEPS", (args.budget * 3 // 4, args.budget * 9 // 10)]
+                settings += ["SOLVER.WARMUP_ITERS", args.budget // 10, "DATASETS.TEST", (test,)]
+                settings += ["DATASETS.TRAIN", (f"{train}[:{percent}%]",)]
+                if method == METHODS[2]:
+                    settings += ["DATASETS.UNLABELED", (f"{train}[{percent}%:]",)]
+                    settings += ["SOLVER.IMS_PER_BATCH_UNLABELED", batch]
+                name = "vanilla" if method == METHODS[0] else "ssimkd"
+                where = Path(args.out).resolve() / f"{percent}" / method.replace(" ", "_")
+                opts = (*map(str, settings), *args.opts)
+                runs[percent, method, seed] = Run(
+                    where / f"seed{seed}", f"{folder}/{name}.yaml", opts
+                )
+    return runs
+
+
+def table(samples: Samples) -> str:
+    """Mean and standard deviation of AP as a table in Markdown: a row per method."""
+    shares = sorted({percent for percent, _ in samples})
+    rows = []
+    for method in METHODS:
+        cells = [method]
+        for percent in shares:
+            values = [*samples.get((percent, method), {}).values()]
+            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
+        rows.append(cells)
+    return markdown(["box AP", *(f"{percent} % of the labels" for percent in shares)], rows)
+
+
+def plot(samples: Samples, path: Path) -> None:
+    """Draws a dot for each seed and a line through the means."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for index, method in enumerate(METHODS):
+        found = {p: [*samples[p, m].values()] for p, m in sorted(samples) if m == method}
+        for percent, values in found.items():
+            axes.plot([percent] * len(values), values, "o", color=f"C{index}", alpha=0.5, ms=4)
+        means = [statistics.mean(values) for values in found.values()]
+        axes.plot([*found], means, color=f"C{index}", label=method)
+    axes.set_xlabel("training images with labels (%)")
+    axes.set_ylabel("box AP (dot: seed, line: mean)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--on", choices=DATA, default="shapes", help="which configs and data")
+    add("--shares", type=int, nargs="+", default=[10, 25, 100], help="percent with labels")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--budget", type=int, default=1000, help="iterations of every run")
+    add("--jobs", type=int, default=os.cpu_count(), help="number of processes, a thread each")
+    add("--out", default=str(ROOT / "output/labels"), help="folder of runs and report")
+    add("opts", nargs="*", help="overrides for every run, after --")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Runs the script."""
+    args, runner = parse_args(), Runner()
+    with exit_in_one_line():
+        runs, out = plan(args), Path(args.out).resolve()
+        if args.on == "shapes":  # draws the images before several processes do
+            DatasetCatalog.get("ssimkd_shapes_val")
+        runner.finish(runs.values(), "labels", args.jobs)
+        gather(out)
+    samples: Samples = defaultdict(dict)
+    origins: List[Tuple[Any, Any]] = []
+    for (percent, method, seed), run in runs.items():
+        record = run.record()
+        if record:
+            samples[percent, method][seed] = record["bbox"]["AP"] or 0.0
+            origins.append((record["commit"], record["machine"]))
+    if samples:
+        command = shlex.join(["python", "benchmarks/labels.py", *sys.argv[1:]])
+        code, where = (" and ".join(sorted(set(words))) for words in zip(*origins))
+        text = f"{table(samples)}\n\n`{command}`, commit {code}, on {where}\n"
+        (out / "table.md").write_text(text)
+        plot(samples, out / "plot.png")
+        print(text)
+    if runner.failed:
+        sys.exit(f"{len(runner.failed)} runs failed. The same command tries them again.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
