@@ -5,7 +5,7 @@ import torch
 from conftest import image_batch
 from detectron2.utils.events import EventStorage
 from ssimkd import KD_LOSS_REGISTRY, ConfigError
-from ssimkd.modeling.distiller import learns_without_labels, weight_factor
+from ssimkd.modeling.distiller import learns_without_labels
 from ssimkd.modeling.nonfinite import explain_nonfinite
 from ssimkd.modeling.several_teachers import takes_unlabeled
 from test_students import BATCH, pair, rich_batch, save_teacher, zoo_cfg
@@ -95,21 +95,6 @@ def test_nan_in_an_image_without_labels_is_found(student):
     nan = {**UNLABELED[0], "image": torch.full((3, 64, 64), float("nan"))}
     text = explain_nonfinite(model, [nan, *LABELED])
     assert "ssim_kd/p2 is nan" in text and "fgd" not in text
-
-
-def test_a_weight_rises_stays_and_falls():
-    schedule = [weight_factor(i, warmup=4, cooldown=2, stop=8) for i in range(10)]
-    assert schedule == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5, 0, 0]
-    assert [weight_factor(i, stop=2) for i in range(4)] == [1, 1, 0, 0]
-    assert [weight_factor(i, warmup=2) for i in range(4)] == [0.5, 1, 1, 1]
-    assert weight_factor(10**6) == 1
-    # phases that meet: the smaller factor
-    assert [weight_factor(i, warmup=4, cooldown=4, stop=4) for i in range(4)] == [
-        0.25,
-        0.5,
-        0.5,
-        0.25,
-    ]
 
 
 def test_a_distillation_ends(student, monkeypatch):

@@ -172,7 +172,7 @@ class WarnOfShare(HookBase):
         if self.trainer.iter > 0:
             return
         self.model.report_gradients = None
-        warmup = [one.schedule["warmup"] for _, one in distillers_of(self.model)]
+        warmup = [one.schedule.warmup for _, one in distillers_of(self.model)]
         ratio = self.measured.get("gradient_ratio", 0.0) * max([1, *warmup])
         if ratio > MOST_RATIO:
             logger.warning(

@@ -93,21 +93,21 @@ def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[s
         dict[str, str]: loss -> the setting of 0 that keeps it from the student.
     """
     idle, schedule = idle_by_settings(distiller), distiller.schedule
-    distils = min(iterations, schedule["stop"] or iterations)
+    distils = schedule.iterations(iterations)
     if len(idle) == len(distiller.losses):
         warn_of_idle(name, idle)
-    elif schedule["warmup"] > distils:
+    elif schedule.warmup > distils:
         logger.warning(
             "MODEL.DISTILL.WARMUP_ITERS is %d, and the run distils in %d iterations: the losses "
             "never get their whole weight",
-            schedule["warmup"],
+            schedule.warmup,
             distils,
         )
-    if schedule["stop"] > iterations:
+    if schedule.stop > iterations:
         logger.warning(
             "MODEL.DISTILL.STOP_ITER is %d, and the run has %d iterations: it ends before the "
             "distillation does",
-            schedule["stop"],
+            schedule.stop,
             iterations,
         )
     return idle

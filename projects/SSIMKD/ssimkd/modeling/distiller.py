@@ -33,11 +33,12 @@ from ssimkd.teacher.heads import (
 )
 from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.teacher.spec import TeacherSpec
-from ssimkd.utils.validate import check_coefficients, check_integers
+from ssimkd.utils.validate import check_coefficients
 
 from .late_log import LateLog
 from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
 from .responses import Answers, HeadOutputs, pair_answers
+from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
 # The arguments of a Distiller that MODEL.DISTILL itself holds, in capitals.
@@ -65,7 +66,7 @@ class Distiller(nn.Module):
             `in_features`; empty: 1.
         adapter (str): "none" or "conv1x1", a convolution to the teacher's channels for each level.
         mask_padding (bool): leave out the cells that only pad an image to the size of its batch.
-        warmup_iters, cooldown_iters, stop_iter (int): see :func:`weight_factor`.
+        warmup_iters, cooldown_iters, stop_iter (int): see :class:`Schedule`.
         loss_weight (float): factor of all losses, to balance several teachers.
 
     Raises:
@@ -88,16 +89,8 @@ class Distiller(nn.Module):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.schedule = dict(warmup=warmup_iters, cooldown=cooldown_iters, stop=stop_iter)
-        iterations = dict(
-            warmup_iters=warmup_iters, cooldown_iters=cooldown_iters, stop_iter=stop_iter
-        )
-        check_integers(**{f"MODEL.DISTILL.{k.upper()}": n for k, n in iterations.items()})
-        if cooldown_iters > stop_iter:
-            raise ConfigError(
-                f"MODEL.DISTILL.COOLDOWN_ITERS is {cooldown_iters}: it ends at STOP_ITER, which is "
-                f"{stop_iter}"
-            )
+        self.schedule = Schedule(warmup_iters, cooldown_iters, stop_iter)
+        self.schedule.check()
         check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
         if adapter not in ("none", "conv1x1"):
             raise ConfigError(f"MODEL.DISTILL.ADAPTER must be none or conv1x1, got {adapter!r}")
@@ -151,8 +144,7 @@ class Distiller(nn.Module):
 
     def active(self, iteration: int) -> bool:
         """Whether there is anything to distil in this iteration."""
-        stop = self.schedule["stop"]
-        return self.enabled and not (stop and iteration >= stop)
+        return self.enabled and not self.schedule.ended(iteration)
 
     @property
     def takes_unlabeled(self) -> bool:
@@ -277,7 +269,7 @@ class Distiller(nn.Module):
         """
         iteration = get_event_storage().iter
         if not self.active(iteration):
-            if iteration == self.schedule["stop"]:
+            if iteration == self.schedule.stop:
                 logger.info("The distillation has ended (STOP_ITER): its losses are 0 from now on")
             return self._ended(images.device)
         student, teacher, *answers = self.match(
@@ -292,13 +284,12 @@ class Distiller(nn.Module):
         self.log.put(
             {f"{name}_kd/{level}": x for name, by in terms.items() for level, x in by.items()}
         )
-        schedule = weight_factor(iteration, **self.schedule)
+        common = self.loss_weight * self.schedule.factor(iteration)
         losses = {}
         for loss in self.losses.values():
             levels = terms[loss.name].items()
             weighted = [self.level_weights.get(level, 1.0) * value for level, value in levels]
-            factor = loss.weight * self.loss_weight * schedule
-            losses[f"{loss.name}_kd_loss"] = factor * torch.stack(weighted).sum()
+            losses[f"{loss.name}_kd_loss"] = loss.weight * common * torch.stack(weighted).sum()
         return losses
 
     def _ended(self, device: torch.device) -> Dict[str, Tensor]:
@@ -394,23 +385,6 @@ class Distiller(nn.Module):
                 elif answers:
                     terms[loss.name] = loss(*answers, context)
         return terms
-
-
-def weight_factor(iteration: int, *, warmup: int = 0, cooldown: int = 0, stop: int = 0) -> float:
-    """The factor of all weights in an iteration, in [0, 1].
-
-    It grows linearly over the first `warmup` iterations, and falls linearly to 0 over the last
-    `cooldown` iterations before `stop`.
-
-    Args:
-        iteration (int): from 0.
-        warmup, cooldown (int): numbers of iterations; 0: there is no such phase.
-        stop (int): the first iteration in which the factor is 0; 0: there is none.
-    """
-    factor = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
-    if stop:
-        factor = min(factor, max(0.0, (stop - iteration) / max(cooldown, 1)))
-    return factor
 
 
 def learns_without_labels(loss: KDLoss) -> bool:

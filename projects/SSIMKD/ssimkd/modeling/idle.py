@@ -39,7 +39,7 @@ def idle_by_gradient(
         batch (list[dict]): images with targets.
         iterations (int): of the run.
     """
-    last = min(iterations, distiller.schedule["stop"] or iterations) - 1
+    last = distiller.schedule.iterations(iterations) - 1
     with preserve_random_state():
         student, teacher, *answers = paired_outputs(model, distiller, batch)
     leaves = [x for given in (student, answers[0]) for x in tensors_in(given)]
