@@ -14,10 +14,10 @@ Finished runs are not repeated when the command is started again. With --records
 docs/comparison/records.json, the runs that this project has published are not repeated either.
 
 The detector is a Faster R-CNN on Shapes, or a RetinaNet on Shapes with --on retinanet, or a Faster
-R-CNN on BCCD with --on photos. The last two need their teachers first; configs/README.md has the
+R-CNN on BCCD with --on photos. Train the teachers of the last two first; configs/README.md has the
 commands. On Shapes every student but vanilla starts with its teacher's heads
-(configs/shapes/compare.yaml); the method ssim:*0 starts with them and distils nothing.
-vanilla:*1.3 trains 1.3 times as long.
+(configs/shapes/compare.yaml, retinanet_compare.yaml). The method ssim:*0 starts with them and
+distils nothing. vanilla:*1.3 trains 1.3 times as long.
 
 Each weight is searched as follows. Short runs with the default weight measure the gradients. The
 search starts at the weight whose gradient at the maps is nearest to RATIO times the detector's. It
@@ -55,7 +55,7 @@ from compare_methods import (
     default_weight,
     parse_method,
 )
-from compare_runs import COSTS, Run, Runner, gather, restore
+from compare_runs import COSTS, Run, Runner, check_teacher, gather, restore, schedule
 from detectron2.data import DatasetCatalog
 from ssimkd import KD_LOSS_REGISTRY
 from ssimkd.engine.arguments import load_config
@@ -97,9 +97,7 @@ class Comparison:
         """A run of `iters` iterations in `<out>/<kind>/<method>-w<weight>/seed<seed>`."""
         name, config = method.name, self.on.vanilla
         iters = iters if method.loss else round(iters * method.factor)
-        settings = ["SEED", seed, "SOLVER.MAX_ITER", iters, "SOLVER.WARMUP_ITERS", iters // 10]
-        last_quarter, last_tenth = iters - max(2, iters // 4), iters - max(1, iters // 10)
-        settings += ["SOLVER.STEPS", (last_quarter, last_tenth)]
+        settings = ["SEED", seed, *schedule(iters)]
         if method.loss:
             name, config = f"{method.name}-w{weight:g}", self.on.distilled
             weights = {method.loss: weight}
@@ -216,7 +214,7 @@ def origin_of(record: Dict[str, Any]) -> Dict[str, str]:
 
 
 def fits(loss: type, on: Experiment) -> bool:
-    """Whether the student has what a loss compares with its defaults."""
+    """Whether the student has something that a loss with default options compares."""
     return bool({"maps", *on.heads} & set(loss().compares))
 
 
@@ -309,12 +307,14 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--search-budget", type=int, help="iterations in the search; default: the shortest budget")
     add("--search-seeds", type=int, nargs="*", default=[101], help="none for the default weights")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes, a thread each")
-    add("--out", default=str(ROOT / "output/compare"), help="folder of runs and report")
+    add("--out", help="folder of runs and report; default: output/compare_<on>")
     add("--records", type=Path, help="a records.json with runs that are not repeated")
     add("--timing-rounds", type=int, default=3, help="timed runs of each method, may be 0")
     add("--timing-iters", type=int, default=60, help="iterations of a timed run")
     add("opts", nargs="*", help="overrides for every run, after --")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.out = args.out or str(ROOT / f"output/compare_{args.on}")
+    return args
 
 
 def main() -> None:
@@ -322,6 +322,7 @@ def main() -> None:
     args = parse_args()
     with exit_in_one_line():
         load_config(str(ROOT / EXPERIMENTS[args.on].vanilla), args.opts)
+        check_teacher(EXPERIMENTS[args.on].distilled, args.opts)
         methods = select(args)
         if args.on != "photos":  # draws the images before several processes do
             DatasetCatalog.get("ssimkd_shapes_val")

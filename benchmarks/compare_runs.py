@@ -12,12 +12,13 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from compare_methods import ROOT
 from detectron2.config import CfgNode
 from ssimkd.commands.weight import medians, read_rows
+from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import commit, machine
 from ssimkd.errors import ConfigError, as_config_error
 from tqdm import tqdm
@@ -88,6 +89,23 @@ class Runner:
                     bar.update()
             finally:  # an interruption starts no more runs
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def schedule(iterations: int) -> List[Any]:
+    """The overrides for a run of so many iterations: its warm-up and two steps of the rate."""
+    last_quarter, last_tenth = (iterations - max(n, iterations // d) for n, d in ((2, 4), (1, 10)))
+    steps = ("SOLVER.WARMUP_ITERS", iterations // 10, "SOLVER.STEPS", (last_quarter, last_tenth))
+    return ["SOLVER.MAX_ITER", iterations, *steps]
+
+
+def check_teacher(config: str, opts: Sequence[str]) -> None:
+    """Raises ConfigError if the teacher of a config with overrides was not trained yet."""
+    teacher = load_config(str(ROOT / config), opts, splits=()).MODEL.DISTILL.TEACHER
+    if not (ROOT / teacher.WEIGHTS).exists():
+        raise ConfigError(
+            f"there is no {teacher.WEIGHTS}. Train this teacher first, in the top folder: "
+            f"python train_net.py --config-file {teacher.CONFIG}"
+        )
 
 
 def digest(config: str) -> str:

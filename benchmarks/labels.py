@@ -4,9 +4,13 @@ r"""AP against the share of the training images that have labels.
     python benchmarks/labels.py                          # Shapes, 1000 iterations
     python benchmarks/labels.py --on photos --budget 600
 
-For each share and seed it trains three students of the same budget: without a teacher, with ssim on
-the labelled images, and with ssim on all images, where the teacher sees those without labels, too.
-Each step has a batch of labelled images; the third student gets as many others beside them.
+For each share and seed it trains three students for the same number of iterations: without a
+teacher, with ssim on the labelled images, and with ssim on all images. A step of the third student
+has as many images without labels as with them, and costs about twice as much. Where all images have
+labels, there is no third student.
+
+The labelled images are the first of the data set, for every seed. The weight of ssim is that of
+the config; it is not searched.
 
 Finished runs are not repeated when the command is started again. The folder --out then holds
 table.md, plot.png and records.json.
@@ -22,41 +26,48 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import matplotlib
+from compare import metrics_of
 from compare_methods import ROOT
-from compare_runs import Run, Runner, gather
+from compare_runs import Run, Runner, check_teacher, gather, schedule
 from detectron2.data import DatasetCatalog
 from ssimkd.engine.arguments import load_config
-from ssimkd.errors import exit_in_one_line
+from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.utils.measure import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-METHODS = ("vanilla", "ssim", "ssim on all images")
+METHODS = VANILLA, SSIM, SSIM_ON_ALL = ("vanilla", "ssim", "ssim on all images")
 # folder of the two configs, name of the training images, the dataset of the results
 DATA = {
     "shapes": ("configs/shapes", "ssimkd_shapes_train", "ssimkd_shapes_val"),
-    "photos": ("configs/photos", "bccd_train", "bccd_val_test"),
+    "photos": ("configs/photos", "bccd_train", "bccd_test"),
 }
 Samples = Dict[Tuple[int, str], Dict[int, float]]  # (percent, method) -> seed -> AP
 
 
 def plan(args: argparse.Namespace) -> Dict[Tuple[int, str, int], Run]:
-    """(percent of labelled images, method, seed) -> the run."""
+    """(percent of labelled images, method, seed) -> the run.
+
+    Raises:
+        ConfigError: an override sets what the script sets.
+    """
     folder, train, test = DATA[args.on]
-    batch = load_config(str(ROOT / folder / "ssimkd.yaml"), args.opts).SOLVER.IMS_PER_BATCH
+    cfg = load_config(str(ROOT / folder / "ssimkd.yaml"), args.opts, splits=())
     runs = {}
     for seed in args.seeds:
         for percent in args.shares:
-            for method in METHODS[: 3 if percent < 100 else 2]:
-                settings = ["SEED", seed, "SOLVER.MAX_ITER", args.budget]
-                settings += ["SOLVER.STEPS", (args.budget * 3 // 4, args.budget * 9 // 10)]
-                settings += ["SOLVER.WARMUP_ITERS", args.budget // 10, "DATASETS.TEST", (test,)]
+            for method in METHODS if percent < 100 else (VANILLA, SSIM):
+                settings = ["SEED", seed, *schedule(args.budget), "DATASETS.TEST", (test,)]
                 settings += ["DATASETS.TRAIN", (f"{train}[:{percent}%]",)]
-                if method == METHODS[2]:
+                if method == SSIM_ON_ALL:
                     settings += ["DATASETS.UNLABELED", (f"{train}[{percent}%:]",)]
+                    batch = cfg.SOLVER.IMS_PER_BATCH
                     settings += ["SOLVER.IMS_PER_BATCH_UNLABELED", batch]
-                name = "vanilla" if method == METHODS[0] else "ssimkd"
+                taken = {*settings[::2], "DATASETS.UNLABELED", "MODEL.DISTILL.LOSSES"}
+                for key in taken & {*args.opts[::2]}:
+                    raise ConfigError(f"{key} cannot be overridden, because this script sets it")
+                name = "vanilla" if method == VANILLA else "ssimkd"
                 where = Path(args.out).resolve() / f"{percent}" / method.replace(" ", "_")
                 opts = (*map(str, settings), *args.opts)
                 runs[percent, method, seed] = Run(
@@ -66,7 +77,11 @@ def plan(args: argparse.Namespace) -> Dict[Tuple[int, str, int], Run]:
 
 
 def table(samples: Samples) -> str:
-    """Mean and standard deviation of AP as a table in Markdown: a row per method."""
+    """Mean and standard deviation of AP as a table in Markdown: a row per method.
+
+    A cell says the number of its seeds if another cell has more.
+    """
+    most = max(map(len, samples.values()))
     shares = sorted({percent for percent, _ in samples})
     rows = []
     for method in METHODS:
@@ -74,6 +89,7 @@ def table(samples: Samples) -> str:
         for percent in shares:
             values = [*samples.get((percent, method), {}).values()]
             spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            spread += f" ({len(values)} of {most} seeds)" if len(values) < most else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
         rows.append(cells)
     return markdown(["box AP", *(f"{percent} % of the labels" for percent in shares)], rows)
@@ -103,13 +119,16 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--on", choices=DATA, default="shapes", help="which configs and data")
-    add("--shares", type=int, nargs="+", default=[10, 25, 100], help="percent with labels")
+    percents = range(1, 101)
+    add("--shares", type=int, nargs="+", default=[10, 25, 100], choices=percents, metavar="PERCENT")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--budget", type=int, default=1000, help="iterations of every run")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes, a thread each")
-    add("--out", default=str(ROOT / "output/labels"), help="folder of runs and report")
+    add("--out", help="folder of runs and report; default: output/labels_<on>")
     add("opts", nargs="*", help="overrides for every run, after --")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.out = args.out or str(ROOT / f"output/labels_{args.on}")
+    return args
 
 
 def main() -> None:
@@ -117,6 +136,7 @@ def main() -> None:
     args, runner = parse_args(), Runner()
     with exit_in_one_line():
         runs, out = plan(args), Path(args.out).resolve()
+        check_teacher(f"{DATA[args.on][0]}/ssimkd.yaml", args.opts)
         if args.on == "shapes":  # draws the images before several processes do
             DatasetCatalog.get("ssimkd_shapes_val")
         runner.finish(runs.values(), "labels", args.jobs)
@@ -126,7 +146,7 @@ def main() -> None:
     for (percent, method, seed), run in runs.items():
         record = run.record()
         if record:
-            samples[percent, method][seed] = record["bbox"]["AP"] or 0.0
+            samples[percent, method][seed] = metrics_of(record["bbox"])["AP"]
             origins.append((record["commit"], record["machine"]))
     if samples:
         command = shlex.join(["python", "benchmarks/labels.py", *sys.argv[1:]])

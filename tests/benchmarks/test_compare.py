@@ -13,6 +13,7 @@ import compare_runs
 import pytest
 from compare_methods import ABLATIONS, parse_method
 from conftest import ROOT
+from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.engine.arguments import load_config
 
@@ -89,6 +90,21 @@ def test_a_row_per_method_the_best_first():
 def test_every_loss_that_fits_the_student_is_compared(on, fitting, others):
     names = {m.name for m in compare.select(compare.parse_args(["--on", on]))}
     assert fitting < names and not others & names
+
+
+@pytest.mark.parametrize("on", compare.EXPERIMENTS)
+def test_every_student_can_be_built_with_every_loss_that_fits_it(on):
+    methods = compare.select(compare.parse_args(["--on", on]))
+    losses = tuple(method.loss for method in methods if method.loss and method.factor)
+    cfg = load_config(compare.EXPERIMENTS[on].distilled, ["MODEL.DISTILL.LOSSES", str(losses)], ())
+    assert set(build_model(cfg).distiller.losses) == set(losses)
+
+
+def test_a_teacher_that_was_not_trained_is_named_before_any_run():
+    opts = ["MODEL.DISTILL.TEACHER.WEIGHTS", "output/none.pth"]
+    message = "no output/none.pth. Train this teacher first.* configs/shapes/retinanet_teacher.yaml"
+    with pytest.raises(ConfigError, match=message):
+        compare_runs.check_teacher("configs/shapes/retinanet_compare.yaml", opts)
 
 
 def test_a_method_is_a_loss_with_changes():

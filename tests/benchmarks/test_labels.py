@@ -1,6 +1,8 @@
 """AP against the share of labelled images: the runs and the table."""
 
 import labels
+import pytest
+from ssimkd import ConfigError
 from ssimkd.engine.arguments import load_config
 
 
@@ -10,7 +12,7 @@ def test_the_third_student_sees_the_images_that_the_others_leave_out(tmp_path):
     assert [key[:2] for key in runs] == [
         *((25, method) for method in labels.METHODS), (100, "vanilla"), (100, "ssim")
     ]  # fmt: skip
-    cfgs = [load_config(run.config, run.opts, ()) for run in runs.values()]
+    cfgs = [load_config(run.config, run.opts, splits=()) for run in runs.values()]
     assert {cfg.DATASETS.TRAIN[0] for cfg in cfgs[:3]} == {"bccd_train[:25%]"}
     assert [cfg.DATASETS.UNLABELED for cfg in cfgs[:3]] == [(), (), ("bccd_train[25%:]",)]
     assert cfgs[2].SOLVER.IMS_PER_BATCH_UNLABELED == cfgs[2].SOLVER.IMS_PER_BATCH == 4
@@ -27,9 +29,17 @@ def test_a_row_per_method_and_a_column_per_share(tmp_path):
     head, _, *rows = labels.table(samples).splitlines()
     assert head == "| box AP | 10 % of the labels | 100 % of the labels |"
     assert rows == [
-        "| vanilla | 10.0 | 32.0 +- 2.8 |",
+        "| vanilla | 10.0 (1 of 2 seeds) | 32.0 +- 2.8 |",
         "| ssim | - | - |",
         "| ssim on all images | 21.0 +- 1.4 | - |",
     ]
     labels.plot(samples, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_overrides_and_shares_that_make_no_comparison_are_refused():
+    for key in ("SEED", "DATASETS.TRAIN", "MODEL.DISTILL.LOSSES"):
+        with pytest.raises(ConfigError, match=key):
+            labels.plan(labels.parse_args(["--shares", "10", "--", key, "1"]))
+    with pytest.raises(SystemExit):
+        labels.parse_args(["--shares", "150"])

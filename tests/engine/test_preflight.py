@@ -235,7 +235,7 @@ def test_a_new_student_inherits_and_a_resumed_or_plain_one_does_not(
             900,
             "distils in 400",
         ),
-        (("MODEL.DISTILL.STOP_ITER", 901), 900, "ends before the distillation does"),
+        (("MODEL.DISTILL.STOP_ITER", 901), 900, "the run ends before the distillation does"),
         (("MODEL.DISTILL.STOP_ITER", 900), 900, ""),
         (("MODEL.DISTILL.LOSSES", ("ssim", "l2"), "MODEL.DISTILL.L2.WEIGHT", 0.0), 900, ""),
     ],

@@ -31,7 +31,7 @@ def test_it_has_ended_where_the_factor_is_0(stop):
     [
         (dict(warmup=-1), "MODEL.DISTILL.WARMUP_ITERS"),
         (dict(stop=1.5), "MODEL.DISTILL.STOP_ITER"),
-        (dict(cooldown=5, stop=4), "COOLDOWN_ITERS is 5: it ends at STOP_ITER, which is 4"),
+        (dict(cooldown=5, stop=4), "COOLDOWN_ITERS is 5 and STOP_ITER is 4"),
     ],
 )
 def test_numbers_that_make_no_schedule_are_refused(phases, message):

@@ -132,5 +132,5 @@ def test_one_and_several_exclude_each_other(files, key, value):
 
 
 def test_losses_of_a_teacher_that_are_switched_off_are_refused(files):
-    with pytest.raises(ConfigError, match=rf"{KEY}.LOSSES is \(\), which switches off"):
+    with pytest.raises(ConfigError, match=rf"{KEY}.LOSSES is \(\) and switches off"):
         build(entries(files, LOSSES=["ssim"]), f"{KEY}.LOSSES", ())

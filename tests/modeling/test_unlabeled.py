@@ -116,7 +116,7 @@ def test_a_distillation_ends(student, monkeypatch):
     "opts, message",
     [
         ((f"{KEY}.STOP_ITER", -1), f"{KEY}.STOP_ITER must be an integer >= 0"),
-        ((f"{KEY}.COOLDOWN_ITERS", 5), "COOLDOWN_ITERS is 5: it ends at STOP_ITER, which is 0"),
+        ((f"{KEY}.COOLDOWN_ITERS", 5), "COOLDOWN_ITERS is 5 and STOP_ITER is 0"),
     ],
 )
 def test_a_wrong_schedule_is_named(student, opts, message):

@@ -245,7 +245,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_row(folder, tmp_path):
     assert [len(d.runs) for d in report.detectors] == [3, 1, 0]
     values = [runs[0].results["bbox"]["AP"], 3.0, 5.0]
     expected = f"{np.mean(values):.1f} \N{PLUS-MINUS SIGN} {np.std(values, ddof=1):.1f}"
-    assert Page(report.html()).numbers["student/AP"] == expected
+    assert Page(report.html()).numbers[f"{report.own.label}/AP"] == expected
 
 
 @pytest.mark.parametrize(

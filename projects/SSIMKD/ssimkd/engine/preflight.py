@@ -105,8 +105,8 @@ def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[s
         )
     if schedule.stop > iterations:
         logger.warning(
-            "MODEL.DISTILL.STOP_ITER is %d, and the run has %d iterations: it ends before the "
-            "distillation does",
+            "MODEL.DISTILL.STOP_ITER is %d, and the run has %d iterations: the run ends before "
+            "the distillation does",
             schedule.stop,
             iterations,
         )

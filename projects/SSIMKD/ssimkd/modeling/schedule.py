@@ -25,8 +25,8 @@ class Schedule(NamedTuple):
         check_integers(**{f"MODEL.DISTILL.{key}": value for key, value in zip(keys, self)})
         if self.cooldown > self.stop:
             raise ConfigError(
-                f"MODEL.DISTILL.COOLDOWN_ITERS is {self.cooldown}: it ends at STOP_ITER, which is "
-                f"{self.stop}"
+                f"MODEL.DISTILL.COOLDOWN_ITERS is {self.cooldown} and STOP_ITER is {self.stop}: "
+                "the weights fall before STOP_ITER, so COOLDOWN_ITERS cannot be larger"
             )
 
     def ended(self, iteration: int) -> bool:

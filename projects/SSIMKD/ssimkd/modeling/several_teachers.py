@@ -167,10 +167,10 @@ def build_distiller(cfg) -> Union[Distiller, Distillers]:
     if not (node and node.TEACHERS):
         return Distiller(cfg)
     if not node.LOSSES:
-        if any("LOSSES" in entry for entry in node.TEACHERS):
+        if any(isinstance(entry, Mapping) and entry.get("LOSSES") for entry in node.TEACHERS):
             raise ConfigError(
-                "MODEL.DISTILL.LOSSES is (), which switches off every teacher, and an entry of "
-                "MODEL.DISTILL.TEACHERS names LOSSES: name losses in the first, or TEACHERS []"
+                "MODEL.DISTILL.LOSSES is () and switches off every teacher, but an entry of "
+                "TEACHERS names LOSSES: name losses in MODEL.DISTILL.LOSSES, or set TEACHERS to []"
             )
         return Distiller(cfg)
     if node.TEACHER.CONFIG or node.INHERIT:

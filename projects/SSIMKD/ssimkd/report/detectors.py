@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -84,26 +85,41 @@ def load_detectors(runs: List[Run], notes: List[str]) -> List[Detector]:
         key = (bool(run.training), *sorted(settings_of(run).items()))
         groups.setdefault(key, []).append(run)
     first, *others = groups.values()
-    own = load_run(first, label_of(first), notes)
+    label, *labels = labels_of([[run.folder for run in group] for group in groups.values()])
+    own = load_run(first, label, notes)
     teachers = load_teachers(own.model, notes) if own.model is not None else []
     found = [own]
-    for group in others:
+    for group, label in zip(others, labels):
         path = group[0].weights
         digest = sha256(path) if os.path.isfile(path) else ""
         same = [t for t in teachers if sha256(t.file) == digest]
         if same:
             same[0].runs = group
             continue
-        label = label_of(group)
-        taken = label in {d.label for d in (*found, *teachers)}
+        taken = label in {teacher.label for teacher in teachers}
         found.append(load_run(group, group[0].folder if taken else label, notes))
     return [*found, *teachers]
 
 
-def label_of(runs: List[Run]) -> str:
-    """The name of a run's folder; of several runs without its number: "ssim_seed1" is "ssim"."""
-    name = runs[0].name
-    return name if len(runs) == 1 else re.sub(r"[-_ ]*(seed)?[-_ ]*\d+$", "", name) or name
+def labels_of(groups: List[List[str]]) -> List[str]:
+    """The names of groups of runs: as few of their last folders as tell the groups apart.
+
+    The name of several runs has no number: that of "ssim_seed1" and "ssim_seed2" is "ssim".
+
+    Args:
+        groups (list[list[str]]): the folders of the runs of each group.
+    """
+    paths = []
+    for folders in groups:
+        *above, name = Path(folders[0]).absolute().parts
+        short = name if len(folders) == 1 else re.sub(r"[-_ ]*(seed)?[-_ ]*\d+$", "", name)
+        paths.append([*above, short] if short else above)
+    labels: List[str] = []
+    for depth in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(parts[-depth:]) for parts in paths]
+        if len({*labels}) == len(labels):
+            break
+    return labels
 
 
 def load_run(runs: List[Run], label: str, notes: List[str]) -> Detector:
