@@ -10,8 +10,8 @@ r"""Compares the losses with equal budgets, seeds and searches of the weight.
     python benchmarks/compare.py --on retinanet --methods ssim crosskd ssim+crosskd
     python benchmarks/compare.py --jobs 4 -- MODEL.DEVICE cuda  # overrides for every run
 
-Finished runs are not repeated when the command is started again. With --records
-docs/comparison/records.json, the runs that this project has published are not repeated either.
+Finished runs are not repeated when the command is started again. With --records FILE, the runs in
+this file are not repeated either; docs/comparison has those that this project has published.
 
 The detector is a Faster R-CNN on Shapes, or a RetinaNet on Shapes with --on retinanet, or a Faster
 R-CNN on BCCD with --on photos. Train the teachers of the last two first; configs/README.md has the

@@ -11,6 +11,7 @@ from ssimkd.report.detectors import labels_of
         ([["ssim_seed1", "ssim_seed2"], ["vanilla3"]], ["ssim", "vanilla3"]),
         ([["ssim/seed1"], ["vanilla/seed1"]], ["ssim/seed1", "vanilla/seed1"]),
         ([["ssim/seed1", "ssim/seed2"], ["vanilla/seed1", "vanilla/seed2"]], ["ssim", "vanilla"]),
+        ([["ssim_seed1", "ssim_seed2"], ["ssim"]], ["ssim_seed1", "ssim"]),
         ([["runs/a/x"], ["runs/b/x"], ["runs/y"]], ["a/x", "b/x", "runs/y"]),
     ],
 )

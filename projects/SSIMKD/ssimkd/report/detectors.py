@@ -114,12 +114,11 @@ def labels_of(groups: List[List[str]]) -> List[str]:
         *above, name = Path(folders[0]).absolute().parts
         short = name if len(folders) == 1 else re.sub(r"[-_ ]*(seed)?[-_ ]*\d+$", "", name)
         paths.append([*above, short] if short else above)
-    labels: List[str] = []
     for depth in range(1, max(map(len, paths)) + 1):
         labels = ["/".join(parts[-depth:]) for parts in paths]
         if len({*labels}) == len(labels):
-            break
-    return labels
+            return labels
+    return [folders[0] for folders in groups]
 
 
 def load_run(runs: List[Run], label: str, notes: List[str]) -> Detector:
