@@ -59,7 +59,7 @@ from compare_runs import COSTS, Run, Runner, check_teacher, gather, restore, sch
 from detectron2.data import DatasetCatalog
 from ssimkd import KD_LOSS_REGISTRY
 from ssimkd.engine.arguments import load_config
-from ssimkd.errors import exit_in_one_line
+from ssimkd.errors import ConfigError, exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 8  # factor between two weights of a search, and most weights to try
 RATIO = 8.0  # ratio of the gradients, as in `ssimkd weight`
@@ -222,7 +222,7 @@ def select(args: argparse.Namespace) -> List[Method]:
     """The methods of the command line.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: there is no such method, or the student has no head that it compares.
     """
     fitting = sorted(name for name, loss in KD_LOSS_REGISTRY if fits(loss, EXPERIMENTS[args.on]))
     every = [PLAIN, HEADS, *fitting]
@@ -233,6 +233,13 @@ def select(args: argparse.Namespace) -> List[Method]:
             parse_method(f"{REFERENCE}:{change}", searched_as=REFERENCE)
             for change in ABLATIONS[group]
         ]
+    for method in methods:
+        for name in filter(None, (method.partner, method.loss)):
+            if not fits(KD_LOSS_REGISTRY.get(name), EXPERIMENTS[args.on]):
+                raise ConfigError(
+                    f"method {method.name}: {name} compares a head that the student of "
+                    f"--on {args.on} does not have"
+                )
     return list({method.name: method for method in methods}.values())
 
 

@@ -90,6 +90,9 @@ def test_a_row_per_method_the_best_first():
 def test_every_loss_that_fits_the_student_is_compared(on, fitting, others):
     names = {m.name for m in compare.select(compare.parse_args(["--on", on]))}
     assert fitting < names and not others & names
+    for name in others:
+        with pytest.raises(ConfigError, match=f"method ssim\\+{name}: {name} compares a head that"):
+            compare.select(compare.parse_args(["--on", on, "--methods", f"ssim+{name}"]))
 
 
 @pytest.mark.parametrize("on", compare.EXPERIMENTS)
