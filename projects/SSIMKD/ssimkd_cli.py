@@ -90,10 +90,10 @@ def train(add: Add) -> None:
     port = 2**15 + 2**14 + hash(os.getuid() if sys.platform != "win32" else 1) % 2**14
     url = f"tcp://127.0.0.1:{port}"
     add("--dist-url", default=url, help="address at which processes meet; see torch.distributed")
-    text = "train on another image in place of one that cannot be read, and count them"
+    text = "replace an image that cannot be read by another one; the log says how many"
     add("--skip-bad-images", action="store_true", help=text)
-    add("--quiet", action="store_true", help="show progress, results and warnings alone")
-    text = "the run ends when a process waits longer than this for another one (30)"
+    add("--quiet", action="store_true", help="show only progress, results and warnings on the terminal; log.txt has everything")
+    text = "minutes that a process waits for another one before the run ends (30)"
     add("--timeout", type=minutes, default=30.0, metavar="MINUTES", help=text)
     add_overrides(add)
 
@@ -134,9 +134,9 @@ def export(add: Add) -> None:
     add("--weights", required=True, help="path or URL of the student's checkpoint")
     add("--out", required=True, help="folder to write to")
     kinds = ("detectron2", "torchscript", "onnx")
-    add("--format", choices=kinds, default=kinds[0], help="kind of files to write")
-    add("--images", nargs="+", default=[], help="image files to check the graph with")
-    add("--half", action="store_true", help="store matrices in float16")
+    add("--format", choices=kinds, default=kinds[0], help="kind of files to write (detectron2)")
+    add("--images", nargs="+", default=[], help="at least two image files to check a graph with")
+    add("--half", action="store_true", help="store matrices in float16 (detectron2 only)")
     add_overrides(add)
 
 
@@ -150,7 +150,7 @@ def analyze(add: Add) -> None:
     """See above."""
     add_config(add)
     add("--weights", default="", help="path or URL of the student's checkpoint")
-    add("--image", default="", help="the image file to measure with")
+    add("--image", default="", help="image file to measure with (noise)")
     add("--repeats", type=at_least(1), default=5, help="number of timed runs (5)")
     add_overrides(add)
 
