@@ -62,7 +62,7 @@ from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 
 STEP, MOST_WEIGHTS = 4.0, 8  # factor between two weights of a search, and most weights to try
-RATIO = 8.0  # ratio of the gradients, as in `ssimkd weight`
+RATIO = 8.0  # ratio of the gradients where a search starts
 PROBE_ITERS = 100
 # icd has no gradient at the maps before its DETACH_ITERS.
 PROBE = ("MODEL.DISTILL.LOG_GRADIENTS", "10", "MODEL.DISTILL.ICD.DETACH_ITERS", "0")

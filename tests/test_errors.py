@@ -134,6 +134,10 @@ def test_any_other_error_is_a_traceback(error):
         ),
         ("no set; DATASETS.COCO (.yaml) or datasets.coco (.py)", None),
         ("MODEL.BACKBONE.NAME of the teacher", None),
+        ("MODEL.TIMM.NAME: no such network", "model.backbone.bottom_up.name: no such network"),
+        ("MODEL.BACKBONE.FREEZE_AT is 9", "model.backbone.bottom_up.freeze_at is 9"),
+        ("there is no file /runs/ADAPTER/x.pth", None),
+        ("there is no file C:\\LOSSES\\x.pth", None),
     ],
 )
 def test_keys_of_a_yaml_as_fields_of_a_lazy_config(text, expected):

@@ -92,7 +92,11 @@ def train(add: Add) -> None:
     add("--dist-url", default=url, help="address at which processes meet; see torch.distributed")
     text = "replace an image that cannot be read by another one; the log says how many"
     add("--skip-bad-images", action="store_true", help=text)
-    add("--quiet", action="store_true", help="show only progress, results and warnings on the terminal; log.txt has everything")
+    add(
+        "--quiet",
+        action="store_true",
+        help="show only progress, results and warnings on the terminal; log.txt has everything",
+    )
     text = "minutes that a process waits for another one before the run ends (30)"
     add("--timeout", type=minutes, default=30.0, metavar="MINUTES", help=text)
     add_overrides(add)

@@ -117,3 +117,19 @@ def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
     assert short.SOLVER.IMS_PER_BATCH_UNLABELED == 1 and short.MODEL.DISTILL.STOP_ITER == 0
     assert short.DATASETS.TEST == () and short.VIS_PERIOD == 0 and short.OUTPUT_DIR == "folder"
     assert cfg.SOLVER.IMS_PER_BATCH == 16  # the given one stays
+
+
+def test_a_batch_for_more_gpus_than_the_reference(run_check, monkeypatch):
+    """2 images on 1 GPU are 4 images on 2 GPUs in half as many iterations."""
+    monkeypatch.setattr(check, "measure", lambda cfg, *others: {
+        "time": 1.0, "data_time": 0.0, "total_loss": float(cfg.SOLVER.IMS_PER_BATCH),
+    })  # fmt: skip
+    opts = ("SOLVER.IMS_PER_BATCH", "2", "SOLVER.REFERENCE_WORLD_SIZE", "1")
+    _, rows = run_check(YAML, *opts, flags=("--num-gpus", "2"))
+    assert dict(rows)["time"].endswith("0:08:20 for 500 iterations")
+    said = run_check(YAML, "SOLVER.REFERENCE_WORLD_SIZE", "3", "SOLVER.IMS_PER_BATCH", "8")
+    assert said.startswith("error: SOLVER.REFERENCE_WORLD_SIZE: AssertionError")
+    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "SOLVER.REFERENCE_WORLD_SIZE", 8)
+    cfg.TEST.PRECISE_BN.ENABLED = True
+    short = check.short(cfg, "folder", iterations=20, num_gpus=8)
+    assert short.SOLVER.REFERENCE_WORLD_SIZE == 0 and not short.TEST.PRECISE_BN.ENABLED

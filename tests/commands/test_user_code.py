@@ -110,6 +110,14 @@ def test_a_command_imports_what_the_run_imported(
     assert IMPORTED == [NAME]
 
 
+def test_a_config_that_names_its_weights_imports_it(run, few_shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(run)
+    words = ["--config-file", "{run}/config.yaml", *COMMANDS[predict][4:]]
+    words += ["--opts", "MODEL.WEIGHTS", "{run}/model_final.pth"]
+    predict.main(filled(words, run, few_shapes, tmp_path))
+    assert IMPORTED == [NAME]
+
+
 @pytest.mark.parametrize("command, words", CASES)
 def test_a_command_says_what_is_missing(command, words, run, few_shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -96,13 +96,15 @@ def test_the_pull_is_that_of_the_whole_weight():
     schedule = {"WARMUP_ITERS": 900, "COOLDOWN_ITERS": 5, "STOP_ITER": 9}
     key = "MODEL.DISTILL"
     opts = [x for name, value in schedule.items() for x in (f"{key}.{name}", value)]
-    cfg = shapes_cfg("ssimkd", *opts)
+    cfg = shapes_cfg("ssimkd", *opts, "MODEL.DISTILL.WANDB_PROJECT", "detectors")
     cfg.merge_from_list(weight.logging_gradients(cfg))
     assert [cfg.MODEL.DISTILL[name] for name in schedule] == [0, 0, 0]
     path = "configs/ssimkd_R50.py"
     opts = [f"model.distiller.{name.lower()}={value}" for name, value in schedule.items()]
+    opts += ["+train.wandb_project=detectors"]
     lazy = load_config(path, [*opts, *weight.logging_gradients(load_config(path, opts))])
     assert [lazy.model.distiller[name.lower()] for name in schedule] == [0, 0, 0]
+    assert cfg.MODEL.DISTILL.WANDB_PROJECT == lazy.train.wandb_project == ""
 
 
 def test_a_training_that_fails_says_why():

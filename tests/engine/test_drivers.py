@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, narrow_opts, save_teacher, shapes_cfg, zoo_cfg
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog
 from detectron2.engine import defaults
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
 from ssimkd.engine import lazy_driver
-from ssimkd.engine.arguments import load_config
+from ssimkd.engine.arguments import check_config, load_config
 from ssimkd.engine.yaml_driver import DistillTrainer
+from ssimkd_cli import parse
 
 KEY = "MODEL.DISTILL"
 TEACHER_FILE = "configs/shapes/teacher.pth"
@@ -185,3 +188,17 @@ def test_the_kept_teacher_is_as_good_as_the_readme_says(yaml, tmp_path):
 def test_the_kept_teacher_is_its_config():
     model = build_model(shapes_cfg("teacher"))
     assert model.state_dict().keys() == weights(ROOT / TEACHER_FILE).keys()
+
+
+def own_records():
+    """Records that are not in Detectron2's catalog."""
+    return DatasetCatalog.get("ssimkd_shapes_val")[:2]
+
+
+def test_a_lazy_config_with_records_of_ones_own_trains_and_is_evaluated(few_images, tmp_path):
+    opts = [f"train.output_dir={tmp_path}", "train.max_iter=1", "+train.check_images=0"]
+    cfg = load_config("tests/engine/lazy_shapes.py", opts)
+    cfg.dataloader.train.dataset = cfg.dataloader.test.dataset = L(own_records)()
+    cfg.dataloader.evaluator.dataset_name = "ssimkd_shapes_val"
+    check_config(cfg, parse("train", ["--config-file", ""]))
+    assert "AP" in lazy_driver.train(cfg, resume=False)["bbox"]

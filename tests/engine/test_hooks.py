@@ -15,7 +15,7 @@ from ssimkd.engine.hooks import (
     WarnOfShare,
 )
 from ssimkd.engine.preemption import StopOnSignal
-from ssimkd.engine.yaml_driver import DistillTrainer
+from ssimkd.engine.yaml_driver import DistillTrainer, PreciseBN
 
 
 class Trainer:
@@ -48,7 +48,19 @@ def test_precise_batch_statistics_come_before_the_checkpoint(few_images, tmp_pat
     cfg = shapes_cfg("vanilla", "OUTPUT_DIR", str(tmp_path), "TEST.PRECISE_BN.ENABLED", True)
     cfg.MODEL.RESNETS.NORM = "BN"
     kinds = [type(hook) for hook in DistillTrainer(cfg)._hooks]
-    assert kinds.index(hooks.PreciseBN) < kinds.index(hooks.PeriodicCheckpointer)
+    assert kinds.index(PreciseBN) < kinds.index(hooks.PeriodicCheckpointer)
+
+
+def test_precise_batch_statistics_need_no_teacher(few_images, tmp_path):
+    opts = ("OUTPUT_DIR", str(tmp_path), "TEST.PRECISE_BN.ENABLED", True)
+    trainer = DistillTrainer(shapes_cfg("ssimkd", *opts, "TEST.PRECISE_BN.NUM_ITER", 2))
+    student = trainer.model
+    distiller, before = student.distiller, student.backbone.bottom_up.stem.conv1.norm.running_mean
+    distiller.teacher, before = None, before.clone()
+    (hook,) = [hook for hook in trainer._hooks if isinstance(hook, PreciseBN)]
+    hook.update_stats()
+    assert not torch.equal(student.backbone.bottom_up.stem.conv1.norm.running_mean, before)
+    assert student.distiller is distiller and distiller.teacher is None
 
 
 @pytest.mark.parametrize("kind", [CallAfterTraining, lambda call: EvalHook(0, call)])

@@ -254,3 +254,12 @@ def test_inheriting_without_losses_is_said_to_do_nothing(student, caplog):
     settings = replace(SETTINGS, inherit={"": ["neck"]})
     prepare(student("MODEL.DISTILL.LOSSES", ()), None, settings, resumed=False)
     assert "INHERIT has no effect, because LOSSES is ()" in caplog.text
+
+
+def test_several_teachers_that_are_switched_off_are_no_error(teacher_file, caplog):
+    entry = {"NAME": "a", "CONFIG": "configs/shapes/teacher.yaml", "WEIGHTS": teacher_file}
+    opts = ["MODEL.DISTILL.TEACHERS", [{**entry, "INHERIT": ["neck"]}]]
+    opts += ["MODEL.DISTILL.TEACHER.CONFIG", "", "MODEL.DISTILL.LOSSES", ()]
+    cfg = shapes_cfg("ssimkd", *opts)
+    prepare(build_model(cfg), None, read_settings(cfg), resumed=False)
+    assert "INHERIT has no effect, because LOSSES is ()" in caplog.text

@@ -1,7 +1,11 @@
 """`run.json` says how a run was made."""
 
+import re
+import subprocess
+
 import pytest
 from ssimkd import ConfigError
+from ssimkd.engine import run_record
 from ssimkd.engine.run_record import (
     command_line,
     keep_config,
@@ -53,3 +57,16 @@ def test_a_command_that_trains_nothing_leaves_the_config_of_the_run(tmp_path, wr
             (tmp_path / written).touch()
         raise ConfigError("a typo")
     assert config.read_text() == ("of the command" if written else "of the run")
+
+
+def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
+    """A copy that was installed inside another repository has none."""
+    for words in (["init"], ["config", "user.name", "a"], ["config", "user.email", "a@b"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(["git", "commit", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(run_record, "__file__", str(tmp_path / "run_record.py"))
+    (tmp_path / "run_record.py").touch()
+    assert run_record.commit() is None
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["git", "commit", "-m", "x"], cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{12}", run_record.commit())

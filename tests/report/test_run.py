@@ -74,6 +74,12 @@ def test_a_detector_without_a_backbone_is_read(write, tmp_path, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+def test_data_of_ones_own_that_is_gone_is_a_note(write, tmp_path):
+    entry = {"NAME": "moved_away", "JSON": "gone.json", "IMAGES": "gone"}
+    run = write("DATASETS.COCO", [entry], "DATASETS.TEST", ("moved_away",))
+    assert run.images == [] and "gone" in run.notes[0] and run.dataset == "moved_away"
+
+
 def test_a_model_that_cannot_be_built_is_an_error_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {_target_: builtins.Student}\n")
     with pytest.raises(ConfigError, match="its model cannot be built"):

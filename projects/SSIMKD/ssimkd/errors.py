@@ -98,12 +98,20 @@ LAZY_FIELDS = {
     "DATASETS.UNLABELED": "dataloader.unlabeled",
     "DATASETS.NUM_CLASSES_FROM_DATA": "datasets.num_classes_from_data",
     "DATALOADER.SKIP_BAD_IMAGES": "dataloader.train.skip_bad_images",
+    "MODEL.BACKBONE.FREEZE_AT": "model.backbone.bottom_up.freeze_at",
+    **{
+        f"MODEL.{library}.{key}": f"model.backbone.bottom_up.{key.lower()}"
+        for library in ("TORCHVISION", "TIMM")
+        for key in ("NAME", "NORM", "WEIGHTS")
+    },
 }
 YAML_KEY = re.compile(
-    r"\b(MODEL\.DISTILL|DATASETS|DATALOADER)(\.[A-Z_0-9]+)+\b|(?<![\w.])(\.OPTS|\.CONFIG|\.TEACHERS|TEACHER\.\w+|IN_FEATURES"
+    r"\b(MODEL\.(?:DISTILL|TORCHVISION|TIMM)|DATASETS|DATALOADER)(\.[A-Z_0-9]+)+\b"
+    r"|\bMODEL\.BACKBONE\.FREEZE_AT\b"
+    r"|(?<![\w./\\-])(\.OPTS|\.CONFIG|\.TEACHERS|TEACHER\.\w+|IN_FEATURES"  # not parts of paths
     r"|LEVEL_WEIGHTS|ADAPTER|LOSSES|(?:WARMUP|COOLDOWN)_ITERS|STOP_ITER|"
     + "|".join(TRAIN_KEYS)
-    + r")\b"
+    + r")\b(?![/\\])"
 )
 
 

@@ -7,10 +7,9 @@ from ssimkd_cli import parse
 
 from ssimkd.checkpoint.export import read_categories
 from ssimkd.data.datasets import categories_of
-from ssimkd.engine.arguments import load_config
+from ssimkd.engine.arguments import load_config, read_config
 from ssimkd.engine.run_record import import_of_file
 from ssimkd.errors import ConfigError, as_config_error
-from ssimkd.utils import config_files
 from ssimkd.utils.config_keys import setting
 from ssimkd.utils.user_code import import_user_code
 
@@ -54,9 +53,7 @@ def load_trained(args: argparse.Namespace, *splits: str) -> Trained:
     """
     weights = args.weights
     if not weights:
-        with as_config_error("--config-file"):
-            path = config_files.find_config(args.config_file)
-        weights = setting(config_files.load_config(path, args.opts), "weights")
+        weights = setting(read_config(args.config_file, args.opts), "weights")
     if not weights:
         raise ConfigError("--weights: name the detector's checkpoint; its config has none")
     with as_config_error(f"--weights: {weights}", sep=" "):

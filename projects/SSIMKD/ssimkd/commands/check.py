@@ -26,14 +26,14 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from ssimkd_cli import parse
 
-from ssimkd.data.datasets import check_classes, training_classes
+from ssimkd.data.datasets import check_classes
 from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import check_config, load_config
 from ssimkd.engine.preflight import warn_of_settings
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.modeling.meta_arch import image_format_of
-from ssimkd.modeling.several_teachers import build_teachers, distillers_of
+from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_batch
 
 from . import begin
@@ -75,24 +75,16 @@ def listen() -> Remarks:
 
 def build(cfg) -> Any:
     """The student of a config with its teachers."""
-    with naming_lazy_fields(not isinstance(cfg, CfgNode)):
-        return _build(cfg)
-
-
-def _build(cfg) -> Any:
-    lazy = not isinstance(cfg, CfgNode)
-    model: Any = (
-        lazy_driver.build_model(cfg) if lazy else yaml_driver.DistillTrainer.build_model(cfg)
-    )
-    if lazy:
-        lazy_driver.check_image_format(cfg, model, "train", "test", "unlabeled")
-        build_teachers(model, training_classes(cfg))
-    if not any(distiller.enabled for _, distiller in distillers_of(model)):
-        raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
-    for name, distiller in distillers_of(model):
-        if distiller.enabled:
+    yaml = isinstance(cfg, CfgNode)
+    make = yaml_driver.DistillTrainer.build_model if yaml else lazy_driver.build_with_teachers
+    with naming_lazy_fields(not yaml):
+        model = make(cfg)
+        enabled = [(name, one) for name, one in distillers_of(model) if one.enabled]
+        if not enabled:
+            raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
+        for name, distiller in enabled:
             warn_of_settings(name, distiller, setting(cfg, "iterations"))
-    check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
+        check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
     return model
 
 
@@ -136,6 +128,7 @@ def short(cfg, folder: str, iterations: int, num_gpus: int):
         cfg.merge_from_list([
             "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (),
             "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", batch, "DATASETS.TEST", (),
+            "SOLVER.REFERENCE_WORLD_SIZE", 0, "TEST.PRECISE_BN.ENABLED", False,
             "SOLVER.IMS_PER_BATCH_UNLABELED", unlabeled,
             "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "", "MODEL.DISTILL.WARMUP_ITERS", 0,
             "MODEL.DISTILL.COOLDOWN_ITERS", 0, "MODEL.DISTILL.STOP_ITER", 0,
@@ -160,11 +153,8 @@ def short(cfg, folder: str, iterations: int, num_gpus: int):
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
     """Runs the short training and returns the last metrics that Detectron2 logged."""
     run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.train
-    try:
-        planned = setting(cfg, "iterations")
-        run(short(cfg, folder, iterations, num_gpus), resume=False, planned=planned)
-    except FloatingPointError as error:
-        raise ConfigError(str(error)) from error
+    planned = setting(cfg, "iterations")
+    run(short(cfg, folder, iterations, num_gpus), resume=False, planned=planned)
     return json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-1])
 
 
@@ -197,6 +187,8 @@ def main(words: Optional[Sequence[str]] = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             cfg = load_config(args.config_file, args.opts)
             check_config(cfg, parse("train", []))
+            if isinstance(cfg, CfgNode):  # as SOLVER.REFERENCE_WORLD_SIZE demands in the long run
+                cfg = yaml_driver.DistillTrainer.auto_scale_workers(cfg, args.num_gpus)
             rows += pair_rows(build(cfg))
             if unlabeled_batch(cfg):
                 names = ", ".join(names_of(cfg, "UNLABELED"))

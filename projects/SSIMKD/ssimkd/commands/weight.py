@@ -82,10 +82,11 @@ def logging_gradients(cfg) -> List[str]:
     phases = ("warmup_iters", "cooldown_iters", "stop_iter")
     if isinstance(cfg, CfgNode):
         whole = [word for phase in phases for word in (f"MODEL.DISTILL.{phase.upper()}", "0")]
-        return ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD), *whole]
+        logs = ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD), "MODEL.DISTILL.WANDB_PROJECT", ""]
+        return [*logs, *whole]
     nodes = [f"model.distiller.{teacher}".rstrip(".") for teacher, _ in distillers_in(cfg)]
     whole = [f"{node}.{phase}=0" for node in nodes for phase in phases]
-    return [f"model.log_gradients={PERIOD}", *whole]
+    return [f"model.log_gradients={PERIOD}", "+train.wandb_project=", *whole]
 
 
 def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:

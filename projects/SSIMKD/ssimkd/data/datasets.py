@@ -21,7 +21,7 @@ KEYS = {"NAME", "JSON", "IMAGES"}
 # "name[10%:50%]", either number may be left out
 PART = re.compile(r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]")
 LAZY_KEYS = {"coco", "num_classes_from_data"}
-FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA (datasets.num_classes_from_data) to True"
+FROM_DATA = "or DATASETS.NUM_CLASSES_FROM_DATA to True"
 HOW_TO_SET = {  # head -> the keys that set its number of classes
     "roi_heads": f"MODEL.ROI_HEADS.NUM_CLASSES (model.roi_heads.num_classes), {FROM_DATA}",
     "model": f"MODEL.RETINANET.NUM_CLASSES (model.num_classes), {FROM_DATA}",
@@ -281,13 +281,8 @@ def image_ids_of(cfg) -> Dict[str, Any]:
 
 def training_classes(cfg) -> List[str]:
     """The class names of a config's first training data set; [] if they are not known."""
-    names = names_of(cfg, "TRAIN")[:1]
-    known = MetadataCatalog.list()
-    return (
-        list(MetadataCatalog.get(names[0]).get("thing_classes", ()))
-        if names and names[0] in known
-        else []
-    )
+    names = [name for name in names_of(cfg, "TRAIN")[:1] if name in MetadataCatalog.list()]
+    return classes_of(names[0]) if names else []
 
 
 def classes_in(head: Any) -> int:

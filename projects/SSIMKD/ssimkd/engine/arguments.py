@@ -11,7 +11,7 @@ from ssimkd.checkpoint.run_checkpointer import checkpoints_in
 from ssimkd.data.datasets import check_datasets, use_own_data
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils import config_files
-from ssimkd.utils.config_keys import datasets_of, key_of, setting
+from ssimkd.utils.config_keys import datasets_of, key_of, setting, value_of
 from ssimkd.utils.user_code import import_user_code
 
 from .run_record import import_of_file, import_recorded
@@ -103,7 +103,9 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     splits = ("TEST",) if args.eval_only else ("UNLABELED", "TEST", "TRAIN")
     used = datasets_of(cfg, *splits)
     *_, needed = used
-    if not used[needed]:
+    lazy = not isinstance(cfg, CfgNode)
+    own = lazy and value_of(cfg, needed) is None  # data that is not named in Detectron2's catalog
+    if not used[needed] and not own:
         raise ConfigError(f"{needed} is empty: name at least one data set")
     for key, names in used.items():
         check_datasets(names, key)

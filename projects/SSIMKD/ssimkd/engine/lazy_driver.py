@@ -16,6 +16,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
@@ -33,10 +34,11 @@ from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.teacher.preprocessing import image_format_of
-from ssimkd.utils.compat import create_ddp_model, unwrap
+from ssimkd.utils.compat import create_ddp_model
 from ssimkd.utils.config_keys import (
     datasets_of,
     names_of,
+    setting,
     target_of,
     unlabeled_batch,
     without_pretraining,
@@ -75,13 +77,10 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
     settings.iterations = planned or settings.iterations
-    loaded = cfg.train.init_checkpoint or (resume and checkpoints_in(folder))
-    student = build_model(without_pretraining(cfg) if loaded else cfg)
+    student = build_with_teachers(cfg, resumed=resume and bool(checkpoints_in(folder)))
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
-    check_image_format(cfg, student, "train", "test", "unlabeled")
-    build_teachers(student, training_classes(cfg))
     cfg.optimizer.params.model = student
     with as_setting_error("optimizer"):
         optimizer = instantiate(cfg.optimizer)
@@ -154,6 +153,20 @@ def build_model(cfg) -> Any:
         return instantiate(cfg.model).to(cfg.train.device)
 
 
+def build_with_teachers(cfg, resumed: bool = False) -> Any:
+    """The model of a LazyConfig with its teachers.
+
+    Args:
+        cfg (DictConfig): the config.
+        resumed (bool): the weights will come from a checkpoint of the run.
+    """
+    loaded = resumed or cfg.train.init_checkpoint
+    model = build_model(without_pretraining(cfg) if loaded else cfg)
+    check_image_format(cfg, model, "train", "test", "unlabeled")
+    build_teachers(model, training_classes(cfg))
+    return model
+
+
 def build_train_loader(cfg) -> Any:
     """The training data. A ResumableLoader takes the place of Detectron2's own loader."""
     node = cfg.dataloader.train
@@ -211,8 +224,7 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
         cfg.model.distiller = None
     model = build_model(cfg)
     check_image_format(cfg, model, "test")
-    model = create_ddp_model(model)
-    check_classes(unwrap(model), datasets_of(cfg, "TEST"))
+    check_classes(model, datasets_of(cfg, "TEST"))
     checkpointer = RunCheckpointer(model, cfg.train.output_dir, require_all=True)
     resumed = resume and checkpointer.has_checkpoint()
     with as_config_error("--resume" if resumed else "train.init_checkpoint"):
@@ -223,16 +235,18 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
 def test_model(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates by `cfg.dataloader`. The random state of a training stays as it is."""
     cfg = copy.deepcopy(cfg)
-    if "evaluator" not in cfg.dataloader or not names_of(cfg, "TEST"):
+    if "evaluator" not in cfg.dataloader or setting(cfg, "TEST") in ([], ""):
         return {}
     folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():
         with as_setting_error("dataloader.test or dataloader.evaluator"):
             node = cfg.dataloader.test
-            node.mapper = NamingMapper(instantiate(node.mapper))
+            if "mapper" in node:
+                node.mapper = NamingMapper(instantiate(node.mapper))
             loader = instantiate(node)
             evaluator = build_lazy_evaluator(cfg.dataloader.evaluator, folder)
-        loader.worker_init_fn = ignore_cluster_signals
+        if isinstance(loader, DataLoader):
+            loader.worker_init_fn = ignore_cluster_signals
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)

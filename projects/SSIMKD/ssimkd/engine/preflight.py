@@ -47,38 +47,76 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
     Raises:
         ConfigError: a module cannot be inherited, or maps do not agree cell by cell.
     """
+    distillers = list(distillers_of(model))
+    inherits: Dict[str, List[str]] = {} if resumed else settings.inherit
+    if not any(distiller.enabled for _, distiller in distillers):
+        for name, _ in distillers:
+            warn_of_disabled(name, any(inherits.values()))
+        return
+    check_names(settings, [name for name, _ in distillers])
     inherited: Set[str] = set()
     with preserve_random_state():
-        check_names(settings, [name for name, _ in distillers_of(model)])
-        for name, distiller in distillers_of(model):
-            modules = [] if resumed else settings.inherit.get(name, [])
-            check = settings.check_images > 0 and comm.is_main_process()
+        batches = batches_to_check(loader, settings.check_images)
+        for name, distiller in distillers:
+            modules = inherits.get(name, [])
             if not distiller.enabled:
-                who = f"the teacher {name}".rstrip()
-                logger.info("MODEL.DISTILL.LOSSES is (): the student learns nothing from %s", who)
-                if modules:
-                    logger.warning("INHERIT has no effect, because LOSSES is ()")
-                continue
-            idle = warn_of_settings(name, distiller, settings.iterations)
-            if not (modules or check):
+                warn_of_disabled(name, bool(modules))
                 continue
             with naming_teacher(name):
-                detector, cfg, absent = distiller.spec.load(model.device)
-                copied = set(inherit(model, detector, modules, absent)) if modules else set()
-                if inherited & copied:
-                    twice = sorted(inherited & copied)[0]
-                    raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice}")
+                copied = prepare_pair(model, name, distiller, modules, batches, settings)
+                twice = sorted(inherited & copied)
+                if twice:
+                    raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice[0]}")
                 inherited |= copied
-            if check:
-                if not hasattr(loader, "peek"):
-                    text = "Teacher and student are not checked: a %s cannot show images in advance"
-                    logger.warning(text, type(loader).__name__)
-                    continue
-                batches = loader.peek(settings.check_images)
-                check_pair(model, name, distiller, batches, (detector, cfg, absent))
-                more = idle_by_gradient(model, distiller, batches[0], settings.iterations)
-                if set(more) - set(idle):
-                    warn_of_idle(name, {**more, **idle})
+
+
+def batches_to_check(loader: Any, images: int) -> List[List[Dict]]:
+    """The first batches of the training, on the main process; none if `images` is 0."""
+    if images == 0 or not comm.is_main_process():
+        return []
+    if hasattr(loader, "peek"):
+        return loader.peek(images)
+    text = "Teacher and student are not checked: a %s cannot show images in advance"
+    logger.warning(text, type(loader).__name__)
+    return []
+
+
+def prepare_pair(
+    model: Any,
+    name: str,
+    distiller: Distiller,
+    modules: List[str],
+    batches: List[List[Dict]],
+    settings: DriverSettings,
+) -> Set[str]:
+    """Lets a student inherit from one teacher, and checks the two; see :func:`check_pair`.
+
+    Args:
+        modules (list[str]): what the student inherits.
+        batches (list[list[dict]]): training images with "instances"; []: nothing is checked.
+
+    Returns:
+        set[str]: names of the tensors that the student inherited.
+    """
+    idle = warn_of_settings(name, distiller, settings.iterations)
+    if not (modules or batches):
+        return set()
+    teacher = detector, _, absent = distiller.spec.load(model.device)
+    copied = set(inherit(model, detector, modules, absent)) if modules else set()
+    if batches:
+        check_pair(model, name, distiller, batches, teacher)
+        more = idle_by_gradient(model, distiller, batches[0], settings.iterations)
+        if set(more) - set(idle):
+            warn_of_idle(name, {**more, **idle})
+    return copied
+
+
+def warn_of_disabled(name: str, inherits: bool) -> None:
+    """Logs that a student learns nothing from a teacher, and warns if it was to inherit from it."""
+    who = f"the teacher {name}".rstrip()
+    logger.info("MODEL.DISTILL.LOSSES is (): the student learns nothing from %s", who)
+    if inherits:
+        logger.warning("INHERIT has no effect, because LOSSES is ()")
 
 
 def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[str, str]:
@@ -123,7 +161,7 @@ def warn_of_idle(name: str, idle: Dict[str, str]) -> None:
 def check_names(settings: DriverSettings, teachers: List[str]) -> None:
     """Raises ConfigError for a name that INHERIT gives to no teacher of a student."""
     for name, modules in settings.inherit.items():
-        if modules and teachers and name not in teachers:
+        if modules and name not in teachers:
             known = ", ".join(teachers) if teachers != [""] else "a list for the one teacher"
             raise ConfigError(f"INHERIT: {name!r} is no teacher; there is {known}")
 
@@ -146,8 +184,7 @@ def check_pair(
     """
     detector, cfg, absent = teacher
     who = f"The teacher {name}".rstrip()
-    with naming_teacher(name):
-        shapes = check_maps(model, distiller, batches[0])
+    shapes = check_maps(model, distiller, batches[0])
     if shapes:
         logger.info("%s and student agree cell by cell: %s", f"Teacher {name}".rstrip(), shapes)
     if absent:

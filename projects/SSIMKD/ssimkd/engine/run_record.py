@@ -215,14 +215,17 @@ def now() -> str:
 
 def commit() -> Optional[str]:
     """Commit of this package's source, with "-dirty" if it was changed; None outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder, name = os.path.split(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", folder, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(
-            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
-        )
+        git("ls-files", "--error-unmatch", name)  # an installed copy may lie in another repository
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def versions() -> Dict[str, str]:

@@ -8,17 +8,10 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
-from ssimkd.data.datasets import check_classes, training_classes, use_own_data
+from ssimkd.data.datasets import check_classes, use_own_data
 from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
 from ssimkd.modeling.meta_arch import DistillMixin
-from ssimkd.modeling.several_teachers import build_teachers
-from ssimkd.utils.config_keys import (
-    datasets_of,
-    key_of,
-    setting,
-    unlabeled_batch,
-    without_pretraining,
-)
+from ssimkd.utils.config_keys import datasets_of, key_of, setting, unlabeled_batch
 
 from . import lazy_driver, yaml_driver
 from .arguments import SPLITS
@@ -67,12 +60,8 @@ def _build_student(cfg: Any) -> Any:
         cfg.defrost()
     use_own_data(cfg, SPLITS)
     weights = str(setting(cfg, "weights") or "")
-    if yaml:
-        model = yaml_driver.DistillTrainer.build_model(cfg)
-    else:
-        model = lazy_driver.build_model(without_pretraining(cfg) if weights else cfg)
-        lazy_driver.check_image_format(cfg, model, "train", "test", "unlabeled")
-        build_teachers(model, training_classes(cfg))
+    build = yaml_driver.DistillTrainer.build_model if yaml else lazy_driver.build_with_teachers
+    model = build(cfg)
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
     with as_config_error(key_of(cfg, "weights")):
         RunCheckpointer(model, setting(cfg, "output")).resume_or_load(weights, resume=False)

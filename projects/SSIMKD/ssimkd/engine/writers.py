@@ -28,9 +28,7 @@ def wandb_run(project: str, folder: str) -> Iterator[None]:
     if not (project and comm.is_main_process()):
         yield
         return
-    with as_config_error(
-        "MODEL.DISTILL.WANDB_PROJECT (train.wandb_project): pip install wandb", ImportError
-    ):
+    with as_config_error("MODEL.DISTILL.WANDB_PROJECT: pip install wandb", ImportError):
         import wandb
     name = os.path.basename(os.path.abspath(folder))
     with wandb.init(project=project, name=name, dir=folder, sync_tensorboard=True):

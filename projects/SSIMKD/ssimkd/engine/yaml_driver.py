@@ -83,7 +83,8 @@ class DistillTrainer(DefaultTrainer):
         Raises:
             ConfigError: the images of the reference cannot be shared by its processes.
         """
-        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        with as_setting_error("SOLVER.REFERENCE_WORLD_SIZE"):
+            scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
             images, left = divmod(unlabeled_batch(cfg), reference)
@@ -208,7 +209,7 @@ class DistillTrainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
         number = cfg.TEST.PRECISE_BN.NUM_ITER
-        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
 
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
@@ -238,6 +239,22 @@ class DistillTrainer(DefaultTrainer):
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's hook, without the distillation: statistics of the student need no teacher."""
+
+    def update_stats(self) -> None:
+        """Called by Detectron2."""
+        student: Any = unwrap(self._model)
+        distiller = getattr(student, "distiller", None)
+        if distiller is not None:
+            student.distiller = None
+        try:
+            super().update_stats()
+        finally:
+            if distiller is not None:
+                student.distiller = distiller
 
 
 def build_stream(cfg, parts: Dict[str, Any], **options: Any) -> ResumableLoader:

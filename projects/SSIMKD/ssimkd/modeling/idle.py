@@ -61,9 +61,10 @@ def idle_by_gradient(
 
     idle = {}
     dead = [x for x in silent(last) if learns(distiller.losses[x], batch)]
+    never = set(silent(AFTER_ALL)) if dead else set()
     for name in dead:
         key = f"MODEL.DISTILL.{name.upper()}"
-        if name in set(silent(AFTER_ALL)):
+        if name in never:
             idle[name] = f"its options in {key} leave no gradient"
         else:
             counts = [x for x in vars(distiller.losses[name]) if x.endswith("_iters")]
