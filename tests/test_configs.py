@@ -20,6 +20,7 @@ from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.engine.arguments import load_config
 from ssimkd.modeling.levels import match_levels
 from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.teacher import heads
 from ssimkd.teacher.inherit import inherit
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.compat import FCOS, has_compiled_ops, model_zoo
@@ -184,7 +185,9 @@ def build_on_meta(cfg):
     cfg = without_pretraining(cfg)
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        # the boxes of anchors are values
+        patch.setattr(heads, "describe_anchors", lambda generator: {"strides": generator.strides})
         return build_model(cfg) if isinstance(cfg, CfgNode) else instantiate(cfg.model)
 
 

@@ -3,12 +3,12 @@ r"""Writes COCO json for a data set in Pascal VOC's format, which Detectron2 the
 
     git clone https://github.com/Shenggan/BCCD_Dataset datasets/BCCD_Dataset
     python tools/voc_to_coco.py datasets/BCCD_Dataset/BCCD --classes RBC WBC Platelets \
-        --splits train val test val+test train/4 train/10
+        --splits train val test val+test
 
 Each split gives one file beside the folders of the data set, such as train.json. A split is a file
-of ImageSets/Main without its ending. `val+test` joins two splits (val_test.json). `train/4` takes
-every fourth image of one, from the first on (train_4.json). Boxes are clipped to their image, and
-those without area are left out. The command prints how many it clipped and left out.
+of ImageSets/Main without its ending. `val+test` joins two splits (val_test.json). Boxes are clipped
+to their image, and those without area are left out. The command prints how many it clipped and left
+out.
 """
 
 import argparse
@@ -21,10 +21,8 @@ from xml.etree import ElementTree
 
 def image_names(folder: Path, split: str) -> List[str]:
     """Names of a split's images, without their ending."""
-    whole, _, every = split.partition("/")
-    lists = [folder / "ImageSets/Main" / f"{part}.txt" for part in whole.split("+")]
-    names = [line.split()[0] for path in lists for line in path.read_text().splitlines() if line]
-    return names[:: int(every or 1)]
+    lists = [folder / "ImageSets/Main" / f"{part}.txt" for part in split.split("+")]
+    return [line.split()[0] for path in lists for line in path.read_text().splitlines() if line]
 
 
 def convert(folder: Path, names: Sequence[str], classes: Sequence[str]) -> Dict[str, Any]:
@@ -98,7 +96,7 @@ def main() -> None:
             data = convert(args.folder, image_names(args.folder, split), args.classes)
         except (OSError, ValueError, ElementTree.ParseError) as error:
             sys.exit(f"error: {split}: {error}")
-        path = args.folder / f"{split.replace('+', '_').replace('/', '_')}.json"
+        path = args.folder / f"{split.replace('+', '_')}.json"
         path.write_text(json.dumps(data))
         print(path)
 

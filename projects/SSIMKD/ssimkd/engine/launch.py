@@ -5,11 +5,10 @@ variables which one it is. On a cluster, `srun --ntasks-per-node 1` starts a tor
 """
 
 import os
-import re
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Callable, Dict, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -44,16 +43,14 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
         args (Namespace): of `ssimkd train`.
     """
     with exit_in_one_line():
-        place = find_place(os.environ)
-        if place and args.num_gpus > 1:
-            raise ConfigError(
-                "--num-gpus: torchrun has started the processes already; leave it out"
-            )
-        if not place:
+        if not started_by_torchrun(os.environ):
             check(args)
             start_processes(main, args)
             return
-    os.environ.update(place)
+        if args.num_gpus > 1:
+            raise ConfigError(
+                "--num-gpus: torchrun has started the processes already; leave it out"
+            )
     record(run_process)(main, check, args)  # torchrun prints the exception that is recorded
 
 
@@ -93,33 +90,9 @@ def run_process(main: Callable[[Any], None], check: Callable[[Any], str], args: 
         dist.destroy_process_group()
 
 
-def find_place(env: Mapping[str, str]) -> Dict[str, str]:
-    """Returns torchrun's variables, or nothing if torchrun did not start this process.
-
-    Raises:
-        ConfigError: a variable does not hold a possible number.
-    """
-    if not all(name in env for name in VARIABLES):
-        return {}
-    place = {name: env[name] for name in VARIABLES}
-    for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if integer(place, part, least=0) >= integer(place, whole):
-            raise ConfigError(
-                f"{part} is {place[part]}: it must be below {whole}, which is {place[whole]}"
-            )
-    if integer(place, "MASTER_PORT") > 65535:
-        raise ConfigError(f"MASTER_PORT is {place['MASTER_PORT']}: it must be at most 65535")
-    return place
-
-
-def integer(env: Mapping[str, str], name: str, least: int = 1) -> int:
-    """The number that a variable holds; raises ConfigError unless it is at least `least`."""
-    value = env[name]
-    if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < least:
-        raise ConfigError(
-            f"the environment variable {name} must be an integer of at least {least}, got {value!r}"
-        )
-    return int(value)
+def started_by_torchrun(env: Mapping[str, str]) -> bool:
+    """Whether torchrun started this process; another program may set a single variable."""
+    return all(name in env for name in VARIABLES)
 
 
 def rendezvous(timeout: timedelta) -> dist.Store:

@@ -24,22 +24,19 @@ from ssimkd.utils.random_state import preserve_random_state
 READABLE = 480  # pixels. In smaller images the labels cover the objects.
 
 
-def load_detector(cfg, weights: str = "") -> nn.Module:
-    """The plain detector of a config with its weights, in evaluation mode. No teacher is built.
+def load_detector(cfg, weights: str) -> nn.Module:
+    """The plain detector of a config with weights, in evaluation mode. No teacher is built.
 
     Args:
         cfg (CfgNode or DictConfig): of a student or of a plain detector.
-        weights (str): path or URL of a checkpoint. "" is the config's own.
+        weights (str): path or URL of a checkpoint.
 
     Returns:
         nn.Module: on the device of :func:`device_of`.
 
     Raises:
-        ConfigError: no checkpoint is named, it cannot be read, or it lacks a tensor.
+        ConfigError: the checkpoint cannot be read, or it lacks a tensor.
     """
-    weights = weights or setting(cfg, "weights")
-    if not weights:
-        raise ConfigError("--weights: name the detector's checkpoint; its config has none")
     model = build_plain(plain_config(cfg, weights))
     absent = load_teacher(model, weights, "--weights")
     if absent:
@@ -81,25 +78,22 @@ def metadata_of(cfg, categories: Sequence[Dict[str, Any]]) -> Metadata:
     return Metadata(**{**known, **classes})
 
 
-def draw_detections(
-    file_name: str, detections: Instances, metadata: Metadata, width: int = 0
-) -> np.ndarray:
+def draw_detections(file_name: str, detections: Instances, metadata: Metadata) -> np.ndarray:
     """Draws boxes, masks and keypoints on an image with Detectron2's Visualizer.
 
-    A class has the same colour in every image. The random generators are not changed.
+    A class has the same colour in every image. The random generators are not changed. A small image
+    is enlarged until its short side has READABLE pixels.
 
     Args:
         file_name (str): the image.
         detections (Instances): in its pixels.
         metadata (Metadata): of the data set, with the names of the classes.
-        width (int): of the picture in pixels. With 0 a small image is enlarged until its short
-            side has READABLE pixels.
 
     Returns:
         ndarray: (H, W, 3) uint8, RGB.
     """
     image, detections = read_image(file_name, "RGB"), detections.to("cpu")
-    scale = width / image.shape[1] if width else max(1.0, READABLE / min(image.shape[:2]))
+    scale = max(1.0, READABLE / min(image.shape[:2]))
     names = metadata.get("thing_classes", None)
     labels = detections.pred_classes.tolist()
     count = len(names) if names else max(labels, default=0) + 1

@@ -60,11 +60,6 @@ class Distillers(nn.ModuleDict):
         """Whether there is anything to distil."""
         return any(distiller.enabled for _, distiller in self.named())
 
-    @property
-    def takes_unlabeled(self) -> bool:
-        """Whether a loss compares the maps of images without labels."""
-        return any(distiller.takes_unlabeled for _, distiller in self.named())
-
     def attach(
         self,
         student_shapes: Dict[str, ShapeSpec],

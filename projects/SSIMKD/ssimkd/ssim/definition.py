@@ -35,13 +35,12 @@ def ssim_map(
     data_range: float = 1.0,
     exponents: Tuple[float, float, float] = (1.0, 1.0, 1.0),
     border: str = "renormalize",
-    teacher_gradient: bool = False,
 ) -> Tensor:
     """Local structural similarity, in float32 also under autocast; float64 stays float64.
 
     Args:
         student (Tensor): (N, C, H, W), gradient flows.
-        teacher (Tensor): (N, C, H, W), treated as constant unless `teacher_gradient`.
+        teacher (Tensor): (N, C, H, W), treated as constant.
         window_size (int): side of the window in cells, odd. A map smaller than the window is no
             error: "renormalize" and "zero" take it as it is, "reflect" and "valid" shrink the
             window, along each axis, to the largest odd size that the map allows.
@@ -53,7 +52,6 @@ def ssim_map(
         border (str): what a window that reaches over the edge sees. "renormalize": its part inside,
             weights scaled to 1; "reflect": the map mirrored at its edge cell; "zero": zeros;
             "valid": there is no such window, the result is smaller.
-        teacher_gradient (bool): let gradient flow to the teacher as well.
 
     Returns:
         Tensor: (N, C, H, W) in [-1, 1], 1 where the local statistics agree. With border "valid"
@@ -66,7 +64,7 @@ def ssim_map(
     check_options(window_size, sigma, k1, k2, data_range, exponents, border)
     with torch.autocast(student.device.type, enabled=False):
         dtype = torch.promote_types(student.dtype, torch.float32)
-        x, y = student.to(dtype), (teacher if teacher_gradient else teacher.detach()).to(dtype)
+        x, y = student.to(dtype), teacher.detach().to(dtype)
         c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
         window = Window(x.shape[-2:], window_size, sigma, border, x)
         x, y = window.pad(x), window.pad(y)

@@ -31,7 +31,6 @@ def ssim_loss(
     data_range: Optional[float] = None,
     exponents: Sequence[float] = (1.0, 1.0, 1.0),
     border: str = "renormalize",
-    teacher_gradient: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """(1 - SSIM) / 2 of normalised maps, averaged over cells, channels and images.
@@ -51,13 +50,12 @@ def ssim_loss(
 
     Args:
         student (Tensor): (N, C, H, W), gradient flows, also through its normalisation.
-        teacher (Tensor): (N, C, H, W), treated as constant unless `teacher_gradient`.
+        teacher (Tensor): (N, C, H, W), treated as constant.
         sizes (list[(int, int)]): height and width, in cells, of what each image covers of its maps.
             The other cells only pad it and may hold anything. None: every cell.
         normalize, normalize_scope (str): how both maps are normalised first; see `normalize.py`.
         window_size, sigma, k1, k2, exponents, border: see :func:`ssim_map`.
         data_range (float): L, in units of the normalised maps; None: the normalisation's own.
-        teacher_gradient (bool): let gradient flow to the teacher as well.
         backend (str): one of BACKENDS.
 
     Returns:
@@ -79,10 +77,9 @@ def ssim_loss(
     check_shapes(student, teacher)
     sizes = _checked_sizes(sizes, student)
     how = normalize, normalize_scope, options
-    by_definition = partial(_by_definition, sizes, *how, teacher_gradient)
-    if not teacher_gradient:
-        backend = _choose(backend, student, teacher, normalize, options)
-    if teacher_gradient or backend == "definition":
+    by_definition = partial(_by_definition, sizes, *how)
+    backend = _choose(backend, student, teacher, normalize, options)
+    if backend == "definition":
         return by_definition(student, teacher)
     kernel = FAST[backend].kernel
     return one_pass.one_pass_loss(student, teacher, sizes, *how, kernel, by_definition)
@@ -135,15 +132,12 @@ def _by_definition(
     normalize: str,
     normalize_scope: str,
     options: Dict[str, Any],
-    teacher_gradient: bool,
     student: Tensor,
     teacher: Tensor,
 ) -> Tensor:
     """The loss as it is defined: each image's maps are normalised, cut out and compared."""
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = as_float(student), as_float(teacher)
-        if not teacher_gradient:
-            teacher = teacher.detach()
+        student, teacher = as_float(student), as_float(teacher.detach())
         inside = None
         if any(size != tuple(student.shape[2:]) for size in sizes):
             inside = inside_of(sizes, student)
@@ -151,6 +145,6 @@ def _by_definition(
         losses = []
         for image, (h, w) in enumerate(sizes):
             s, t = (m[image : image + 1, :, :h, :w] for m in maps)
-            similarity = ssim_map(s, t, teacher_gradient=teacher_gradient, **options)
+            similarity = ssim_map(s, t, **options)
             losses.append((1 - similarity.mean()) / 2)
         return torch.stack(losses).mean()

@@ -75,10 +75,9 @@ def describe_anchors(generator: Any) -> Facts:
         "the offset of the anchors": generator.offset,
     }
     for stride, boxes in zip(generator.strides, generator.cell_anchors):
-        if not boxes.is_meta:  # a model without values
-            facts[f"the anchors at stride {stride}"] = [
-                [round(x, 2) for x in box] for box in boxes.tolist()
-            ]
+        facts[f"the anchors at stride {stride}"] = [
+            [round(x, 2) for x in box] for box in boxes.tolist()
+        ]
     return facts
 
 
