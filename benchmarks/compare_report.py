@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import matplotlib
-from ssimkd.utils import measure as bench_measure
+from ssimkd.utils import measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -73,11 +73,9 @@ def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
         line["reference"] = reference
         for row in by_seed.values():
             line["weight"] = row["weight"]
+        line["mean_ap"] = statistics.mean(row["AP"] for row in by_seed.values())
         for metric in METRICS:
-            values = [row[metric] for row in by_seed.values()]
-            line[metric] = statistics.mean(values)
-            if len(values) > 1:
-                line[f"{metric}_sd"] = statistics.stdev(values)
+            line[metric] = measure.mean_and_deviation([row[metric] for row in by_seed.values()])
         ours, others = (
             {seed: row["AP"] for seed, row in samples.get((budget, name), {}).items()}
             for name in (method, reference)
@@ -86,7 +84,7 @@ def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
         if difference and method != reference:
             line.update({f"difference_{k}": v for k, v in difference._asdict().items()})
         table.append({**line, **cost.get(method, {})})
-    return sorted(table, key=lambda line: (line["budget"], -line["AP"]))
+    return sorted(table, key=lambda line: (line["budget"], -line["mean_ap"]))
 
 
 def markdown(table: Sequence[Row]) -> str:
@@ -94,9 +92,7 @@ def markdown(table: Sequence[Row]) -> str:
     rows = []
     for row in table:
         cells = [row["method"], f"{row['weight']:g}", str(row["seeds"])]
-        for metric in METRICS:
-            spread = f" +- {row[f'{metric}_sd']:.1f}" if f"{metric}_sd" in row else ""
-            cells.append(f"{row[metric]:.1f}{spread}")
+        cells += [row[metric] for metric in METRICS]
         for form in (
             "{difference_mean:+.1f}, {difference_error:.1f} "
             "[{difference_low:+.1f}, {difference_high:+.1f}]",
@@ -108,7 +104,7 @@ def markdown(table: Sequence[Row]) -> str:
                 cells.append("-")
         rows.append(cells)
     head = [text.format(reference=table[0]["reference"]) for text in HEAD]
-    return bench_measure.markdown(head, rows)
+    return measure.markdown(head, rows)
 
 
 def plot(runs: Sequence[Row], path: Path) -> None:

@@ -32,7 +32,7 @@ from compare_runs import Run, Runner, check_teacher, gather, schedule
 from detectron2.data import DatasetCatalog
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
-from ssimkd.utils.measure import markdown
+from ssimkd.utils.measure import markdown, mean_and_deviation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -88,9 +88,8 @@ def table(samples: Samples) -> str:
         cells = [method]
         for percent in shares:
             values = [*samples.get((percent, method), {}).values()]
-            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            spread += f" ({len(values)} of {most} seeds)" if len(values) < most else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
+            seeds = f" ({len(values)} of {most} seeds)" if len(values) < most else ""
+            cells.append(f"{mean_and_deviation(values)}{seeds}" if values else "-")
         rows.append(cells)
     return markdown(["box AP", *(f"{percent} % of the labels" for percent in shares)], rows)
 

@@ -11,7 +11,6 @@ written to output/shapes/table.md. `ssimkd report` makes a page about all runs.
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Dict, List
 import ssimkd  # noqa: F401 (before Detectron2, whose import makes torch warn)
 from detectron2.modeling import build_model
 from ssimkd.engine.arguments import load_config
-from ssimkd.utils.measure import markdown
+from ssimkd.utils.measure import markdown, mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
@@ -61,12 +60,8 @@ def table(results: Dict[str, List[Dict[str, float]]]) -> str:
     """A table in Markdown. Several runs are shown by mean and standard deviation."""
     rows = []
     for name, runs in results.items():
-        cells = [name]
-        for metric in METRICS:
-            values = [r[metric] for r in runs]
-            spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        rows.append([*cells, f"{parameters(name) / 1e6:.2f} M"])
+        cells = [mean_and_deviation([r[metric] for r in runs]) for metric in METRICS]
+        rows.append([name, *cells, f"{parameters(name) / 1e6:.2f} M"])
     return markdown(["", *METRICS, "parameters"], rows)
 
 

@@ -44,6 +44,15 @@ def test_crops_of_equal_images_are_views_of_the_maps():
     assert cropped[0].shape == (3, 2, 4, 3) and cropped[0].data_ptr() == maps.data_ptr()
 
 
+def test_a_mean_counts_each_image_once():
+    context = Context([(32, 40), (17, 9), (32, 40)], {"p3": 8})
+    maps = torch.arange(3.0 * 2 * 4 * 5).view(3, 2, 4, 5).square()
+    sizes = context.cells("p3", maps)
+    means = [image[:, :h, :w].mean() for image, (h, w) in zip(maps, sizes)]
+    found = context.mean("p3", lambda a, b: (a + b).mean(), maps, -2 * maps)
+    torch.testing.assert_close(found, -torch.stack(means).mean())
+
+
 @pytest.mark.parametrize("loss", ["fgd", "defeat", "icd"])
 @pytest.mark.parametrize("boxes", [RotatedBoxes(torch.ones(1, 5)), None], ids=["rotated", "none"])
 def test_a_loss_that_needs_boxes_refuses_others_by_its_name(loss, boxes):

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor
 
-from ssimkd.losses import Context
 from ssimkd.losses.ssim import SSIMLoss
 from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of
@@ -58,22 +57,21 @@ def normalized_pairs(model: Any, x: Mapping[str, Any]) -> Iterator[Tuple[str, Pa
     Yields:
         (str, Pair): a level such as "p3", or "<teacher>/p3" with several teachers.
     """
-    size = tuple(x["image"].shape[-2:])
     for name, distiller in distillers_of(model):
         if not distiller.enabled:
             continue
         losses = [loss for loss in distiller.losses.values() if type(loss) is SSIMLoss]
         loss = losses[0] if losses else SSIMLoss()
-        student, teacher = paired_maps(model, distiller, [dict(x)])
-        strides = {level: shape.stride for level, shape in distiller.student_shapes.items()}
-        context = Context([size], strides, mask_padding=distiller.mask_padding)
+        batch = [dict(x)]
+        student, teacher = paired_maps(model, distiller, batch)
+        context = distiller.context(batch)
         for level in student:
             maps = student[level], teacher[level]
             inside = context.inside(level, maps[0])
             maps = normalize_maps(*maps, loss.normalize, loss.normalize_scope, inside)
             height, width = context.cells(level, maps[0])[0]
             s, t = (m[..., :height, :width] for m in maps)
-            yield f"{name}/{level}".lstrip("/"), Pair(s, t, strides[level], loss.options)
+            yield f"{name}/{level}".lstrip("/"), Pair(s, t, context.strides[level], loss.options)
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ A loss whose `compares` names kinds of heads is called with what they answer in 
 
 from typing import Dict, List, Tuple
 
-import torch
 from torch import Tensor, nn
 
 from ssimkd.ssim.normalize import as_float, check_options, normalize_maps
@@ -94,8 +93,7 @@ class MapLoss(KDLoss):
             self.normalize_scope,
             context.inside(level, student),
         )
-        crops = context.crops(level, s, t)
-        return torch.stack([self.compare(*maps) * share for maps, share in crops]).sum()
+        return context.mean(level, self.compare, s, t)
 
     def forward(self, student: Maps, teacher: Maps, context: Context) -> Dict[str, Tensor]:
         """Level -> scalar."""

@@ -1,5 +1,6 @@
 """FGD: focal and global distillation (Yang et al., CVPR 2022)."""
 
+from functools import partial
 from typing import Dict, Sequence
 
 import torch
@@ -100,10 +101,8 @@ class FGDLoss(KDLoss):
         for level, s in student.items():
             stride = context.strides[level]
             masks = [foreground_mask(boxes / stride, s.shape[-2:]) for boxes in images]
-            crops = context.crops(level, s, teacher[level], torch.stack(masks)[:, None])
-            losses[level] = torch.stack(
-                [self.compare(level, *maps) * share for maps, share in crops]
-            ).sum()
+            maps = s, teacher[level], torch.stack(masks)[:, None]
+            losses[level] = context.mean(level, partial(self.compare, level), *maps)
         return losses
 
     def compare(self, level: str, student: Tensor, teacher: Tensor, objects: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """MGD: the teacher's map is generated from a part of the student's (Yang et al., ECCV 2022)."""
 
+from functools import partial
 from typing import Dict
 
 import torch
@@ -60,10 +61,8 @@ class MGDLoss(KDLoss):
             n, _, h, w = s.shape
             # The mask covers the padding too. So as many numbers are drawn for any image sizes
             kept = torch.rand((n, 1, h, w), device=s.device) >= self.mask_ratio
-            crops = context.crops(level, s * kept, teacher[level])
-            losses[level] = torch.stack(
-                [self.compare(level, *maps) * share for maps, share in crops]
-            ).sum()
+            compare = partial(self.compare, level)
+            losses[level] = context.mean(level, compare, s * kept, teacher[level])
         return losses
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """The batch that maps belong to, and which cells of the maps only pad an image to the batch's size.
 
-A loss leaves these cells out by :meth:`Context.inside` or :meth:`Context.crops`.
+A loss leaves these cells out by :meth:`Context.inside`, :meth:`Context.crops` or
+:meth:`Context.mean`.
 """
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Instances
@@ -108,3 +109,14 @@ class Context:
         for (h, w), members in groups.items():
             cut = [torch.stack([x[i][..., :h, :w] for i in members]) for x in images]
             yield cut, len(members) / len(self.image_sizes)
+
+    def mean(self, level: str, compare: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        """Mean over the images of a loss that compares their maps.
+
+        Args:
+            level, maps: see :meth:`crops`.
+            compare (callable): takes the maps of n images, (n, ..., h, w) each; returns the mean of
+                their losses.
+        """
+        crops = self.crops(level, *maps)
+        return torch.stack([compare(*cut) * share for cut, share in crops]).sum()

@@ -43,22 +43,20 @@ class TeacherNetwork:
             images (Tensor): (N, 3, H, W), normalised and padded, in float32.
 
         Raises:
-            ConfigError: torch.compile fails, or an operator does not know the precision.
+            ConfigError: torch.compile fails, or an operator does not support the precision.
         """
         device, dtype = images.device, self.dtype_on(images.device)
         if (dtype, device) not in self.runs:
             self.runs[dtype, device] = self.build(dtype, device)
-        failures = {
-            "COMPILE: torch.compile fails for this teacher or on this machine; set it to False": (
-                torch._dynamo.exc.TorchDynamoException
-            ),
-            f"PRECISION: this teacher cannot run in {dtype}; set it to float32": (
-                NotImplementedError if dtype != torch.float32 else ()
-            ),
-        }
-        compiling, computing = (
-            as_config_error(f"MODEL.DISTILL.TEACHER.{what}", errors)
-            for what, errors in failures.items()
+        compiling = as_config_error(
+            "MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails for this teacher or on this "
+            "machine; set it to False",
+            torch._dynamo.exc.TorchDynamoException,
+        )
+        computing = as_config_error(
+            f"MODEL.DISTILL.TEACHER.PRECISION: this teacher cannot run in {dtype}; "
+            "set it to float32",
+            NotImplementedError if dtype != torch.float32 else (),
         )
         images = images.to(dtype, memory_format=layout_of(dtype, device))
         # as in the student, what a backbone makes in float32 and some norms stay in float32

@@ -47,6 +47,12 @@ def interleave(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean of several values +- their standard deviation. A single value stands alone."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} +- {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
