@@ -79,7 +79,7 @@ def add_overrides(add: Add) -> None:
 
 
 def train(add: Add) -> None:
-    """Detectron2's arguments and this project's own."""
+    """Arguments of `ssimkd train` and `ssimkd eval`: Detectron2's and this project's own."""
     add("--config-file", default="", metavar="FILE", help="path or name of a .yaml or .py config")
     add("--resume", action="store_true", help="continue from the last checkpoint of the run")
     add("--eval-only", action="store_true", help="evaluate, and train nothing")
@@ -92,18 +92,15 @@ def train(add: Add) -> None:
     add("--dist-url", default=url, help="address at which processes meet; see torch.distributed")
     text = "replace an image that cannot be read by another one; the log says how many"
     add("--skip-bad-images", action="store_true", help=text)
-    add(
-        "--quiet",
-        action="store_true",
-        help="show only progress, results and warnings on the terminal; log.txt has everything",
-    )
+    text = "show only progress, results and warnings on the terminal; log.txt has everything"
+    add("--quiet", action="store_true", help=text)
     text = "minutes that a process waits for another one before the run ends (30)"
     add("--timeout", type=minutes, default=30.0, metavar="MINUTES", help=text)
     add_overrides(add)
 
 
 def check(add: Add) -> None:
-    """See the file of the command; the same holds for the functions below."""
+    """Arguments of `ssimkd check`."""
     add_config(add)
     add("--num-gpus", type=at_least(1), default=1, help="number of GPUs of the long run (1)")
     least = at_least(ITERATIONS["check"])
@@ -112,7 +109,7 @@ def check(add: Add) -> None:
 
 
 def weight(add: Add) -> None:
-    """See above."""
+    """Arguments of `ssimkd weight`."""
     add_config(add)
     least = at_least(ITERATIONS["weight"])
     add("--iters", type=least, default=300, help="number of iterations (300)")
@@ -121,7 +118,7 @@ def weight(add: Add) -> None:
 
 
 def predict(add: Add) -> None:
-    """See above."""
+    """Arguments of `ssimkd predict`."""
     add_config(add)
     add("images", nargs="+", help="image files")
     add("--weights", default="", help="path or URL of the checkpoint (the config's)")
@@ -133,7 +130,7 @@ def predict(add: Add) -> None:
 
 
 def export(add: Add) -> None:
-    """See above."""
+    """Arguments of `ssimkd export`."""
     add_config(add)
     add("--weights", required=True, help="path or URL of the student's checkpoint")
     add("--out", required=True, help="folder to write to")
@@ -145,13 +142,13 @@ def export(add: Add) -> None:
 
 
 def report(add: Add) -> None:
-    """See above."""
+    """Arguments of `ssimkd report`."""
     add("runs", nargs="+", metavar="RUN", help="folder of a run; the page is about the first one")
     add("--out", help="file to write (report.html in the folder of the first run)")
 
 
 def analyze(add: Add) -> None:
-    """See above."""
+    """Arguments of `ssimkd analyze`."""
     add_config(add)
     add("--weights", default="", help="path or URL of the student's checkpoint")
     add("--image", default="", help="image file to measure with (noise)")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from ssimkd import ConfigError
 from ssimkd.checkpoint import reader
-from ssimkd.checkpoint.coverage import load_teacher
+from ssimkd.checkpoint.coverage import load_detector_weights
 from ssimkd.checkpoint.export import read_weights
 from ssimkd.checkpoint.reader import multiarray, numeric, read_checkpoint
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
@@ -194,7 +194,7 @@ def test_the_error_names_a_command_that_converts_the_file(tmp_path):
 def test_teachers_and_resumed_checkpoints_are_read_without_running_them(tmp_path):
     path = write(tmp_path / "x.pkl", {"model": Attack(tmp_path / "ran"), "__author__": "me"})
     with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*x.pkl is not read: it names"):
-        load_teacher(torch.nn.Linear(1, 1), path)
+        load_detector_weights(torch.nn.Linear(1, 1), path)
     write(tmp_path / "model.pth", {"model": {}, "trainer": Attack(tmp_path / "ran")})
     (tmp_path / "last_checkpoint").write_text("model.pth")
     with pytest.raises(ConfigError, match="model.pth is not read: it names"):

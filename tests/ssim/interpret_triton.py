@@ -122,15 +122,15 @@ def test_without_gradient_the_value_is_the_same():
 
 @pytest.fixture
 def trial(monkeypatch):
-    """Asks whether the kernels are trusted for maps of float32."""
+    """Whether the kernels pass their trial for maps of float32."""
     monkeypatch.setattr(gpu, "TRIAL_SHAPE", (2, 6, 5))
-    gpu.trusted.cache_clear()
+    gpu.passes_trial.cache_clear()
     kind = torch.device("cpu"), torch.float32, torch.float32, tuple(OPTIONS.items())
-    yield lambda: gpu.trusted(*kind)
-    gpu.trusted.cache_clear()
+    yield lambda: gpu.passes_trial(*kind)
+    gpu.passes_trial.cache_clear()
 
 
-def test_right_kernels_are_trusted(trial, caplog):
+def test_right_kernels_pass(trial, caplog):
     with torch.inference_mode():
         assert trial()
     assert not caplog.records

@@ -137,8 +137,8 @@ def on_a_gpu(dtype=torch.float32):
     return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"))
 
 
-def test_covers_only_what_the_kernels_know(monkeypatch):
-    monkeypatch.setattr(gpu, "trusted", lambda *kind: True)
+def test_covers_only_what_the_kernels_support(monkeypatch):
+    monkeypatch.setattr(gpu, "passes_trial", lambda *kind: True)
     monkeypatch.setattr(gpu, "triton", gpu.triton or object())
     maps, double = on_a_gpu(), on_a_gpu(torch.float64)
 
@@ -157,19 +157,19 @@ def test_covers_only_what_the_kernels_know(monkeypatch):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes the kernel raise; returns what asks whether it is trusted."""
+    """A function that makes the kernel raise and puts it to its trial."""
 
-    def ask(error):
+    def try_kernel(error):
         def kernel(*args):
             raise error
 
         monkeypatch.setattr(gpu, "kernel", kernel)
         kind = torch.device("cpu"), torch.float32, torch.float32, tuple(OPTIONS.items())
-        return gpu.trusted(*kind)
+        return gpu.passes_trial(*kind)
 
-    gpu.trusted.cache_clear()
-    yield ask
-    gpu.trusted.cache_clear()
+    gpu.passes_trial.cache_clear()
+    yield try_kernel
+    gpu.passes_trial.cache_clear()
 
 
 @needs_triton

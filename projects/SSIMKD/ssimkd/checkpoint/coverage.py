@@ -30,7 +30,7 @@ def first_three(texts: List[str]) -> str:
     return "; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
-class _TeacherCheckpointer(CheckpointReader):
+class _CoveringCheckpointer(CheckpointReader):
     """Raises unless a checkpoint covers the backbone.
 
     Attributes:
@@ -57,12 +57,14 @@ class _TeacherCheckpointer(CheckpointReader):
         backbone = [text for name, text in wrong.items() if name.startswith("backbone.")]
         if backbone:
             raise ConfigError(f"does not fit the backbone of its config: {first_three(backbone)}")
-        # The teacher may have been a student. Its distiller is not needed any more.
+        # A student's checkpoint may hold a distiller, which a detector does not need.
         self.absent = [name for name in wrong if not name.startswith("distiller.")]
 
 
-def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEIGHTS") -> List[str]:
-    """Loads a checkpoint that must hold the whole backbone into a teacher.
+def load_detector_weights(
+    model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEIGHTS"
+) -> List[str]:
+    """Loads a checkpoint that must hold the whole backbone into a detector.
 
     Args:
         model (nn.Module): a detector. If it has no `.backbone`, all its tensors must be finite.
@@ -76,7 +78,7 @@ def load_teacher(model: Any, weights: str, key: str = "MODEL.DISTILL.TEACHER.WEI
         ConfigError: it cannot be read, or a tensor of the backbone is missing, of another shape or
             not finite.
     """
-    checkpointer = _TeacherCheckpointer(model)
+    checkpointer = _CoveringCheckpointer(model)
     with as_config_error(key):
         checkpointer.load(weights)
     part = "backbone." if hasattr(model, "backbone") else ""

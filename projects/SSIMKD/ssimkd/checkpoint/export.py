@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssimkd.config import OWN_KEYS
 from ssimkd.errors import ConfigError, as_setting_error, one_line
 from ssimkd.utils.atomic import atomic_write
-from ssimkd.utils.config_keys import LIBRARIES, key_of, target_of, without_pretraining
+from ssimkd.utils.config_keys import BACKBONE_NODES, key_of, target_of, without_pretraining
 from ssimkd.utils.user_code import IMPORTED
 
 from .reader import CheckpointReader, fetch, read_checkpoint
@@ -87,7 +87,7 @@ def to_yaml(plain) -> str:
     head = NEEDS_WEIGHTS.format(key_of(plain, "weights"))
     head += f"# Before that, import {', '.join(IMPORTED)}.\n" if IMPORTED else ""
     if isinstance(plain, CfgNode):
-        used = any(library in plain.MODEL for library in LIBRARIES)
+        used = any(name in plain.MODEL for name in BACKBONE_NODES)
         return (NEEDS_PACKAGE + NEEDS_KEYS if used else "") + head + plain.dump()
     try:
         text = yaml.dump(with_names(OmegaConf.to_container(plain)), default_flow_style=None)
@@ -121,7 +121,7 @@ def plain_config(cfg, weights: str):
         plain.MODEL.META_ARCHITECTURE = parent_of(architecture).__name__
         plain.MODEL.WEIGHTS = weights
         for node, key in OWN_KEYS:
-            if not (key in LIBRARIES and plain[node].get(key, {}).get("NAME")):
+            if not (key in BACKBONE_NODES and plain[node].get(key, {}).get("NAME")):
                 plain[node].pop(key, None)
         return plain
     plain.model._target_ = parent_of(target_of(plain.model))

@@ -38,14 +38,14 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     )
     if before and now and set(before) != set(now):
         raise ConfigError(
-            f"is another run's: its teachers were {in_words(before)} and are now {in_words(now)}; "
-            "put the files back, or start a new run from this checkpoint's weights (MODEL.WEIGHTS "
-            "or train.init_checkpoint)"
+            f"is another run's: its teachers were {list_files(before)} and are now "
+            f"{list_files(now)}; put the files back, or start a new run from this checkpoint's "
+            "weights (MODEL.WEIGHTS or train.init_checkpoint)"
         )
 
 
-def in_words(teachers: Mapping[str, str]) -> str:
-    """Names of files, by the SHA-256 of their contents."""
+def list_files(teachers: Mapping[str, str]) -> str:
+    """Files as text, from their names by the SHA-256 of their contents."""
     return ", ".join(f"{file} (SHA-256 {digest[:12]}...)" for digest, file in teachers.items())
 
 

@@ -14,7 +14,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
 
-from ssimkd.checkpoint.coverage import load_teacher
+from ssimkd.checkpoint.coverage import load_detector_weights
 from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.data.datasets import build_mapper
 from ssimkd.errors import ConfigError, as_config_error
@@ -38,7 +38,7 @@ def load_detector(cfg, weights: str) -> nn.Module:
         ConfigError: the checkpoint cannot be read, or it lacks a tensor.
     """
     model = build_plain(plain_config(cfg, weights))
-    absent = load_teacher(model, weights, "--weights")
+    absent = load_detector_weights(model, weights, "--weights")
     if absent:
         raise ConfigError(f"--weights: {weights} does not hold {absent[0]} in this config's shape")
     return model.eval().requires_grad_(False).to(device_of(cfg))

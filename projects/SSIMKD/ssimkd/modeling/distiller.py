@@ -293,9 +293,9 @@ class Distiller(nn.Module):
         return losses
 
     def _ended(self, device: torch.device) -> Dict[str, Tensor]:
-        """Losses of 0. DistributedDataParallel wants a gradient of every parameter all the same."""
+        """Losses of 0. DistributedDataParallel needs a gradient of every parameter all the same."""
         if self.teacher is not None:
-            self.teacher.move(torch.device("cpu"))  # it returns by itself where pictures need it
+            self.teacher.move(torch.device("cpu"))  # its next call, for pictures, moves it back
         nothing = [0.0 * parameter.sum() for parameter in self.parameters()]
         zero = torch.stack([torch.zeros((), device=device), *nothing]).sum()
         return {f"{loss.name}_kd_loss": zero for loss in self.losses.values()}
@@ -343,7 +343,7 @@ class Distiller(nn.Module):
         return (student, teacher, *answers)
 
     def context(self, batched_inputs: List[Dict], iteration: int = 0) -> Context:
-        """What the losses know of a batch besides its maps."""
+        """What the losses need of a batch besides its maps."""
         has_targets = all("instances" in x for x in batched_inputs)
         return Context(
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from ssimkd.checkpoint.coverage import load_teacher
+from ssimkd.checkpoint.coverage import load_detector_weights
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.data.datasets import use_own_data
 from ssimkd.engine.run_record import (
@@ -206,7 +206,7 @@ class Run:
         if not self.weights:
             raise ConfigError("there is no checkpoint")
         path = fetch(self.weights)
-        absent = load_teacher(model, path, "its checkpoint")
+        absent = load_detector_weights(model, path, "its checkpoint")
         if absent:
             raise ConfigError(f"{path} does not hold {absent[0]} as its config describes it")
         return model.eval()

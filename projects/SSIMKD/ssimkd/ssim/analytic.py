@@ -33,7 +33,7 @@ BLOCKS = (20, 16)
 
 
 def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
-    """Whether :func:`kernel` knows such maps and options."""
+    """Whether :func:`kernel` supports such maps and options."""
     # With border "zero" a map about its level would have another border
     return options["border"] != "zero" and options["exponents"] == (1, 1, 1)
 
@@ -159,6 +159,6 @@ def _blocks(matrix: Tensor, length: int) -> Iterator[Tuple[slice, slice, Tensor]
 def _windows(height, width, window_size, sigma, border, device, dtype) -> Tuple[_Blur, _Blur]:
     """B and its adjoint."""
     matrices = window_matrices(height, width, window_size, sigma, border)
-    blocks = BLOCKS if device == "cpu" else (height + width,) * 2  # a GPU wants few launches
+    blocks = BLOCKS if device == "cpu" else (height + width,) * 2  # a GPU needs few launches
     like = torch.empty(0, dtype=dtype, device=device)
     return _Blur(matrices, blocks, like), _Blur([m.t() for m in matrices], blocks, like)

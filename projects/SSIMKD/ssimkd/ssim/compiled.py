@@ -1,7 +1,7 @@
 """The kernel of `one_pass.py` for CPUs in C++, built by the machine's own compiler.
 
-A process builds it once, when first asked for it, for the processor that it runs on, in a folder of
-its own. That takes about a second, and nothing is left behind or taken from elsewhere.
+A process builds it once, at its first use, for the processor that it runs on, in a folder of its
+own. That takes about a second, and nothing is left behind or taken from elsewhere.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
-    """Whether :func:`kernel` knows such maps and options, and can be built here."""
+    """Whether :func:`kernel` supports such maps and options, and can be built here."""
     return (
         student.device.type == "cpu"
         and torch.float64 not in (student.dtype, teacher.dtype)
@@ -48,7 +48,7 @@ def kernel(
 ) -> Tensor:
     """See the head of `one_pass.py`. The threads of torch share the maps."""
     run, (count, *size), threads = library(), x.shape, torch.get_num_threads()
-    assert run is not None  # covers() has asked
+    assert run is not None  # covers() has built it
     rows, columns = _axes(*size, options["window_size"], options["sigma"], options["border"])
     cells = rows.described.results * columns.described.results
     constants = [(options[k] * options["data_range"]) ** 2 for k in ("k1", "k2")]
@@ -96,7 +96,7 @@ def _axes(*window):
 
 
 def axis_of(matrix: Tensor) -> Axis:
-    """Of the banded matrix (results, cells) that averages along an axis."""
+    """The window along an axis whose averages are those of a banded matrix (results, cells)."""
     results, cells = matrix.nonzero().unbind(1)
     before, after = (max(0, int(d.max())) for d in (results - cells, cells - results))
     weights, adjoint = _diagonals(matrix, before, after), _diagonals(matrix.t(), after, before)
@@ -105,7 +105,7 @@ def axis_of(matrix: Tensor) -> Axis:
 
 
 def _diagonals(matrix: Tensor, before: int, after: int) -> Tensor:
-    """Those of a banded matrix as rows, 0 where it ends, up to whole vectors."""
+    """The diagonals of a banded matrix as rows; zeros make each row a number of whole vectors."""
     rows = len(matrix)
     matrix = F.pad(matrix, (before, after + rows))
     diagonals = torch.stack([matrix.diagonal(k)[:rows] for k in range(before + 1 + after)])

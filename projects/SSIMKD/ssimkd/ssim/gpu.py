@@ -1,8 +1,8 @@
-"""The kernel of `one_pass.py` for GPUs in Triton, once it is trusted.
+"""The kernel of `one_pass.py` for GPUs in Triton.
 
-It has been checked without a GPU and never run on one. So the first maps of a kind on a device put
-it to a trial: on small random maps it must give what the definition gives. If it does not, or
-cannot be compiled, PyTorch's operators compute the loss, and one warning says why.
+It has been checked without a GPU and never run on one. So a trial precedes its first use for each
+kind of maps on a device: on small random maps it must give what the definition gives. If it does
+not, or cannot be compiled, PyTorch's operators compute the loss, and one warning says why.
 """
 
 import logging
@@ -42,7 +42,7 @@ LIMIT = 1e-4
 
 
 def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
-    """Whether :func:`kernel` knows such maps and options, and is right on their device."""
+    """Whether :func:`kernel` supports such maps and options, and is right on their device."""
     return (
         triton is not None
         and student.is_cuda
@@ -50,7 +50,7 @@ def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
         and options["border"] in ("renormalize", "zero")
         and options["exponents"] in ((1, 1, 1), (0, 1, 1))
         and options["window_size"] <= MAX_WINDOW
-        and trusted(student.device, student.dtype, teacher.dtype, tuple(options.items()))
+        and passes_trial(student.device, student.dtype, teacher.dtype, tuple(options.items()))
     )
 
 
@@ -140,7 +140,7 @@ def _constants(weights: Tuple[float, ...], width: int) -> Dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def trusted(device: torch.device, x_dtype: torch.dtype, y_dtype: torch.dtype, options) -> bool:
+def passes_trial(device: torch.device, x_dtype: torch.dtype, y_dtype: torch.dtype, options) -> bool:
     """Whether the kernel agrees with the definition on this device; tried once for maps of a kind.
 
     Raises:
@@ -172,7 +172,7 @@ def trusted(device: torch.device, x_dtype: torch.dtype, y_dtype: torch.dtype, op
 
 
 def _deviation(device, x_dtype, y_dtype, options) -> float:
-    """Of a value or gradient on random maps, the larger one; NaN is one, too."""
+    """The larger of the deviations of value and gradient; NaN if either is NaN."""
     generator = torch.Generator().manual_seed(0)  # the run's own draws stay the same
     x, noise = torch.rand(2, *TRIAL_SHAPE, generator=generator, device="cpu")
     x, y = x.to(device, x_dtype), ((x + noise) / 2).to(device, y_dtype)

@@ -12,7 +12,7 @@ from .definition import check_shapes, ssim_map
 from .normalize import NORMALIZATIONS, as_float, inside_of, normalize_maps
 from .normalize import check_options as check_normalization
 
-# The fast ones, in the order in which "auto" asks them
+# The fast ones, in the order in which "auto" tries them
 FAST = {"triton": gpu, "cpp": compiled, "analytic": analytic}
 BACKENDS = ("auto", "definition", *FAST)
 
@@ -37,7 +37,7 @@ def ssim_loss(
 
     Each image counts the same, however many cells it covers. All backends compute the same loss:
 
-        backend       runs on       knows
+        backend       runs on       supports
         definition    any device    everything: `normalize.py` and `definition.py` by autograd
         analytic      any device    normalize "minmax", "teacher_range", "none"; border
                                     "renormalize", "reflect", "valid"; exponents 1
@@ -45,8 +45,8 @@ def ssim_loss(
         triton        CUDA          the same normalisations, not float64; border "renormalize",
                                     "zero"; exponents 1, the first may be 0; windows up to 11
 
-    "auto" takes the fastest that knows the maps and options. The fast backends form the gradient in
-    the forward. A second backward or a second derivative of theirs goes through the definition.
+    "auto" takes the fastest that supports the maps and options. The fast backends form the gradient
+    in the forward. A second backward or a second derivative of theirs goes through the definition.
 
     Args:
         student (Tensor): (N, C, H, W), gradient flows, also through its normalisation.
@@ -62,7 +62,8 @@ def ssim_loss(
         Tensor: scalar in [0, 1], 0 for equal maps. float32; float64 for maps in float64.
 
     Raises:
-        ValueError: shapes differ, an option is out of its range, or the backend does not know it.
+        ValueError: shapes differ, an option is out of its range, or the backend does not support
+            these maps and options.
     """
     options = dict(
         window_size=window_size,
@@ -108,7 +109,7 @@ def _checked_sizes(sizes, student: Tensor) -> List[Tuple[int, int]]:
 def _choose(backend, student, teacher, normalize, options) -> str:
     """The backend that computes the loss of such maps."""
 
-    def knows(name: str) -> bool:
+    def supports(name: str) -> bool:
         return one_pass.covers(student, teacher, normalize) and FAST[name].covers(
             student, teacher, options
         )
@@ -116,8 +117,8 @@ def _choose(backend, student, teacher, normalize, options) -> str:
     if backend == "auto":
         if student.dtype == torch.float64:
             return "definition"
-        return next((name for name in FAST if knows(name)), "definition")
-    if backend != "definition" and not knows(backend):
+        return next((name for name in FAST if supports(name)), "definition")
+    if backend != "definition" and not supports(backend):
         raise ValueError(
             f"backend {backend!r} does not compute the SSIM loss of {student.dtype} maps on "
             f"{student.device} with normalize {normalize!r}, border {options['border']!r}, "

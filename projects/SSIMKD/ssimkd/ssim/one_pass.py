@@ -30,7 +30,7 @@ Sizes = Sequence[Tuple[int, int]]
 
 
 def covers(student: Tensor, teacher: Tensor, normalize: str) -> bool:
-    """Whether the statistics are known here; a backend says whether its kernel knows the rest."""
+    """Whether these maps are supported here. A backend's own `covers` is about its kernel."""
     return normalize in AFFINE and student.device == teacher.device
 
 
@@ -90,7 +90,7 @@ class _OnePassLoss(torch.autograd.Function):
 
 
 def _evaluate(student, teacher, sizes, normalize, scope, options, kernel, with_gradient):
-    """The loss and, where asked for, its gradient, (N, C, H, W)."""
+    """The loss and, if `with_gradient`, its gradient, (N, C, H, W)."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     maps, shape = student.shape[:2].numel(), (*student.shape[:2], 1, 1)
     x_stacks, y_stacks, gradients = stacks_of(student, sizes), stacks_of(teacher, sizes), None

@@ -19,7 +19,7 @@ down the rows by partial sums: a program owns a strip of columns of one map and 
 rows. Each row adds to the 2 radius + 1 windows it lies in, kept in registers, and completes one.
 
 Memory traffic in float32 maps: the forward kernel reads 2 and writes u, v, d (with a margin of
-zeros, so that the backward kernel knows no border); the backward kernel reads 5 and writes 1. There
+zeros, so that the backward kernel needs no border); the backward kernel reads 5 and writes 1. There
 are no atomics: sums go to one cell per program, so that equal inputs give equal bits.
 """
 # mypy: ignore-errors

@@ -9,7 +9,7 @@ from torch import Tensor
 from ssimkd.data.datasets import training_classes
 from ssimkd.errors import ConfigError
 
-from .heads import describe_heads, keep_modules, modules_of
+from .heads import describe_heads, head_modules, keep_modules
 from .network import TeacherNetwork
 from .preprocessing import (
     Preprocessing,
@@ -50,7 +50,7 @@ class Teacher:
             name
             for kind in kinds
             if self.heads.get(kind)
-            for name in modules_of(model, kind, stages)
+            for name in head_modules(model, kind, stages)
         ]
         for name, tensor in model.state_dict().items():
             if not name.startswith(tuple(f"{module}." for module in modules)):

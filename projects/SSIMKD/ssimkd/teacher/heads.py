@@ -111,7 +111,7 @@ def check_heads(
                 )
 
 
-def modules_of(detector: nn.Module, kind: str, stages: int) -> List[str]:
+def head_modules(detector: nn.Module, kind: str, stages: int) -> List[str]:
     """The names of the modules that a kind of head consists of.
 
     Args:

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from omegaconf import ListConfig, OmegaConf
 
-from ssimkd.checkpoint.coverage import load_teacher
+from ssimkd.checkpoint.coverage import load_detector_weights
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.data.datasets import use_own_data
 from ssimkd.errors import ConfigError, as_config_error, as_setting_error
@@ -153,7 +153,7 @@ class TeacherSpec:
                     f"MODEL.DISTILL.TEACHER.CONFIG: {self.config}: a {type(model).__name__} has no "
                     f"{part}, so it cannot be a teacher"
                 )
-        return model.eval().requires_grad_(False), cfg, load_teacher(model, weights)
+        return model.eval().requires_grad_(False), cfg, load_detector_weights(model, weights)
 
     def _building(self) -> ContextManager[None]:
         return as_setting_error(f"MODEL.DISTILL.TEACHER.CONFIG: cannot build {self.config}")

@@ -22,8 +22,8 @@ KEYS = {  # name -> key in a CfgNode, and in a DictConfig
     ),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
 }
-# Backbones that load weights of their library: nodes of a CfgNode, classes of a DictConfig.
-LIBRARIES = ("TORCHVISION", "TIMM")
+# Backbones that load weights of torchvision or timm: nodes of a CfgNode, classes of a DictConfig.
+BACKBONE_NODES = ("TORCHVISION", "TIMM")
 BACKBONES = ("TorchvisionBackbone", "TimmBackbone")
 
 
@@ -79,9 +79,9 @@ def without_pretraining(cfg: Any) -> Any:
     cfg = copy.deepcopy(cfg)
     if isinstance(cfg, CfgNode):
         cfg.defrost()
-        for library in LIBRARIES:
-            if library in cfg.MODEL:
-                cfg.MODEL[library].WEIGHTS = ""
+        for node in BACKBONE_NODES:
+            if node in cfg.MODEL:
+                cfg.MODEL[node].WEIGHTS = ""
         return cfg
     nodes = [cfg.model]
     while nodes:
