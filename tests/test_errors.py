@@ -1,5 +1,6 @@
 """A user's error is one line, a bug is a traceback, and log.txt has the traceback of both."""
 
+import io
 import logging
 import types
 from contextlib import redirect_stdout
@@ -17,6 +18,7 @@ from ssimkd.errors import (
     exit_in_one_line,
     lazy_fields,
     log_files,
+    naming_lazy_fields,
     traceback_in_log,
 )
 from ssimkd.losses import SSIMLoss
@@ -142,6 +144,22 @@ def test_any_other_error_is_a_traceback(error):
 )
 def test_keys_of_a_yaml_as_fields_of_a_lazy_config(text, expected):
     assert lazy_fields(text) == (expected or text)
+
+
+@pytest.mark.parametrize(("lazy", "key"), [(True, "train.inherit"), (False, "INHERIT")])
+def test_a_warning_of_a_lazy_config_names_its_field(lazy, key):
+    shown = io.StringIO()
+    logger, handler = logging.getLogger("ssimkd"), logging.StreamHandler(shown)
+    logger.addHandler(handler)
+    try:
+        with naming_lazy_fields(lazy):
+            with naming_lazy_fields(lazy):
+                pass
+            logging.getLogger("ssimkd.engine.preflight").warning("%s has no effect", "INHERIT")
+        assert not handler.filters
+    finally:
+        logger.removeHandler(handler)
+    assert shown.getvalue() == f"{key} has no effect\n"
 
 
 @pytest.mark.parametrize(

@@ -130,15 +130,29 @@ def lazy_fields(text: str) -> str:
     return text if "(.py)" in text else YAML_KEY.sub(field, text)
 
 
+def name_lazy_fields(record: logging.LogRecord) -> bool:
+    """A filter for log handlers: warnings name fields of a LazyConfig; every record passes."""
+    if record.levelno >= logging.WARNING:
+        record.msg, record.args = lazy_fields(record.getMessage()), ()
+    return True
+
+
 @contextmanager
 def naming_lazy_fields(lazy: bool = True) -> Iterator[None]:
-    """If `lazy`, a ConfigError in this block names fields of a LazyConfig, not keys of a YAML."""
+    """If `lazy`, errors and warnings in this block name fields of a LazyConfig, not YAML's keys."""
+    handlers = logging.getLogger("ssimkd").handlers if lazy else []
+    handlers = [handler for handler in handlers if name_lazy_fields not in handler.filters]
+    for handler in handlers:
+        handler.addFilter(name_lazy_fields)
     try:
         yield
     except ConfigError as error:
         if not lazy or lazy_fields(str(error)) == str(error):
             raise
         raise ConfigError(lazy_fields(str(error))) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(name_lazy_fields)
 
 
 def as_output_error(what: str) -> ContextManager[None]:
