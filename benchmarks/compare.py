@@ -35,7 +35,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import sys
 from itertools import chain
 from pathlib import Path
@@ -274,11 +273,7 @@ def write_report(
         "else that of the process. Both are medians of runs that had the machine for themselves."
     )
     text += [searched] if searched else []
-    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
-    code, where = (
-        " and ".join(sorted({row[key] for row in [*rows, *solo]})) for key in ("commit", "machine")
-    )
-    text.append(f"`{command}`, commit {code}, on {where}")
+    text.append(report.origin([*rows, *solo]))
     (out / "table.md").write_text("\n\n".join(text) + "\n")
     last = rows[-1]["data"]
     report.plot([row for row in rows if row["data"] == last], out / "plot.png")
@@ -345,8 +340,7 @@ def main() -> None:
         if rows:
             solo = comparison.measure(weights)
             print(write_report(out, rows, solo, list_weights(scores)))
-    if comparison.runner.failed:
-        sys.exit(f"{len(comparison.runner.failed)} runs failed. The same command tries them again.")
+    comparison.runner.exit_if_failed()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ of a timed run has method, round, seconds (per iteration) and peak_mib.
 """
 
 import math
+import shlex
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
@@ -105,6 +107,15 @@ def markdown(table: Sequence[Row]) -> str:
         rows.append(cells)
     head = [text.format(reference=table[0]["reference"]) for text in HEAD]
     return measure.markdown(head, rows)
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """The command, the commits and the machines of rows as one line."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    code, where = (
+        " and ".join(sorted({row[key] for row in rows})) for key in ("commit", "machine")
+    )
+    return f"`{command}`, commit {code}, on {where}"
 
 
 def plot(runs: Sequence[Row], path: Path) -> None:

@@ -90,6 +90,11 @@ class Runner:
             finally:  # an interruption starts no more runs
                 pool.shutdown(wait=False, cancel_futures=True)
 
+    def exit_if_failed(self) -> None:
+        """Ends the script with status 1 if a run failed."""
+        if self.failed:
+            sys.exit(f"{len(self.failed)} runs failed. The same command tries them again.")
+
 
 def schedule(iterations: int) -> List[Any]:
     """The overrides for a run of so many iterations: its warm-up and two steps of the rate."""

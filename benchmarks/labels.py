@@ -18,15 +18,15 @@ table.md, plot.png and records.json.
 
 import argparse
 import os
-import shlex
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
+import compare_report as report
 import matplotlib
-from compare import metrics_of
+from compare import metrics_of, origin_of
 from compare_methods import ROOT
 from compare_runs import Run, Runner, check_teacher, gather, schedule
 from detectron2.data import DatasetCatalog
@@ -141,21 +141,18 @@ def main() -> None:
         runner.finish(runs.values(), "labels", args.jobs)
         gather(out)
     samples: Samples = defaultdict(dict)
-    origins: List[Tuple[Any, Any]] = []
+    origins: List[Dict[str, str]] = []
     for (percent, method, seed), run in runs.items():
         record = run.record()
         if record:
             samples[percent, method][seed] = metrics_of(record["bbox"])["AP"]
-            origins.append((record["commit"], record["machine"]))
+            origins.append(origin_of(record))
     if samples:
-        command = shlex.join(["python", "benchmarks/labels.py", *sys.argv[1:]])
-        code, where = (" and ".join(sorted(set(words))) for words in zip(*origins))
-        text = f"{table(samples)}\n\n`{command}`, commit {code}, on {where}\n"
+        text = f"{table(samples)}\n\n{report.origin(origins)}\n"
         (out / "table.md").write_text(text)
         plot(samples, out / "plot.png")
         print(text)
-    if runner.failed:
-        sys.exit(f"{len(runner.failed)} runs failed. The same command tries them again.")
+    runner.exit_if_failed()
 
 
 if __name__ == "__main__":
