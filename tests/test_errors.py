@@ -135,6 +135,10 @@ def test_any_other_error_is_a_traceback(error):
             "model.distiller.losses, crosskd: layer is 5",
         ),
         ("no set; DATASETS.COCO (.yaml) or datasets.coco (.py)", None),
+        (
+            "MODEL.DISTILL.TEACHER.OPTS: set INPUT.FORMAT (.yaml) or input_format (.py)",
+            "model.distiller.teacher.opts: set INPUT.FORMAT (.yaml) or input_format (.py)",
+        ),
         ("MODEL.BACKBONE.NAME of the teacher", None),
         ("MODEL.TIMM.NAME: no such network", "model.backbone.bottom_up.name: no such network"),
         ("MODEL.BACKBONE.FREEZE_AT is 9", "model.backbone.bottom_up.freeze_at is 9"),

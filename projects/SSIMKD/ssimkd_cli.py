@@ -63,7 +63,11 @@ def parse(name: str, words: Optional[Sequence[str]] = None) -> argparse.Namespac
         "may be given several times",
     )
     ARGUMENTS[name](add)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    for word in getattr(args, "opts", ()):
+        if word.startswith("--"):
+            parser.error(f"{word}: flags stand before the overrides")
+    return args
 
 
 def add_config(add: Add) -> None:

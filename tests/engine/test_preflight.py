@@ -227,7 +227,7 @@ def test_a_new_student_inherits_and_a_resumed_or_plain_one_does_not(
     ("opts", "iterations", "expected"),
     [
         (("MODEL.DISTILL.SSIM.WEIGHT", 0.0), 900, "learns nothing from the teacher by ssim: "),
-        (("MODEL.DISTILL.SSIM.EXPONENTS", (0, 0, 0)), 900, "learns nothing from the teacher by"),
+        (("MODEL.DISTILL.LOSSES", ("ssim", "icd")), 90, "learns nothing from the teacher by icd: "),
         (("MODEL.DISTILL.WARMUP_ITERS", 5000), 900, "the losses never get their whole weight"),
         (("MODEL.DISTILL.WARMUP_ITERS", 500), 900, ""),
         (

@@ -20,6 +20,7 @@ from ssimkd.engine.arguments import load_config
 from ssimkd.engine.lazy_driver import build_model as build_lazy_model
 from ssimkd.modeling.backbones import STRIDES, TimmBackbone, TorchvisionBackbone
 from ssimkd.modeling.several_teachers import build_teachers
+from ssimkd.report.run import Run
 from torch import nn
 
 NETWORKS = {  # -> channels of res2 to res5, by the papers and torchvision's sources
@@ -73,7 +74,7 @@ def test_resnet18_gives_the_maps_of_torchvisions_own():
 
 
 def test_a_file_of_the_library_is_loaded_completely(tmp_path):
-    own, path = torchvision.models.mobilenet_v3_small(weights=None), str(tmp_path / "own.pth")
+    own, path = torchvision.models.mobilenet_v3_small(weights=None), tmp_path / "own.pth"
     torch.save(own.state_dict(), path)
     state = TorchvisionBackbone("mobilenet_v3_small", weights=path).body.state_dict()
     assert state and all(torch.equal(value, own.state_dict()[key]) for key, value in state.items())
@@ -248,6 +249,8 @@ def test_a_student_is_resumed_evaluated_and_exported_without_a_download(
     assert last["iteration"] == 1 and 0 < (last["model"][name] - first[name]).abs().max() < 0.1
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     assert "bbox" in yaml_driver.evaluate(cfg, resume=False)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    Run(str(tmp_path)).build()  # as the report does
     assert len(fetched) == 1
     text = (tmp_path / "student.yaml").read_text()
     assert text.startswith("# The backbone comes with the package ssimkd")

@@ -1,5 +1,7 @@
 """Several teachers at once: each has its own losses, options and trainable parts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import image_batch, save_teacher, shapes_cfg
@@ -119,6 +121,12 @@ def test_an_entry_without_weights_or_overrides_does_not_take_another_teachers(fi
 def test_wrong_entries_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         build(change)
+
+
+def test_a_path_object_names_a_file(files):
+    assert (
+        build(entries(files, WEIGHTS=Path(files[1]))).distiller["teacher2"].spec.weights == files[1]
+    )
 
 
 def test_a_whole_number_is_a_loss_weight(files):

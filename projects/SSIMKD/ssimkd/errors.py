@@ -120,6 +120,8 @@ def lazy_fields(text: str) -> str:
 
     def field(match: "re.Match[str]") -> str:
         key = match.group()
+        if text[match.end() :].startswith(" (.yaml)"):  # the field follows
+            return key
         if key in LAZY_FIELDS:
             return LAZY_FIELDS[key]
         parts = key.split(".")
@@ -127,7 +129,7 @@ def lazy_fields(text: str) -> str:
             return f"model.distiller.losses, {parts[2].lower()}: {parts[3].lower()}"
         return key.replace("MODEL.DISTILL", "model.distiller").lower()
 
-    return text if "(.py)" in text else YAML_KEY.sub(field, text)
+    return YAML_KEY.sub(field, text)
 
 
 def name_lazy_fields(record: logging.LogRecord) -> bool:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ssimkd.config import OWN_KEYS
-from ssimkd.errors import ConfigError, as_setting_error, one_line
+from ssimkd.errors import ConfigError, as_setting_error, naming_lazy_fields, one_line
 from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.config_keys import BACKBONE_NODES, key_of, target_of, without_pretraining
 from ssimkd.utils.user_code import IMPORTED
@@ -119,7 +119,7 @@ def plain_config(cfg, weights: str):
         with as_setting_error("MODEL.META_ARCHITECTURE"):
             architecture = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)
         plain.MODEL.META_ARCHITECTURE = parent_of(architecture).__name__
-        plain.MODEL.WEIGHTS = weights
+        plain.MODEL.WEIGHTS, plain.OUTPUT_DIR = weights, "./output"  # the export can be moved
         for node, key in OWN_KEYS:
             if not (key in BACKBONE_NODES and plain[node].get(key, {}).get("NAME")):
                 plain[node].pop(key, None)
@@ -154,7 +154,7 @@ def build_plain(plain) -> nn.Module:
     """The detector of a config, on the CPU. The random generator of the CPU is not changed."""
     with torch.random.fork_rng(devices=[]):
         if not isinstance(plain, CfgNode):
-            with as_setting_error("model"):
+            with naming_lazy_fields(), as_setting_error("model"):
                 return instantiate(plain.model)
         plain = plain.clone()
         plain.defrost()

@@ -18,12 +18,13 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
 from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.engine.arguments import load_config
-from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
 from ssimkd.report.model_cost import flop_counter
 from ssimkd.utils.measure import clock_of, interleave, markdown
@@ -112,7 +113,8 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     else:
         cfg = load_config(args.config_file, args.opts, splits=())
     image = read_image(cfg, args.image)
-    text = table(cfg, args.weights, image, args.repeats)
+    with naming_lazy_fields(not isinstance(cfg, CfgNode)):
+        text = table(cfg, args.weights, image, args.repeats)
     height, width = image.shape[1:]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{text}\n\nImage of {height} x {width} pixels; {where}, torch {torch.__version__}")

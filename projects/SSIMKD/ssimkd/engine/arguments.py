@@ -25,9 +25,6 @@ SKIP = (
 
 def load_arguments(args: argparse.Namespace):
     """The config that the command line of `ssimkd train` names; see :func:`load_config`."""
-    flags = [word for word in args.opts if word.startswith("--")]
-    if flags:
-        raise ConfigError(f"{flags[0]}: flags stand before the overrides")
     import_user_code(args.imports)
     overrides = list(args.opts)
     if args.skip_bad_images:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error, one_line
 from ssimkd.modeling.distiller import Distiller
-from ssimkd.modeling.idle import idle_by_gradient, idle_by_settings
+from ssimkd.modeling.idle import idle_losses
 from ssimkd.modeling.paired_maps import paired_maps
 from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
 from ssimkd.teacher.inherit import inherit
@@ -98,16 +98,13 @@ def prepare_pair(
     Returns:
         set[str]: names of the tensors that the student inherited.
     """
-    idle = warn_of_settings(name, distiller, settings.iterations)
+    warn_of_settings(name, distiller, settings.iterations)
     if not (modules or batches):
         return set()
     teacher = detector, _, absent = distiller.spec.load(model.device)
     copied = set(inherit(model, detector, modules, absent)) if modules else set()
     if batches:
         check_pair(model, name, distiller, batches, teacher)
-        more = idle_by_gradient(model, distiller, batches[0], settings.iterations)
-        if set(more) - set(idle):
-            warn_of_idle(name, {**more, **idle})
     return copied
 
 
@@ -119,21 +116,21 @@ def warn_of_disabled(name: str, inherits: bool) -> None:
         logger.warning("INHERIT has no effect, because LOSSES is ()")
 
 
-def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[str, str]:
+def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> None:
     """Warns of settings that keep a teacher from the student, and of a schedule beyond the run.
 
     Args:
         name (str): the teacher's; "" if there is one teacher.
         distiller (Distiller): the teacher's, with losses.
         iterations (int): of the run.
-
-    Returns:
-        dict[str, str]: loss -> the setting of 0 that keeps it from the student.
     """
-    idle, schedule = idle_by_settings(distiller), distiller.schedule
+    idle, schedule = idle_losses(distiller, iterations), distiller.schedule
     distils = schedule.iterations(iterations)
-    if len(idle) == len(distiller.losses):
-        warn_of_idle(name, idle)
+    logged = {loss for loss, one in distiller.losses.items() if one.weight == 0}  # and no more
+    if set(idle) - logged or len(idle) == len(distiller.losses):
+        why = "; ".join(f"{loss}: {reason}" for loss, reason in idle.items())
+        who = f"the teacher {name}".rstrip()
+        logger.warning("In this run the student learns nothing from %s by %s", who, why)
     elif schedule.warmup > distils:
         logger.warning(
             "MODEL.DISTILL.WARMUP_ITERS is %d, and the run distils in %d iterations: the losses "
@@ -148,14 +145,6 @@ def warn_of_settings(name: str, distiller: Distiller, iterations: int) -> Dict[s
             schedule.stop,
             iterations,
         )
-    return idle
-
-
-def warn_of_idle(name: str, idle: Dict[str, str]) -> None:
-    """Warns that a student learns nothing from losses; the reason of each is in `idle`."""
-    why = "; ".join(f"{loss}: {reason}" for loss, reason in idle.items())
-    who = f"the teacher {name}".rstrip()
-    logger.warning("In this run the student learns nothing from %s by %s", who, why)
 
 
 def check_names(settings: DriverSettings, teachers: List[str]) -> None:

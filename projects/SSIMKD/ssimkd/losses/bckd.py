@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients
+from ssimkd.utils.validate import check_factors
 
 from .base import KDLoss
 from .padding import Context
@@ -22,7 +22,8 @@ class BCKDLoss(KDLoss):
 
     Yang et al., "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object
     Detection", ICCV 2023. p = sigmoid(z) of the classes k at the anchors a, boxes b in pixels, and
-    P as in `kd`. The levels are added. The weight has a gradient in the first part only.
+    P as in `kd`. z is (M, A, K) and b (M, A, 4) at each of the levels, which are added. The weight
+    has a gradient in the first part only.
 
     As in the authors' code the box part takes GIoU, where the paper says IoU. It is not as in that
     code that a level without ground truth costs nothing: P is of all levels. Images without labels
@@ -45,7 +46,7 @@ class BCKDLoss(KDLoss):
         box: float = 4.0,
     ) -> None:
         super().__init__(weight)
-        check_coefficients(cls=cls, box=box)
+        check_factors(cls=cls, box=box)
         self.cls, self.box = float(cls), float(box)
 
     def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:

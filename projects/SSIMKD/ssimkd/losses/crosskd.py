@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_integers
+from ssimkd.utils.validate import check_coefficients, check_factors, check_integers
 
 from .base import KDLoss
 from .padding import Context
@@ -25,8 +25,8 @@ class CrossKDLoss(KDLoss):
     subnets of a dense head have n convolutions. The student's features behind number `layer` of
     them go through the teacher's later ones, which are frozen, and give the answers X: class
     probabilities p = sigmoid(z) at the anchors a, boxes b in pixels. So the student's own later
-    convolutions learn from the ground truth alone. The levels are added. The first part is the
-    quality focal loss with p_T as label.
+    convolutions learn from the ground truth alone. z is (M, A, K) and b (M, A, 4) at each of the
+    levels, which are added. The first part is the quality focal loss with p_T as label.
 
     The paper does not say what its sums over the whole map are divided by: here it is P as in `kd`,
     and the boxes of an anchor count as much as the teacher sees an object there, since there are
@@ -54,7 +54,8 @@ class CrossKDLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         check_integers(1, layer=layer)
-        check_coefficients(cls=cls, box=box, exponent=exponent)
+        check_factors(cls=cls, box=box)
+        check_coefficients(exponent=exponent)
         if exponent < 1:
             raise ConfigError(f"exponent must be at least 1, got {exponent!r}")
         self.layer, self.exponent = layer, float(exponent)

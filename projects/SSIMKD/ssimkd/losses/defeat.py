@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients
+from ssimkd.utils.validate import check_factors
 
 from .base import KDLoss, Maps, in_float
 from .padding import Context
@@ -45,7 +45,7 @@ class DeFeatLoss(KDLoss):
         background_weight: float = 12.0,
     ) -> None:
         super().__init__(weight)
-        check_coefficients(foreground_weight=foreground_weight, background_weight=background_weight)
+        check_factors(foreground_weight=foreground_weight, background_weight=background_weight)
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients
+from ssimkd.utils.validate import check_factors
 
 from .base import KDLoss
 from .padding import Context
@@ -47,7 +47,7 @@ class DISTLoss(KDLoss):
         gamma: float = 1.0,
     ) -> None:
         super().__init__(weight)
-        check_coefficients(beta=beta, gamma=gamma)
+        check_factors(beta=beta, gamma=gamma)
         self.beta, self.gamma = float(beta), float(gamma)
 
     def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_positive
+from ssimkd.utils.validate import check_factors, check_positive
 
 from .base import KDLoss
 from .padding import Context
@@ -20,11 +20,11 @@ class DKDLoss(KDLoss):
         target  alpha T^2 / R sum_r KL(b_T || b_S),   other  beta T^2 / R sum_r KL(q_T || q_S)
 
     Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022. With p = softmax(z / T) and y the
-    class that the student's own loss gives to the proposal, which may be the background:
-    b = (p_y, 1 - p_y), and q is the softmax over all classes but y. With alpha 1 and 1 - p_y of the
-    teacher in place of beta the sum is the divergence of `kd`. A box head of several stages has a
-    value for each, such as target_stage1. The ground truth is needed: images without labels take no
-    part.
+    class that the student's own loss gives to the proposal, which may be the background: b = (p_y,
+    1 - p_y), and q is the softmax over all classes but y. z is (R, K + 1). With alpha 1 and 1 - p_y
+    of the teacher in place of beta the sum is the divergence of `kd`. A box head of several stages
+    has a value for each, such as target_stage1. The ground truth is needed: images without labels
+    take no part.
 
     The logarithm of 1 - p_y is computed from the logits. The authors take it of a sum of
     probabilities, which is infinite where they are sharp.
@@ -48,7 +48,7 @@ class DKDLoss(KDLoss):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(weight)
-        check_coefficients(alpha=alpha, beta=beta)
+        check_factors(alpha=alpha, beta=beta)
         check_positive(temperature=temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_positive
+from ssimkd.utils.validate import check_factors, check_positive
 
 from .attention import channel_attention, spatial_attention
 from .base import KDLoss, Maps, in_float
@@ -77,7 +77,7 @@ class FGDLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         check_positive(temperature=temperature)
-        check_coefficients(
+        check_factors(
             foreground=foreground, background=background, attention=attention, relation=relation
         )
         self.temperature = temperature

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_positive, check_switches
+from ssimkd.utils.validate import check_factors, check_positive, check_switches
 
 from .attention import channel_attention, spatial_attention
 from .base import KDLoss, Maps, in_float
@@ -100,7 +100,7 @@ class FKDLoss(KDLoss):
     ) -> None:
         super().__init__(weight)
         check_positive(temperature=temperature)
-        check_coefficients(feature=feature, channel=channel, spatial=spatial, non_local=non_local)
+        check_factors(feature=feature, channel=channel, spatial=spatial, non_local=non_local)
         check_switches(channel_attention=channel_attention)
         if not pool_sizes or not all(isinstance(n, int) and n > 0 for n in pool_sizes):
             raise ValueError(f"pool_sizes must be positive integers, got {pool_sizes!r}")

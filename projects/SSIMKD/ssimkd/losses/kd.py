@@ -5,9 +5,8 @@ from typing import Any, Dict, Tuple
 import torch
 from torch import Tensor
 
-from ssimkd.errors import ConfigError
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients, check_positive
+from ssimkd.utils.validate import check_factors, check_positive
 
 from .base import KDLoss
 from .padding import Context
@@ -39,7 +38,8 @@ class SoftTargetLoss(KDLoss):
         centerness   1 / P sum_a w KL(c_T || c_S), of FCOS
 
     for R proposals, anchors a, box deltas d in the units of the student's own loss, boxes b in
-    pixels. P is the number of anchors with an object by which a dense detector divides its own
+    pixels. `responses.py` has their shapes. |.| is Detectron2's smooth L1 loss with its default
+    beta of 0. P is the number of anchors with an object by which a dense detector divides its own
     losses (running mean). The divergences have the gradients of cross-entropies with the teacher's
     probabilities as targets, and are 0 where both agree. A box head of several stages has a value
     for each, such as roi_cls_stage1. No ground truth is needed, but images without labels take no
@@ -80,11 +80,9 @@ class SoftTargetLoss(KDLoss):
         rpn, roi = dict(rpn_cls=rpn_cls, rpn_box=rpn_box), dict(roi_cls=roi_cls, roi_box=roi_box)
         dense = dict(dense_cls=dense_cls, dense_box=dense_box, centerness=centerness)
         self.factors = {**rpn, **roi, **dense}
-        check_coefficients(**self.factors)
+        check_factors(**self.factors)
         used = {"rpn": rpn, "roi": roi, "roi_box": {"": roi_box}, "dense": dense}
         self.compares = tuple(kind for kind, factors in used.items() if any(factors.values()))
-        if not self.compares:
-            raise ConfigError("a factor must be above 0, or there is nothing to compare")
 
     def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
         """Part -> scalar >= 0."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_coefficients
+from ssimkd.utils.validate import check_positive
 
 from .base import KDLoss, Maps, in_float
 from .padding import Context
@@ -38,7 +38,7 @@ class MGDLoss(KDLoss):
         mask_ratio: float = 0.45,  # (0.65)
     ) -> None:
         super().__init__(weight)
-        check_coefficients(generation=generation)
+        check_positive(generation=generation)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio!r}")
         self.generation, self.mask_ratio = generation, mask_ratio

@@ -52,6 +52,8 @@ class SSIMLoss(MapLoss):
         )
         self.backend = backend
         check_options(normalize, normalize_scope, backend, **self.options)
+        if not any(exponents):
+            raise ValueError("exponents must not all be 0: nothing would be compared")
 
     def compare_level(
         self, level: str, student: Tensor, teacher: Tensor, context: Context

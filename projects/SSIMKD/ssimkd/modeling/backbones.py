@@ -13,6 +13,7 @@ TorchvisionBackbone, and one function like :func:`build_torchvision_fpn_backbone
 
 import logging
 import os
+import re
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -31,6 +32,7 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 COARSEST = 32
 PROBE = (224, 320)  # height and width of the image that finds the features; the sides differ
 NORMS = ("FrozenBN", "BN", "SyncBN")
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # in published files
 
 
 class TorchvisionBackbone(Backbone):
@@ -70,7 +72,8 @@ class TorchvisionBackbone(Backbone):
         out_features: Sequence[str] = tuple(STRIDES),
     ) -> None:
         super().__init__()
-        self.name, self.weights = name, weights
+        self.name, self.weights = name, os.fspath(weights)
+        weights = self.weights
         if norm not in NORMS:
             raise ConfigError(f"{self.key}.NORM: {norm!r} is none of {', '.join(NORMS)}")
         if not out_features or not set(out_features) <= set(STRIDES):
@@ -108,6 +111,8 @@ class TorchvisionBackbone(Backbone):
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise ConfigError(f"{self.key}.NAME: torchvision has no network {name!r}")
         network = torchvision.models.get_model(name, weights=None)
+        if hasattr(network, "transform_input"):  # GoogLeNet's, which torchvision sets with weights
+            network.transform_input = True
         if weights:
             load_torchvision_weights(network, name, weights)
             images = torchvision.models.get_model_weights(name).DEFAULT.transforms()
@@ -315,6 +320,8 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
     else:
         with as_config_error(key):
             state = read_weights(weights)
+    for key in [key for key in state if OLD_DENSENET.search(key)]:
+        state[OLD_DENSENET.sub(r"\1", key)] = state.pop(key)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:

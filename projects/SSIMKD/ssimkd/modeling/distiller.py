@@ -220,8 +220,8 @@ class Distiller(nn.Module):
         teacher = Teacher(self.spec, device, self.kinds, self.stages)
         for loss in self.losses.values():
             kinds = [kind for kind in loss.compares if kind in self.student_heads]
-            check_heads(loss.name, kinds, self.student_heads, teacher.heads)
             names = class_names, teacher.class_names
+            check_heads(loss.name, kinds, self.student_heads, teacher.heads, names)
             check_class_names(loss.name, kinds, self.student_heads, names)
         with nullcontext() if self.of_maps else suppress(ConfigError):
             self.teacher_levels = self._match_levels(teacher)

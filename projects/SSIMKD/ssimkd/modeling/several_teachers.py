@@ -1,5 +1,6 @@
 """Several teachers of one student: a Distiller for each."""
 
+import os
 from contextlib import nullcontext
 from typing import (
     Any,
@@ -210,6 +211,8 @@ def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str
                 f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
             )
         if key in teacher:
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
             if isinstance(teacher[key], float) and isinstance(value, int):
                 value = float(value)  # yacs would refuse 1 for 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]

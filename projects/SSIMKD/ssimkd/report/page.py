@@ -15,7 +15,7 @@ from detectron2.data import MetadataCatalog
 from ssimkd.checkpoint.export import read_weights
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.engine.run_record import end_of, in_words, machine, now
-from ssimkd.errors import ConfigError
+from ssimkd.errors import ConfigError, lazy_fields
 from ssimkd.evaluation.similarity import similarity_maps
 from ssimkd.modeling.several_teachers import distillers_of
 
@@ -249,7 +249,11 @@ class Report:
         }
         return environment.get_template("page.html").render(
             **content,
-            notes=[*self.notes, *(note for run in runs for note in run.notes)],
+            notes=[
+                lazy_fields(note) if run.lazy else note
+                for run, notes in ((self.run, self.notes), *((run, run.notes) for run in runs))
+                for note in notes
+            ],
             title=self.own.label,
             run=self.run,
             runs=runs,

@@ -24,7 +24,7 @@ from ssimkd.engine.run_record import (
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
 from ssimkd.utils.config_files import load_config
-from ssimkd.utils.config_keys import names_of, setting, unlabeled_batch
+from ssimkd.utils.config_keys import names_of, setting, unlabeled_batch, without_pretraining
 
 Series = Tuple[List[int], List[float]]  # iterations and values
 
@@ -194,13 +194,11 @@ class Run:
         Raises:
             ConfigError: the model cannot be built, or no checkpoint holds all of it.
         """
-        device = str(device_of(self.cfg))
+        device, cfg = str(device_of(self.cfg)), without_pretraining(self.cfg)
         with as_config_error("its model cannot be built", Exception):
             if self.lazy:
-                model = instantiate(self.cfg.model).to(device)
+                model = instantiate(cfg.model).to(device)
             else:
-                cfg = self.cfg.clone()
-                cfg.defrost()
                 cfg.MODEL.DEVICE = device
                 model = build_model(cfg)
         if not self.weights:

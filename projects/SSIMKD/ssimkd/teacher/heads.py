@@ -94,20 +94,33 @@ def box_predictors(detector: Any) -> List[FastRCNNOutputLayers]:
 
 
 def check_heads(
-    loss: str, kinds: Iterable[str], student: Dict[str, Facts], teacher: Dict[str, Facts]
+    loss: str,
+    kinds: Iterable[str],
+    student: Dict[str, Facts],
+    teacher: Dict[str, Facts],
+    names: Sequence[Sequence[str]] = ((), ()),
 ) -> None:
-    """Raises ConfigError unless a teacher has these kinds of heads, and they fit the student's."""
+    """Raises ConfigError unless a teacher has these kinds of heads, and they fit the student's.
+
+    Args:
+        loss (str), kinds (iterable[str]): what the loss compares.
+        student, teacher (dict[str, dict]): their heads.
+        names (sequence[sequence[str]]): see :func:`check_class_names`.
+    """
     for kind in kinds:
         check_has(loss, kind, "student", student)
         check_has(loss, kind, "teacher", teacher)
         for fact in {**student[kind], **teacher[kind]}:
             own, other = student[kind].get(fact), teacher[kind].get(fact)
             if own != other:
-                remedy = f"; set MODEL.DISTILL.{loss.upper()}.ROI_BOX (roi_box in a .py) to 0"
+                more = f"; set MODEL.DISTILL.{loss.upper()}.ROI_BOX to 0" * (kind == "roi_box")
+                for whose, known in zip(("student", "teacher"), names):
+                    if fact == CLASSES and known:
+                        listed = ", ".join([*known[:5], *["..."] * (len(known) > 5)])
+                        more += f"; the {whose}'s training data has {listed}"
                 raise ConfigError(
                     f"MODEL.DISTILL.LOSSES: {loss} cannot compare {NAMES[kind]} of student and "
-                    f"teacher: {fact} is {own} in the student and {other} in the teacher"
-                    f"{remedy if kind == 'roi_box' else ''}"
+                    f"teacher: {fact} is {own} in the student and {other} in the teacher{more}"
                 )
 
 

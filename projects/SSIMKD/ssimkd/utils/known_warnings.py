@@ -1,7 +1,8 @@
-"""Warnings of other packages that do not help a user of a command."""
+"""Warnings of other packages that do not help a user of a command, or that are repeated."""
 
 import logging
 import warnings
+from typing import Set
 
 KNOWN = (  # start of the text, category
     (r"`torch\.jit\.", FutureWarning),  # of small functions that Detectron2 and fvcore compile
@@ -18,3 +19,20 @@ def silence_known_warnings() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime" not in record.getMessage()
     )
+    # Detectron2 reads an annotation file at each evaluation, with the same warnings.
+    logging.getLogger("detectron2.data.datasets.coco").addFilter(FirstTime())
+
+
+class FirstTime(logging.Filter):
+    """Lets each warning pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: Set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Called by the logger."""
+        text = record.getMessage()
+        first = record.levelno < logging.WARNING or text not in self.said
+        self.said.add(text)
+        return first

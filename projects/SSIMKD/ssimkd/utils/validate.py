@@ -28,6 +28,13 @@ def check_coefficients(sign: str = ">=", /, **options: Any) -> None:
             raise ConfigError(f"{name} must be a finite number {sign} 0, got {value!r}")
 
 
+def check_factors(**factors: Any) -> None:
+    """Raises ConfigError unless every factor is a finite number >= 0, and one is above 0."""
+    check_coefficients(**factors)
+    if not any(factors.values()):
+        raise ConfigError(f"{', '.join(factors)} must not all be 0: nothing would be compared")
+
+
 def check_positive(**options: Any) -> None:
     """Raises ConfigError unless every option is a finite number > 0."""
     check_coefficients(">", **options)
