@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import image_batch, shapes_cfg
+from conftest import image_batch, save_teacher, shapes_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -32,11 +32,14 @@ def share_of(batch):
     return batch[comm.get_rank() :: comm.get_world_size()]
 
 
-def train(teacher_file, images, *opts, seed=0, steps=3):
-    """Trains a student on this process's share of a batch; the second image has no objects."""
+def train(config, teacher_file, images, *opts, seed=0, steps=3):
+    """Trains a student of Shapes on this process's share of a batch.
+
+    The second image has no objects.
+    """
     torch.manual_seed(seed + comm.get_rank())
     weights = ("MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file)
-    model = build_model(shapes_cfg("ssimkd", *weights, *opts)).train()
+    model = build_model(shapes_cfg(config, *weights, *opts)).train()
     batch = image_batch(*[(64, 64)] * images)
     batch[1]["instances"] = batch[1]["instances"][:0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -50,14 +53,13 @@ def train(teacher_file, images, *opts, seed=0, steps=3):
             trainer.run_step()
             losses.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
             storage.step()
-    unloaded_tensors = [
-        k for k, v in model.named_parameters() if v.requires_grad and v.grad is None
-    ]
+    trained = {k: v for k, v in model.named_parameters() if v.requires_grad}
     return {
         "losses": losses,
         "before": before,
         "after": weights_of(model),
-        "unloaded_tensors": unloaded_tensors,
+        "trained": list(trained),
+        "without_gradient": [k for k, v in trained.items() if v.grad is None],
     }
 
 
@@ -74,7 +76,7 @@ def assert_same(found, expected, **tolerance):
 @pytest.fixture(scope="module")
 def alone(teacher_file):
     """One process, three steps of 12 images with the zoo's frozen batch norms."""
-    args = (teacher_file, 12, "MODEL.RESNETS.NORM", "FrozenBN", *NOTHING_DRAWN)
+    args = ("ssimkd", teacher_file, 12, "MODEL.RESNETS.NORM", "FrozenBN", *NOTHING_DRAWN)
     return args, train(*args)
 
 
@@ -93,18 +95,32 @@ def test_processes_train_as_one_with_the_whole_batch(alone, count):
         assert_same(result["after"], expected["after"], rtol=1e-5, atol=1e-2 * moved)
 
 
-def test_trainable_losses_and_adapters_step_with_the_student(teacher_file):
-    losses = ("fkd", "fgd", "mgd", "icd")
-    compared = (*losses, "kd", "dist", "dkd")
-    opts = ("MODEL.DISTILL.LOSSES", compared, "MODEL.DISTILL.ADAPTER", "conv1x1")
+def part_of(parameter):
+    """The adapter of a level or the loss that a parameter of a student belongs to."""
+    return ".".join(parameter.split(".")[:3])
+
+
+@pytest.mark.parametrize(
+    ("config", "teacher", "kinds"),
+    [
+        ("ssimkd", "teacher", {"maps", "rpn", "roi"}),
+        ("retinanet_compare", "retinanet_teacher", {"dense", "cross"}),
+    ],
+)
+def test_every_loss_and_adapter_steps_with_the_student(config, teacher, kinds, tmp_path):
+    weights = save_teacher(shapes_cfg(teacher, "MODEL.WEIGHTS", ""), tmp_path / "teacher.pth")
+    losses = [name for name, cls in KD_LOSS_REGISTRY if kinds & set(cls().compares)]
+    opts = ("MODEL.DISTILL.LOSSES", losses, "MODEL.DISTILL.ADAPTER", "conv1x1")
+    opts += ("MODEL.DISTILL.INHERIT", ())
     # DistributedDataParallel would raise in the second step if a parameter had no gradient in the
     # first one; the second process has no objects at all
-    first, second = in_processes(2, train, teacher_file, 2, *opts)
-    assert not first["unloaded_tensors"] and not second["unloaded_tensors"]
-    trained = [k for k in first["after"] if k.startswith("distiller.")]
-    for part in ("adapters", *(f"losses.{name}" for name in losses)):
-        names = [k for k in trained if k.startswith(f"distiller.{part}.")]
-        assert any((first["after"][k] != first["before"][k]).any() for k in names), part
+    first, second = in_processes(2, train, config, weights, 2, *opts)
+    assert {f"{name}_kd_loss" for name in losses} <= set(first["losses"][0])
+    assert not first["without_gradient"] and not second["without_gradient"]
+    trained = [k for k in first["trained"] if k.startswith("distiller.")]
+    moved = [k for k in trained if (first["after"][k] != first["before"][k]).any()]
+    assert set(map(part_of, moved)) == set(map(part_of, trained))
+    assert any(trained) == ("maps" in kinds)
     for k in first["after"]:
         assert k.split(".")[-1].startswith(("running_", "num_")) or np.array_equal(
             first["after"][k], second["after"][k]

@@ -16,7 +16,7 @@ COUNTS = [2, 1, 0, 3]  # instances of each image
 CHANNELS, CLASSES = 16, 5
 
 
-def targets(sizes, counts, seed=5):
+def targets(sizes, counts, seed=5, classes=CLASSES):
     """Ground truth: so many random boxes in each image."""
     generator = torch.Generator().manual_seed(seed)
     result = []
@@ -25,7 +25,7 @@ def targets(sizes, counts, seed=5):
         ends = torch.rand(count, 2, 2, generator=generator).sort(1).values  # low, high
         boxes = ends * torch.tensor([size[1], size[0]])
         instances.gt_boxes = Boxes(boxes.flatten(1))
-        instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
+        instances.gt_classes = torch.randint(classes, (count,), generator=generator)
         result.append(instances)
     return result
 
@@ -119,16 +119,15 @@ def tensors_of(side):
     return found
 
 
-def batch_for(name, sizes=SIZES, counts=COUNTS, proposals=(4, 3, 0, 5)):
+def batch_for(name, sizes=SIZES, counts=COUNTS, proposals=(4, 3, 0, 5), anchors=2, classes=CLASSES):
     """What a loss is called with: as :func:`batch`, or the answers that it compares."""
     student, teacher, context = batch(sizes, counts)
+    context.targets = targets(sizes, counts, classes=classes)
     kinds = KD_LOSS_REGISTRY.get(name)().compares
     if "maps" in kinds:
         return student, teacher, context
-    student, teacher = (
-        {k: x for k, x in random_answers(seed, sizes, proposals).items() if k in kinds}
-        for seed in (0, 1)
-    )
+    student, teacher = (random_answers(seed, sizes, proposals, anchors, classes) for seed in (0, 1))
+    student, teacher = ({k: x for k, x in s.items() if k in kinds} for s in (student, teacher))
     return changed(student, lambda x: x.requires_grad_()), teacher, context
 
 
@@ -151,7 +150,7 @@ def make_loss(
     """A loss in double precision; `trained` moves its parameters away from where they start."""
     loss = KD_LOSS_REGISTRY.get(name)(**options)
     torch.manual_seed(0)
-    loss.attach(dict.fromkeys(levels, channels), CLASSES)
+    loss.attach(dict.fromkeys(levels, channels), num_classes)
     with torch.no_grad():
         for parameter in loss.parameters():
             if trained:

@@ -44,6 +44,16 @@ def test_probabilities_that_vanish_cost_nothing_where_they_are_equal():
     torch.testing.assert_close(cost, torch.tensor([0.5]))
 
 
+@pytest.mark.parametrize("exponent", [-15, -22, -30, -38])
+def test_probabilities_that_vanish_cost_at_most_what_opposite_ones_cost(exponent):
+    s, t = torch.rand(2, 7, 5)
+    s = (s * 10.0**exponent).requires_grad_()  # squares below 1e-45 are 0
+    for dim in (0, 1):
+        cost = correlation_cost(s, t, dim)
+        (slope,) = torch.autograd.grad(cost.sum(), s)
+        assert (cost >= 0).all() and (cost <= 2 + 1e-5).all() and torch.isfinite(slope).all()
+
+
 def test_a_constant_in_a_row_of_logits_of_a_box_head_does_not_matter():
     student, teacher, context = batch_for("dist")
     moved = [replace(x, logits=x.logits + 3.0) for x in student["roi"]]

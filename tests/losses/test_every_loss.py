@@ -27,6 +27,7 @@ NAMES = sorted(name for name, _ in KD_LOSS_REGISTRY)
 PLAIN = [name for name in NAMES if not list(make_loss(name).parameters())]
 OF_HEADS = [name for name in NAMES if "maps" not in KD_LOSS_REGISTRY.get(name)().compares]
 OF_MAPS = [name for name in NAMES if issubclass(KD_LOSS_REGISTRY.get(name), MapLoss)]
+ONE_CLASS = [dict(classes=1, anchors=2), dict(classes=1, anchors=1)]
 WRONG = {  # type of a default -> values that no option takes
     float: [-1.0, math.nan, math.inf],
     int: [-1, 2.5],
@@ -37,6 +38,7 @@ WRONG = {  # type of a default -> values that no option takes
 
 few = settings(max_examples=6, **EXAMPLES)
 every_loss = pytest.mark.parametrize("name", NAMES)
+every_head = pytest.mark.parametrize("head", [{}, *ONE_CLASS], ids=str)
 loss_of_maps = pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_HEADS])
 
 
@@ -55,9 +57,14 @@ def class_scores(answers):
 # --- values and gradients ---
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_equal_maps_or_answers_cost_nothing(name):
-    student, teacher, context = batch_for(name)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [(name, {}) for name in PLAIN]
+    + [(name, head) for name in OF_HEADS if name in PLAIN for head in ONE_CLASS],
+    ids=str,
+)
+def test_equal_maps_or_answers_cost_nothing(name, head):
+    student, teacher, context = batch_for(name, **head)
     if "cross" in student:
         student["cross"] = student["dense"]
     teacher = changed(student, lambda x: x.detach().clone())
@@ -174,21 +181,25 @@ def test_every_parameter_takes_part_in_every_step(name, sizes, counts):
             assert torch.isfinite(gradient).all()
 
 
+@every_head
 @pytest.mark.parametrize("name", OF_HEADS)
 @pytest.mark.parametrize(
     ("counts", "proposals"), [([0, 0, 0, 0], (4, 3, 0, 5)), ([2, 1, 0, 3], (0, 0, 0, 0))], ids=str
 )
-def test_images_without_objects_or_proposals_keep_a_loss_of_heads_finite(name, counts, proposals):
-    student, teacher, context = batch_for(name, SIZES, counts, proposals)
+def test_images_without_objects_or_proposals_keep_a_loss_of_heads_finite(
+    name, counts, proposals, head
+):
+    student, teacher, context = batch_for(name, SIZES, counts, proposals, **head)
     parts = run(make_loss(name), student, teacher, context)
     scores = torch.autograd.grad(sum(parts.values()), class_scores(student))  # raises for a missing
     assert all(torch.isfinite(x).all() for x in (*parts.values(), *scores))
 
 
+@every_head
 @pytest.mark.parametrize("name", OF_HEADS)
-@pytest.mark.parametrize("factor", [120, -120, 0])
-def test_extreme_class_scores_keep_a_loss_of_heads_finite(name, factor):
-    student, teacher, context = batch_for(name)
+@pytest.mark.parametrize("factor", [1, 120, -120, 0])
+def test_class_scores_of_any_size_keep_a_loss_of_heads_finite(name, factor, head):
+    student, teacher, context = batch_for(name, **head)
     student = changed(student, lambda x: x.detach().float().mul(factor).requires_grad_())
     teacher = changed(teacher, lambda x: x.float() * factor)
     parts = run(make_loss(name).float(), student, teacher, context)

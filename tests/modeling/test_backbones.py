@@ -1,5 +1,6 @@
 """Networks of torchvision and timm as backbones: their features, weights, norms, and a step."""
 
+import re
 import subprocess
 import sys
 
@@ -40,6 +41,23 @@ NETWORKS = {  # -> channels of res2 to res5, by the papers and torchvision's sou
     "resnet50": (256, 512, 1024, 2048),
     "shufflenet_v2_x1_0": (24, 116, 232, 1024),
 }
+MODULES = {  # -> prefix and endings of torchvision's modules that give res2 to res5
+    "convnext_tiny": ("features.", 1, 3, 5, 7),
+    "densenet121": ("features.", "denseblock1", "denseblock2", "denseblock3", "norm5"),
+    "efficientnet_b0": ("features.", 2, 3, 5, 8),
+    "efficientnet_v2_s": ("features.", 2, 3, 5, 7),
+    "googlenet": ("", "conv3", "inception3b", "inception4e", "inception5b"),
+    "mnasnet0_5": ("layers.", 8, 9, 11, 16),
+    "mobilenet_v2": ("features.", 3, 6, 13, 18),
+    "mobilenet_v3_large": ("features.", 3, 6, 12, 16),
+    "mobilenet_v3_small": ("features.", 1, 3, 8, 12),
+    "regnet_x_400mf": ("trunk_output.block", 1, 2, 3, 4),
+    "regnet_y_400mf": ("trunk_output.block", 1, 2, 3, 4),
+    "resnet18": ("layer", 1, 2, 3, 4),
+    "resnet34": ("layer", 1, 2, 3, 4),
+    "resnet50": ("layer", 1, 2, 3, 4),
+    "shufflenet_v2_x1_0": ("", "maxpool", "stage2", "stage3", "conv5"),
+}
 SMALL = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone", "MODEL.WEIGHTS", "")
 RESNET18 = ("MODEL.TORCHVISION.NAME", "resnet18", "MODEL.TORCHVISION.WEIGHTS", "")
 
@@ -50,7 +68,7 @@ def test_strides_and_channels_are_those_of_the_maps(name):
     backbone = TorchvisionBackbone(name).eval()
     shapes = backbone.output_shape()
     assert tuple(shape.channels for shape in shapes.values()) == NETWORKS[name]
-    for size, padded in (((96, 64), (96, 64)), ((71, 33), (96, 64))):
+    for size, padded in (((224, 320), (224, 320)), ((71, 33), (96, 64))):
         # as a detector pads them
         images = ImageList.from_tensors([torch.rand(3, *size)], backbone.size_divisibility).tensor
         assert tuple(images.shape[-2:]) == padded
@@ -71,6 +89,43 @@ def test_resnet18_gives_the_maps_of_torchvisions_own():
     for feature, layer in zip(STRIDES, (own.layer1, own.layer2, own.layer3, own.layer4)):
         expected = layer(expected)
         assert torch.equal(maps[feature], expected)
+
+
+def published_weights(name):
+    """A random state dict of a network as torchvision publishes it: by the names of older versions.
+
+    Nothing in it is constant, so that every tensor matters.
+    """
+    state = torchvision.models.get_model(name, weights=None).state_dict()
+    state._metadata = {"": state._metadata[""]}  # norms did not count batches
+    for key in list(state):
+        value = state.pop(key)
+        if key.endswith("num_batches_tracked"):
+            continue
+        if (value == value.flatten()[0]).all():
+            value.uniform_(0.5, 1.5)
+        state[re.sub(r"(denselayer\d+\.\w+)([12]\.)", r"\1.\2", key)] = value
+    return state
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_file_of_the_library_gives_the_maps_of_torchvisions_own(name, monkeypatch, tmp_path):
+    path, expected = str(tmp_path / "own.pth"), {}
+    torch.save(published_weights(name), path)
+    fetch = "load_state_dict_from_url"
+    monkeypatch.setattr(torchvision.models._api, fetch, lambda *args, **kwargs: torch.load(path))
+    own = torchvision.models.get_model(name, weights="DEFAULT").eval()
+    prefix, *endings = MODULES[name]
+    for feature, ending in zip(STRIDES, endings):
+
+        def keep(module, inputs, output, feature=feature):
+            expected[feature] = output.clone()  # later modules may change it in place
+
+        own.get_submodule(f"{prefix}{ending}").register_forward_hook(keep)
+    images = torch.rand(2, 3, 64, 96)
+    own(images)
+    torch.testing.assert_close(TorchvisionBackbone(name, weights=path).eval()(images), expected)
 
 
 def test_a_file_of_the_library_is_loaded_completely(tmp_path):
