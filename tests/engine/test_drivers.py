@@ -19,6 +19,7 @@ from ssimkd import ConfigError
 from ssimkd.engine import lazy_driver
 from ssimkd.engine.arguments import check_config, load_config
 from ssimkd.engine.yaml_driver import DistillTrainer
+from ssimkd.utils.config_keys import without_pretraining
 from ssimkd_cli import parse
 
 KEY = "MODEL.DISTILL"
@@ -185,9 +186,11 @@ def test_the_kept_teacher_is_as_good_as_the_readme_says(yaml, tmp_path):
     assert found == pytest.approx(float(line.split("|")[2]), abs=0.5)
 
 
-def test_the_kept_teacher_is_its_config():
-    model = build_model(shapes_cfg("teacher"))
-    assert model.state_dict().keys() == weights(ROOT / TEACHER_FILE).keys()
+@pytest.mark.parametrize("data", ["shapes", "photos"])
+def test_the_kept_teacher_is_its_config(data):
+    cfg = without_pretraining(load_config(f"configs/{data}/teacher.yaml", splits=()))
+    kept = weights(ROOT / f"configs/{data}/teacher.pth")
+    assert build_model(cfg).state_dict().keys() == kept.keys()
 
 
 def own_records():
@@ -202,3 +205,7 @@ def test_a_lazy_config_with_records_of_ones_own_trains_and_is_evaluated(few_imag
     cfg.dataloader.evaluator.dataset_name = "ssimkd_shapes_val"
     check_config(cfg, parse("train", ["--config-file", ""]))
     assert "AP" in lazy_driver.train(cfg, resume=False)["bbox"]
+    cfg.dataloader.test = None
+    assert lazy_driver.train(cfg, resume=False) == {}
+    with pytest.raises(ConfigError, match="dataloader.test.dataset.names is empty"):
+        check_config(cfg, parse("train", ["--config-file", "", "--eval-only"]))

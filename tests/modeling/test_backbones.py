@@ -108,6 +108,12 @@ def published_weights(name):
     return state
 
 
+def test_old_names_in_a_file_do_not_hide_the_key_of_an_error(tmp_path):
+    torch.save(published_weights("densenet121"), tmp_path / "own.pth")
+    with pytest.raises(ConfigError, match="MODEL.TORCHVISION.WEIGHTS: .* does not fit densenet169"):
+        TorchvisionBackbone("densenet169", weights=tmp_path / "own.pth")
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_a_file_of_the_library_gives_the_maps_of_torchvisions_own(name, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ FACTORS = {
     "dkd": ("ALPHA", "BETA"),
     "fgd": ("FOREGROUND", "BACKGROUND", "ATTENTION", "RELATION"),
     "fkd": ("FEATURE", "CHANNEL", "SPATIAL", "NON_LOCAL"),
+    "kd": ("RPN_CLS", "RPN_BOX", "ROI_CLS", "ROI_BOX", "DENSE_CLS", "DENSE_BOX"),
     "mgd": ("GENERATION",),
 }
 

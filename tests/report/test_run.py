@@ -77,13 +77,17 @@ def test_a_detector_without_a_backbone_is_read(write, tmp_path, monkeypatch):
 def test_data_of_ones_own_that_is_gone_is_a_note(write, tmp_path):
     entry = {"NAME": "moved_away", "JSON": "gone.json", "IMAGES": "gone"}
     run = write("DATASETS.COCO", [entry], "DATASETS.TEST", ("moved_away",))
-    assert run.images == [] and "gone" in run.notes[0] and run.dataset == "moved_away"
+    assert run.images == [] and run.dataset == "moved_away"
+    assert "gone" in run.notes[0] and run.notes[1:] == [
+        "The data set moved_away is not registered."
+    ]
 
 
 def test_a_model_that_cannot_be_built_is_an_error_in_one_line(tmp_path):
-    (tmp_path / "config.yaml").write_text("model: {_target_: builtins.Student}\n")
-    with pytest.raises(ConfigError, match="its model cannot be built"):
-        Run(str(tmp_path)).build()
+    for text in ("model: {_target_: builtins.Student}\n", "model: 5\n", "train: {}\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="its model cannot be built"):
+            Run(str(tmp_path)).build()
 
 
 def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):

@@ -100,8 +100,9 @@ def check_config(cfg, args: argparse.Namespace) -> str:
     splits = ("TEST",) if args.eval_only else ("UNLABELED", "TEST", "TRAIN")
     used = datasets_of(cfg, *splits)
     *_, needed = used
-    lazy = not isinstance(cfg, CfgNode)
-    own = lazy and value_of(cfg, needed) is None  # data that is not named in Detectron2's catalog
+    # a LazyConfig may have a loader or records of the user's own, without names
+    unnamed = not isinstance(cfg, CfgNode) and value_of(cfg, needed) is None
+    own = unnamed and value_of(cfg, needed.partition(".dataset")[0]) is not None
     if not used[needed] and not own:
         raise ConfigError(f"{needed} is empty: name at least one data set")
     for key, names in used.items():

@@ -160,7 +160,7 @@ def build_with_teachers(cfg, resumed: bool = False) -> Any:
         cfg (DictConfig): the config.
         resumed (bool): the weights will come from a checkpoint of the run.
     """
-    loaded = resumed or cfg.train.init_checkpoint
+    loaded = resumed or setting(cfg, "weights")
     model = build_model(without_pretraining(cfg) if loaded else cfg)
     check_image_format(cfg, model, "train", "test", "unlabeled")
     build_teachers(model, training_classes(cfg))
@@ -235,7 +235,8 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
 def test_model(cfg, model: nn.Module) -> Dict[str, Any]:
     """Evaluates by `cfg.dataloader`. The random state of a training stays as it is."""
     cfg = copy.deepcopy(cfg)
-    if "evaluator" not in cfg.dataloader or setting(cfg, "TEST") in ([], ""):
+    evaluated = "evaluator" in cfg.dataloader and cfg.dataloader.get("test")
+    if not evaluated or setting(cfg, "TEST") in ([], ""):
         return {}
     folder = os.path.join(cfg.train.output_dir, "inference")
     with preserve_random_state():

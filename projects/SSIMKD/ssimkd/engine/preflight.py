@@ -50,8 +50,8 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
     distillers = list(distillers_of(model))
     inherits: Dict[str, List[str]] = {} if resumed else settings.inherit
     if not any(distiller.enabled for _, distiller in distillers):
-        for name, _ in distillers:
-            warn_of_disabled(name, any(inherits.values()))
+        for number, (name, _) in enumerate(distillers):
+            warn_of_disabled(name, number == 0 and any(inherits.values()))
         return
     check_names(settings, [name for name, _ in distillers])
     inherited: Set[str] = set()

@@ -38,6 +38,7 @@ class KDLoss(nn.Module):
     # Images without labels take part in a loss of maps alone that does not need boxes
     needs_boxes: bool = False
     layer: int = 0  # for the kind "cross": see `crosskd.py`
+    starts_after: str = ""  # option that counts first iterations without a gradient for the student
 
     def __init__(self, weight: float) -> None:
         super().__init__()

@@ -84,5 +84,5 @@ def standardize(table: Tensor, dim: int) -> Tensor:
     centred = table - table.mean(dim=dim, keepdim=True)
     norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
     rounding = 1e-4 * torch.linalg.vector_norm(table.detach(), dim=dim, keepdim=True)
-    least = torch.finfo(table.dtype).tiny ** 0.5  # the square of anything smaller vanishes
+    least = torch.finfo(table.dtype).tiny ** 0.5  # squares of smaller numbers lose their digits
     return centred / norm.maximum(rounding).clamp(min=least)

@@ -178,6 +178,7 @@ class ICDLoss(KDLoss):
     """
 
     needs_boxes = True
+    starts_after = "detach_iters"
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssimkd.registry import register_loss
-from ssimkd.utils.validate import check_factors, check_positive
+from ssimkd.utils.validate import check_coefficients, check_factors, check_positive
 
 from .base import KDLoss
 from .padding import Context
@@ -78,9 +78,10 @@ class SoftTargetLoss(KDLoss):
         check_positive(temperature=temperature)
         self.temperature = temperature
         rpn, roi = dict(rpn_cls=rpn_cls, rpn_box=rpn_box), dict(roi_cls=roi_cls, roi_box=roi_box)
-        dense = dict(dense_cls=dense_cls, dense_box=dense_box, centerness=centerness)
-        self.factors = {**rpn, **roi, **dense}
-        check_factors(**self.factors)
+        dense = dict(dense_cls=dense_cls, dense_box=dense_box)
+        check_factors(**rpn, **roi, **dense)
+        check_coefficients(centerness=centerness)
+        self.factors = {**rpn, **roi, **dense, "centerness": centerness}
         used = {"rpn": rpn, "roi": roi, "roi_box": {"": roi_box}, "dense": dense}
         self.compares = tuple(kind for kind, factors in used.items() if any(factors.values()))
 

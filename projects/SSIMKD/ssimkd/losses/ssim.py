@@ -31,7 +31,7 @@ class SSIMLoss(MapLoss):
         normalize: str = "minmax",
         # not known from the paper; "image" is as good, "batch" is worse [shapes: scope]
         normalize_scope: str = "channel",
-        border: str = "renormalize",  # the others are as good [shapes: border]
+        border: str = "renormalize",  # "zero" is as good, "valid" lower [shapes: border]
         window_size: int = 11,  # [paper]; 3 to 15 are as good [shapes: window]
         sigma: float = 1.5,  # [paper]; 0.5 to 3 are as good [shapes: sigma]
         k1: float = 0.01,  # [paper]

@@ -320,8 +320,8 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
     else:
         with as_config_error(key):
             state = read_weights(weights)
-    for key in [key for key in state if OLD_DENSENET.search(key)]:
-        state[OLD_DENSENET.sub(r"\1", key)] = state.pop(key)
+    for old in [name for name in state if OLD_DENSENET.search(name)]:
+        state[OLD_DENSENET.sub(r"\1", old)] = state.pop(old)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:

@@ -130,9 +130,11 @@ class Run:
             return []
         try:
             return DatasetCatalog.get(self.dataset)
-        except (KeyError, OSError) as error:
+        except KeyError:
+            self.notes.append(f"The data set {self.dataset} is not registered.")
+        except OSError as error:
             self.notes.append(f"The data set {self.dataset} cannot be read: {error}")
-            return []
+        return []
 
     @cached_property
     def objects(self) -> Optional[List[Dict[str, Any]]]:
@@ -194,8 +196,9 @@ class Run:
         Raises:
             ConfigError: the model cannot be built, or no checkpoint holds all of it.
         """
-        device, cfg = str(device_of(self.cfg)), without_pretraining(self.cfg)
+        device = str(device_of(self.cfg))
         with as_config_error("its model cannot be built", Exception):
+            cfg = without_pretraining(self.cfg)
             if self.lazy:
                 model = instantiate(cfg.model).to(device)
             else:

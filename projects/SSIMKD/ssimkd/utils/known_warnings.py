@@ -32,7 +32,9 @@ class FirstTime(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Called by the logger."""
+        if record.levelno < logging.WARNING:
+            return True
         text = record.getMessage()
-        first = record.levelno < logging.WARNING or text not in self.said
+        first = text not in self.said
         self.said.add(text)
         return first
