@@ -28,7 +28,7 @@ import compare_report as report
 import matplotlib
 from compare import metrics_of, origin_of
 from compare_methods import ROOT
-from compare_runs import Run, Runner, check_teacher, gather, schedule
+from compare_runs import Run, Runner, gather, schedule
 from detectron2.data import DatasetCatalog
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
@@ -135,7 +135,6 @@ def main() -> None:
     args, runner = parse_args(), Runner()
     with exit_in_one_line():
         runs, out = plan(args), Path(args.out).resolve()
-        check_teacher(f"{DATA[args.on][0]}/ssimkd.yaml", args.opts)
         if args.on == "shapes":  # draws the images before several processes do
             DatasetCatalog.get("ssimkd_shapes_val")
         runner.finish(runs.values(), "labels", args.jobs)

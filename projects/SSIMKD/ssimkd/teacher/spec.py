@@ -164,5 +164,5 @@ class TeacherSpec:
         except RuntimeError as error:
             raise ConfigError(
                 "MODEL.DISTILL.TEACHER.WEIGHTS is empty and Detectron2's zoo has no checkpoint for "
-                f"{self.config}"
+                + self.config
             ) from error
