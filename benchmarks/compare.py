@@ -14,9 +14,9 @@ Finished runs are not repeated when the command is started again. With --records
 this file are not repeated either; docs/comparison has those that this project has published.
 
 The detector is a Faster R-CNN on Shapes, or a RetinaNet on Shapes with --on retinanet, or a Faster
-R-CNN on BCCD with --on photos. Train the RetinaNet teacher first, and get BCCD first;
-configs/README.md has the commands. On Shapes every student but vanilla starts with its teacher's heads
-(configs/shapes/compare.yaml, retinanet_compare.yaml). The method ssim:*0 starts with them and
+R-CNN on BCCD with --on photos. First train the teacher of the RetinaNet, or get BCCD;
+configs/README.md has the commands. On Shapes every student but vanilla starts with its teacher's
+heads (configs/shapes/compare.yaml, retinanet_compare.yaml). The method ssim:*0 starts with them and
 distils nothing. vanilla:*1.3 trains 1.3 times as long.
 
 Each weight is searched as follows. Short runs with the default weight measure the gradients. The

@@ -8,7 +8,7 @@ from .distiller import Distiller
 def idle_losses(distiller: Distiller, iterations: int) -> Dict[str, str]:
     """Loss -> the setting that keeps it from the student.
 
-    Factors that are all 0 are no matter of this function, because a loss refuses them.
+    A loss itself refuses factors that are all 0.
 
     Args:
         distiller (Distiller): the student's.
