@@ -181,7 +181,9 @@ class Comparison:
                 continue
             row = {"budget": budget, "method": method.name, "weight": weights[method], "seed": seed}
             for data, bbox in record.get("by_dataset", {"": record["bbox"]}).items():
-                rows.append({**row, "data": data, **metrics_of(bbox), **origin_of(record)})
+                parts = {key: ap for key, ap in bbox.items() if key not in report.METRICS}
+                row = {**row, "data": data, "parts": parts}
+                rows.append({**row, **metrics_of(bbox), **origin_of(record)})
         return rows
 
     def measure(self, weights: Dict[Method, float]) -> List[Dict[str, Any]]:
@@ -265,9 +267,10 @@ def write_report(
         part = [row for row in rows if (row["budget"], row["data"]) == (budget, data)]
         table = report.summarise(part, solo)
         text += [f"### {budget} iterations{data and ', '}{data}", report.markdown(table)]
+        text.append(report.by_size_and_class(part, [line["method"] for line in table]))
     text.append(
-        "AP is box AP in percent on the validation images, as mean +- sample standard deviation "
-        f"over seeds. Differences to {table[0]['reference']} are paired by seed. Each 95 % "
+        "AP is box AP in percent, as mean +- sample standard deviation over seeds. "
+        f"Differences to {table[0]['reference']} are paired by seed. Each 95 % "
         "interval (Student's t) holds for one comparison. Seconds per iteration include the data "
         "and were measured with one thread. The peak memory is that of the GPU if one is used, and "
         "else that of the process. Both are medians of runs that had the machine for themselves."

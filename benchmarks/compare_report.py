@@ -1,7 +1,8 @@
 """Statistics, tables and the plot of compare.py.
 
-A row is a dict. The row of a run has budget, method, weight, seed, data, AP, AP50 and more. The row
-of a timed run has method, round, seconds (per iteration) and peak_mib.
+A row is a dict. The row of a run has budget, method, weight, seed, data, AP, AP50, AP75 and `parts`
+(AP by size of the objects and by class). The row of a timed run has method, round, seconds (per
+iteration) and peak_mib.
 """
 
 import math
@@ -107,6 +108,23 @@ def markdown(table: Sequence[Row]) -> str:
         rows.append(cells)
     head = [text.format(reference=table[0]["reference"]) for text in HEAD]
     return measure.markdown(head, rows)
+
+
+def by_size_and_class(runs: Sequence[Row], methods: Sequence[str]) -> str:
+    """AP by size of the objects (APs, APm, APl) and by class as a table in Markdown.
+
+    Detectron2 has no number if nothing was detected, which counts as 0, or if there is no such
+    object, which is a dash.
+    """
+    columns = [*dict.fromkeys(part for row in runs for part in row["parts"])]
+    rows = []
+    for method in methods:
+        cells = [method]
+        for part in columns:
+            aps = [row["parts"].get(part) for row in runs if row["method"] == method]
+            cells.append(measure.mean_and_deviation([ap or 0.0 for ap in aps]) if any(aps) else "-")
+        rows.append(cells)
+    return measure.markdown(["method", *columns], rows)
 
 
 def origin(rows: Sequence[Row]) -> str:

@@ -12,8 +12,9 @@ labels, there is no third student.
 The labelled images are the first of the data set, for every seed. The weight of ssim is that of
 the config; it is not searched.
 
-Finished runs are not repeated when the command is started again. The folder --out then holds
-table.md, plot.png and records.json.
+Finished runs are not repeated when the command is started again. With --records FILE, the runs in
+this file are not repeated either. The folder --out then holds table.md, plot.png and records.json
+(every finished run, for --records).
 """
 
 import argparse
@@ -28,7 +29,7 @@ import compare_report as report
 import matplotlib
 from compare import metrics_of, origin_of
 from compare_methods import ROOT
-from compare_runs import Run, Runner, gather, schedule
+from compare_runs import Run, Runner, gather, restore, schedule
 from detectron2.data import DatasetCatalog
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
@@ -124,6 +125,7 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--budget", type=int, default=1000, help="iterations of every run")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes, a thread each")
     add("--out", help="folder of runs and report; default: output/labels_<on>")
+    add("--records", type=Path, help="a records.json with runs that are not repeated")
     add("opts", nargs="*", help="overrides for every run, after --")
     args = parser.parse_args(words)
     args.out = args.out or str(ROOT / f"output/labels_{args.on}")
@@ -135,6 +137,8 @@ def main() -> None:
     args, runner = parse_args(), Runner()
     with exit_in_one_line():
         runs, out = plan(args), Path(args.out).resolve()
+        if args.records:
+            restore(args.records, out)
         if args.on == "shapes":  # draws the images before several processes do
             DatasetCatalog.get("ssimkd_shapes_val")
         runner.finish(runs.values(), "labels", args.jobs)

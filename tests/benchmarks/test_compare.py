@@ -77,6 +77,14 @@ def test_a_row_per_method_the_best_first():
     assert lines[3].startswith("| once | 4 | 1 | 20.0 | 40.0 | 10.0 | - |")
 
 
+def test_sizes_and_classes_have_a_table_of_their_own():
+    found = [{"APs": None, "APl": 30.0, "AP-cell": 40.0}, {"APs": None}]  # the last found nothing
+    runs = [{"method": "ssim", "parts": parts} for parts in found]
+    head, _, line = report.by_size_and_class(runs, ["ssim"]).splitlines()
+    assert head == "| method | APs | APl | AP-cell |"
+    assert line == "| ssim | - | 15.0 +- 21.2 | 20.0 +- 28.3 |"
+
+
 # --- methods ---
 
 
@@ -246,7 +254,7 @@ def test_a_weight_that_fails_is_not_chosen(tmp_path, executed):
 
 def test_photographs_are_searched_on_val_and_reported_on_test(tmp_path, executed):
     by_dataset = {
-        name: {"AP": ap, "AP50": ap, "AP75": ap}
+        name: {"AP": ap, "AP50": ap, "AP75": ap, "APs": ap}
         for name, ap in (("bccd_test", 1.0), ("bccd_val_test", 2.0))
     }
     calls = executed(lambda run: 2.0, by_dataset=by_dataset)
@@ -263,6 +271,7 @@ def test_photographs_are_searched_on_val_and_reported_on_test(tmp_path, executed
     ] * 2
     text = compare.write_report(tmp_path, rows, [], "")
     assert "### 8 iterations, bccd_test\n" in text and "vanilla:*1.5 | 0 | 1 | 2.0" in text
+    assert "| method | APs |" in text
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
@@ -366,6 +375,6 @@ def test_the_command_trains_compares_and_writes_its_files(tmp_path, few_shapes):
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in done.stdout and "### 3 iterations" in text
     assert text.count("| vanilla | 0 | 1 |") == text.count("| ssim | 4 | 1 |") == 1
-    (vanilla,) = (line.split(" | ") for line in text.splitlines() if "vanilla | 0" in line)
+    (vanilla,) = (line.split(" | ") for line in text.splitlines() if "vanilla | 0 " in line)
     assert float(vanilla[7]) > 0 and vanilla[8] == "1.00" and float(vanilla[9]) > 100
     assert (tmp_path / "plot.png").stat().st_size > 1000
