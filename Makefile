@@ -13,7 +13,7 @@ train: $(READY)  ## distil a small student on the Shapes data and print the tabl
 compare: $(READY)  ## train the student with every method and print the table; ARGS="--help" for more
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-test: lint  ## lint, types, the order of the folders, and all tests
+test: lint  ## lint, types, the order of the folders, and all tests except the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)  ## the tests of faults and long runs that take minutes each

@@ -5,8 +5,8 @@
 #
 # Cost: less than the 41 GPU-hours of R50 for the student and at most 20 more for the teacher,
 # estimated.
-# Expected: the zoo has no R18. The paper reports a rise from 32.6 to 36.1 in MMDetection; it is not
-# known here with which teacher and schedule.
+# Expected: the zoo has no R18. Secondary sources on the paper give a rise from 32.6
+# to 36.1 in MMDetection; it is not known here with which teacher and schedule.
 from detectron2.config import LazyCall as L
 from ssimkd.modeling.backbones import TorchvisionBackbone
 

@@ -240,7 +240,7 @@ def settings(thing, name=""):
         for key, value in settings(child, f"{name}.{part}").items()
         if not (key.endswith(".loss_weight.loss_cls") and value == 1)  # a default, written or not
         and key != ".image_format"  # not read where the model has `input_format`
-        and not key.startswith(".of_the_driver")  # of a LazyConfig only the driver knows them
+        and not key.startswith(".driver_keys")  # of a LazyConfig only the driver knows them
     }
 
 

@@ -19,8 +19,7 @@ import torch
 from ssimkd import ConfigError
 from ssimkd.checkpoint import reader
 from ssimkd.checkpoint.coverage import load_detector_weights
-from ssimkd.checkpoint.export import read_weights
-from ssimkd.checkpoint.reader import multiarray, numeric, read_checkpoint
+from ssimkd.checkpoint.reader import multiarray, numeric, read_checkpoint, read_weights
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 
 

@@ -80,7 +80,7 @@ def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):
 
 
 def test_a_note_is_no_warning():
-    remarks = check.Remarks()
+    remarks = check.LogCollector()
     for number, extra in enumerate(({"harmless": True}, {"harmless": False}, {})):
         record = logging.LogRecord("ssimkd", logging.WARNING, "", 0, str(number), None, None)
         vars(record).update(extra)
@@ -112,7 +112,7 @@ def test_what_the_whole_run_costs():
 def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
     opts = ("DATASETS.UNLABELED", ("heap",), "MODEL.DISTILL.STOP_ITER", 5)
     cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10, *opts)
-    short = check.short(cfg, "folder", iterations=20, num_gpus=8)
+    short = check.short_run_config(cfg, "folder", iterations=20, num_gpus=8)
     assert short.SOLVER.IMS_PER_BATCH == 2 and short.SOLVER.BASE_LR == 0.0
     assert short.SOLVER.IMS_PER_BATCH_UNLABELED == 1 and short.MODEL.DISTILL.STOP_ITER == 0
     assert short.DATASETS.TEST == () and short.VIS_PERIOD == 0 and short.OUTPUT_DIR == "folder"
@@ -131,5 +131,5 @@ def test_a_batch_for_more_gpus_than_the_reference(run_check, monkeypatch):
     assert said.startswith("error: SOLVER.REFERENCE_WORLD_SIZE: AssertionError")
     cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "SOLVER.REFERENCE_WORLD_SIZE", 8)
     cfg.TEST.PRECISE_BN.ENABLED = True
-    short = check.short(cfg, "folder", iterations=20, num_gpus=8)
+    short = check.short_run_config(cfg, "folder", iterations=20, num_gpus=8)
     assert short.SOLVER.REFERENCE_WORLD_SIZE == 0 and not short.TEST.PRECISE_BN.ENABLED

@@ -16,7 +16,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from ssimkd.checkpoint.export import export_student, read_weights
+from ssimkd.checkpoint.export import export_student
+from ssimkd.checkpoint.reader import read_weights
 from ssimkd.commands import export, predict
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import describe_run

@@ -21,32 +21,32 @@ LAZY = (
 
 @pytest.fixture
 def suggest(few_shapes, monkeypatch, capsys):
-    """Runs the command; returns (pull now, pull recommended, key of the weight, weight)."""
+    """Runs the command; returns (ratio now, ratio recommended, key of the weight, weight)."""
     monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
 
     def run(*args):
         weight.main([*map(str, args)])
         said = capsys.readouterr()
         assert "it/s" not in said.err and "iteration" not in said.err  # no bar outside a terminal
-        pattern = r"pulls (\S+) times(?:.|\n)* Recommended is (\S+), .*\n\n    (\S+)[ =](\S+)\n$"
+        pattern = r"is (\S+) times(?:.|\n)* Recommended is (\S+), .*\n\n    (\S+)[ =](\S+)\n$"
         now, wanted, key, number = re.search(pattern, said.out).groups()
         return float(now), float(wanted), key, float(number)
 
     return run
 
 
-def test_the_override_gives_the_recommended_pull(suggest):
-    # the student does not move, so the pull is proportional to the weight
+def test_the_override_gives_the_recommended_ratio(suggest):
+    # the student does not move, so the ratio is proportional to the weight
     still = (*YAML[:2], "--iters", 20, *YAML[2:], "SOLVER.BASE_LR", 1e-9)
-    pull, wanted, key, number = suggest(*still)
-    assert wanted == weight.CLIPPED and number == pytest.approx(16 * wanted / pull, rel=0.06)
+    ratio, wanted, key, number = suggest(*still)
+    assert wanted == weight.CLIPPED and number == pytest.approx(16 * wanted / ratio, rel=0.06)
     assert suggest(*still, key, number)[0] == pytest.approx(wanted, rel=0.06)  # two digits
 
 
 def test_a_lazy_config(suggest):
-    pull, wanted, key, number = suggest(*LAZY[:2], "--iters", 20, *LAZY[2:])
+    ratio, wanted, key, number = suggest(*LAZY[:2], "--iters", 20, *LAZY[2:])
     assert wanted == weight.UNCLIPPED and key == "model.distiller.losses.0.weight"
-    assert number == pytest.approx(4.0 * wanted / pull, rel=0.06)  # 4 is the default
+    assert number == pytest.approx(4.0 * wanted / ratio, rel=0.06)  # 4 is the default
     assert load_config(LAZY[1], [f"{key}={number}"]).model.distiller.losses[0].weight == number
 
 
@@ -57,7 +57,7 @@ def test_text_by_hand():
     text = weight.report(weights, weight.medians(rows), clipped=False)
     assert "| ssim_kd/p3 | 0.25 | 8 |\n| ssim_kd/p4 | 0.5 | - |" in text
     # the median of 2 and 4, the later half
-    assert "pulls 3 times" in text and "8, because this solver does not clip" in text
+    assert "distillation is 3 times" in text and "8, because this solver does not clip" in text
     assert text.endswith("    MODEL.DISTILL.SSIM.WEIGHT 16\n    MODEL.DISTILL.L2.WEIGHT 8")
     assert "25, because this solver clips" in weight.report(weights, {"gradient_ratio": 3.0}, True)
     with pytest.raises(ConfigError, match="--iters"):
@@ -92,7 +92,7 @@ def test_several_teachers_have_losses_of_their_own():
     assert watched.model.log_gradients == weight.PERIOD
 
 
-def test_the_pull_is_that_of_the_whole_weight():
+def test_the_ratio_is_that_of_the_whole_weight():
     schedule = {"WARMUP_ITERS": 900, "COOLDOWN_ITERS": 5, "STOP_ITER": 9}
     key = "MODEL.DISTILL"
     opts = [x for name, value in schedule.items() for x in (f"{key}.{name}", value)]

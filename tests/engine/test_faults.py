@@ -225,12 +225,12 @@ class NanTeacher:
         match, steps = Distiller.match, []
 
         def spoiled(*args):
-            student, teacher, *answers = match(*args)
+            student, teacher, *predictions = match(*args)
             labeled = "instances" in args[1][0]
             steps.extend([1] * (labeled and student["p3"].requires_grad))
             if labeled and len(steps) in (2, 5):
                 teacher["p3"][0, 0, 0, 0] = float("nan")
-            return student, teacher, *answers
+            return student, teacher, *predictions
 
         Distiller.match = spoiled
 

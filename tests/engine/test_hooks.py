@@ -8,11 +8,11 @@ from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError
 from ssimkd.engine.hooks import (
     CallAfterTraining,
-    CountSkipped,
     EvalHook,
     ExactResume,
+    LogSkippedImages,
     ReadMetrics,
-    WarnOfShare,
+    WarnOnGradientRatio,
 )
 from ssimkd.engine.preemption import StopOnSignal
 from ssimkd.engine.yaml_driver import DistillTrainer, PreciseBN
@@ -37,7 +37,7 @@ def test_the_order_of_the_hooks(few_images, tmp_path):
         hooks.PeriodicCheckpointer,
         CallAfterTraining,
         StopOnSignal,
-        CountSkipped,
+        LogSkippedImages,
         EvalHook,
         ReadMetrics,
         hooks.PeriodicWriter,
@@ -124,7 +124,7 @@ def test_a_weight_that_drowns_the_detector_is_said_after_the_first_iteration(
     student, opts, warned, caplog
 ):
     model = student(*opts)
-    hook = WarnOfShare(model)
+    hook = WarnOnGradientRatio(model)
     with EventStorage() as storage:
         for iteration in range(2):
             storage.iter, hook.trainer = iteration, Trainer(iteration)
@@ -140,4 +140,4 @@ def test_no_share_is_measured_where_gradients_are_clipped(few_images, tmp_path):
     opts = ("OUTPUT_DIR", str(tmp_path), "SOLVER.CLIP_GRADIENTS.ENABLED")
     for clipped in (True, False):
         trainer = DistillTrainer(shapes_cfg("ssimkd", *opts, clipped))
-        assert any(isinstance(x, WarnOfShare) for x in trainer._hooks) != clipped
+        assert any(isinstance(x, WarnOnGradientRatio) for x in trainer._hooks) != clipped

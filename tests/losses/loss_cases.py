@@ -1,4 +1,4 @@
-"""Batches of maps, answers of heads, and losses for them, shared by the tests of this folder."""
+"""Batches of maps, predictions of heads, and losses for them, shared by these tests."""
 
 import math
 from dataclasses import fields, is_dataclass, replace
@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
-from ssimkd.losses.responses import AnchorAnswers, ProposalAnswers
+from ssimkd.losses.predictions import AnchorPredictions, ProposalPredictions
 
 STRIDES = {"p3": 8, "p5": 32}
 SIZES = [(64, 96), (40, 80), (64, 96), (33, 17)]  # pixels; padded to 64 x 96
@@ -65,8 +65,8 @@ def random_boxes(generator, *shape):
     return torch.cat([low, low + 4 + size], dim=-1)
 
 
-def random_answers(seed, sizes=SIZES, proposals=(4, 3, 0, 5), anchors=2, classes=CLASSES):
-    """What heads of every kind answer, in double precision; so many proposals of each image."""
+def random_predictions(seed, sizes=SIZES, proposals=(4, 3, 0, 5), anchors=2, classes=CLASSES):
+    """What heads of every kind predict, in double precision; so many proposals of each image."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -76,11 +76,13 @@ def random_answers(seed, sizes=SIZES, proposals=(4, 3, 0, 5), anchors=2, classes
         cells = sum(math.ceil(h / stride) * math.ceil(w / stride) for h, w in sizes)
         shape = (cells, anchors)
         boxes, centerness = random_boxes(generator, *shape), normal(*shape)
-        return AnchorAnswers(normal(*shape, classes), None, boxes, centerness, positives=3.0)
+        return AnchorPredictions(normal(*shape, classes), None, boxes, centerness, positives=3.0)
 
     def rpn(stride):
-        answers = dense(stride)
-        return AnchorAnswers(answers.logits[..., :1].clone(), normal(*answers.boxes.shape))
+        predictions = dense(stride)
+        return AnchorPredictions(
+            predictions.logits[..., :1].clone(), normal(*predictions.boxes.shape)
+        )
 
     same = torch.Generator().manual_seed(11)  # student and teacher see the same proposals
     boxes = [Boxes(random_boxes(same, n).float()) for n in proposals[: len(sizes)]]
@@ -91,13 +93,15 @@ def random_answers(seed, sizes=SIZES, proposals=(4, 3, 0, 5), anchors=2, classes
         "dense": {level: dense(s) for level, s in STRIDES.items()},
         "cross": {level: dense(s) for level, s in STRIDES.items()},
         "roi": [
-            ProposalAnswers(normal(count, classes + 1), normal(count, classes, 4), boxes, matcher)
+            ProposalPredictions(
+                normal(count, classes + 1), normal(count, classes, 4), boxes, matcher
+            )
         ],
     }
 
 
 def changed(side, function):
-    """One side of a comparison, maps or answers, with a function applied to each tensor."""
+    """One side of a comparison, maps or predictions, with a function applied to each tensor."""
     if isinstance(side, torch.Tensor):
         return function(side)
     if isinstance(side, dict):
@@ -120,13 +124,15 @@ def tensors_of(side):
 
 
 def batch_for(name, sizes=SIZES, counts=COUNTS, proposals=(4, 3, 0, 5), anchors=2, classes=CLASSES):
-    """What a loss is called with: as :func:`batch`, or the answers that it compares."""
+    """What a loss is called with: as :func:`batch`, or the predictions that it compares."""
     student, teacher, context = batch(sizes, counts)
     context.targets = targets(sizes, counts, classes=classes)
     kinds = KD_LOSS_REGISTRY.get(name)().compares
     if "maps" in kinds:
         return student, teacher, context
-    student, teacher = (random_answers(seed, sizes, proposals, anchors, classes) for seed in (0, 1))
+    student, teacher = (
+        random_predictions(seed, sizes, proposals, anchors, classes) for seed in (0, 1)
+    )
     student, teacher = ({k: x for k, x in s.items() if k in kinds} for s in (student, teacher))
     return changed(student, lambda x: x.requires_grad_()), teacher, context
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_cases import STRIDES, batch_for, make_loss
-from numpy_answers import arrays, bce, giou, sigmoid
+from numpy_predictions import arrays, bce, giou, sigmoid
 
 
 def test_the_parts_are_those_of_the_formulas():
@@ -18,16 +18,16 @@ def test_the_parts_are_those_of_the_formulas():
         q, p = (sigmoid(x["logits"]) for x in (s, t))
         cls += (abs(p - q) * bce(q, p)).sum()
         box += (abs(p - q).max(-1) * (1 - giou(s["boxes"], t["boxes"]))).sum()
-    assert found["cls"].item() == pytest.approx(cls / 3)  # 3 positives in `random_answers`
+    assert found["cls"].item() == pytest.approx(cls / 3)  # 3 positives in `random_predictions`
     assert found["box"].item() == pytest.approx(4 * box / 3)
 
 
 def test_a_teacher_that_is_certain_gives_a_cross_entropy_weighted_by_the_error():
     student, teacher, context = batch_for("bckd")
     expected = 0
-    for level, answers in teacher["dense"].items():
-        certain = (answers.logits > 1).double()
-        teacher["dense"][level] = replace(answers, logits=240 * certain - 120)
+    for level, predictions in teacher["dense"].items():
+        certain = (predictions.logits > 1).double()
+        teacher["dense"][level] = replace(predictions, logits=240 * certain - 120)
         z = student["dense"][level].logits
         errors = (certain - z.sigmoid()).abs()
         expected += (

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from loss_cases import STRIDES, batch_for, make_loss
-from numpy_answers import arrays, bce, giou, sigmoid
+from numpy_predictions import arrays, bce, giou, sigmoid
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
@@ -17,7 +17,7 @@ def test_the_parts_are_those_of_the_formulas(exponent):
         q, p = sigmoid(x["logits"]), sigmoid(t["logits"])
         cls += (np.abs(p - q) ** exponent * bce(q, p)).sum()
         box += (p.max(-1) * (1 - giou(x["boxes"], t["boxes"]))).sum()
-    assert found["cls"].item() == pytest.approx(cls / 3)  # 3 positives in `random_answers`
+    assert found["cls"].item() == pytest.approx(cls / 3)  # 3 positives in `random_predictions`
     assert found["box"].item() == pytest.approx(2 * box / 3)
 
 

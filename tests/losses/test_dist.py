@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from loss_cases import batch_for, make_loss
-from numpy_answers import arrays, sigmoid, softmax
+from numpy_predictions import arrays, sigmoid, softmax
 from ssimkd.losses.dist import correlation_cost
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from loss_cases import batch_for, make_loss
-from numpy_answers import arrays, kl, softmax
+from numpy_predictions import arrays, kl, softmax
 from ssimkd.losses.dkd import decoupled_kl
-from ssimkd.losses.responses import softmax_kl
+from ssimkd.losses.predictions import softmax_kl
 
 
 def test_the_parts_are_those_of_the_formulas():
@@ -42,14 +42,14 @@ def test_sharp_logits_that_are_equal_cost_nothing():
 
 def test_labels_are_those_of_the_best_overlap_and_background_below_the_threshold():
     student, _, context = batch_for("dkd")
-    answers, labels = student["roi"][0], []
-    for boxes, objects in zip(answers.proposals, context.targets):
+    predictions, labels = student["roi"][0], []
+    for boxes, objects in zip(predictions.proposals, context.targets):
         for x0, y0, x1, y1 in boxes.tensor.tolist():
-            best, label = 0.2, 5  # the threshold of the matcher in `random_answers`
+            best, label = 0.2, 5  # the threshold of the matcher in `random_predictions`
             for (a0, b0, a1, b1), y in zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes):
                 overlap = max(min(x1, a1) - max(x0, a0), 0) * max(min(y1, b1) - max(y0, b0), 0)
                 union = (x1 - x0) * (y1 - y0) + (a1 - a0) * (b1 - b0) - overlap
                 if overlap / union >= best:
                     best, label = overlap / union, int(y)
             labels.append(label)
-    assert answers.labels(context.targets).tolist() == labels
+    assert predictions.labels(context.targets).tolist() == labels

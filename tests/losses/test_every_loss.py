@@ -48,9 +48,9 @@ def gradients_of(parts, *sides):
     return torch.autograd.grad(sum(parts.values()), wanted, **options)
 
 
-def class_scores(answers):
+def class_scores(predictions):
     """The logits through which the losses of heads reach a student."""
-    heads = [answers["cross"]] if "cross" in answers else list(answers.values())
+    heads = [predictions["cross"]] if "cross" in predictions else list(predictions.values())
     return [x.logits for head in heads for x in (head.values() if isinstance(head, dict) else head)]
 
 
@@ -63,7 +63,7 @@ def class_scores(answers):
     + [(name, head) for name in OF_HEADS if name in PLAIN for head in ONE_CLASS],
     ids=str,
 )
-def test_equal_maps_or_answers_cost_nothing(name, head):
+def test_equal_maps_or_predictions_cost_nothing(name, head):
     student, teacher, context = batch_for(name, **head)
     if "cross" in student:
         student["cross"] = student["dense"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import COUNTS, SIZES, batch_for, make_loss, random_answers
-from numpy_answers import arrays, binary_kl, giou, kl, sigmoid, softmax
+from loss_cases import COUNTS, SIZES, batch_for, make_loss, random_predictions
+from numpy_predictions import arrays, binary_kl, giou, kl, sigmoid, softmax
 
 T = 2.0
 
@@ -18,8 +18,8 @@ def parts_of(student, teacher, **options):
 
 
 def box_head(**changes):
-    """Student and teacher whose only head is that of R-CNN; `changes` of the teacher's answers."""
-    (student,), (teacher,) = (random_answers(seed)["roi"] for seed in (0, 1))
+    """Student and teacher with only a box head; `changes` are of the teacher's predictions."""
+    (student,), (teacher,) = (random_predictions(seed)["roi"] for seed in (0, 1))
     return {"roi": [student]}, {"roi": [replace(teacher, **changes)]}
 
 
@@ -110,7 +110,7 @@ def test_gradients_are_the_derivatives():
     loss = make_loss("kd", temperature=T)
 
     def total(logits, deltas):
-        answers = replace(student["roi"][0], logits=logits, deltas=deltas)
-        return sum(loss({"roi": [answers]}, teacher, context).values())
+        predictions = replace(student["roi"][0], logits=logits, deltas=deltas)
+        return sum(loss({"roi": [predictions]}, teacher, context).values())
 
     assert torch.autograd.gradcheck(total, (student["roi"][0].logits, student["roi"][0].deltas))

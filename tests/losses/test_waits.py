@@ -115,7 +115,7 @@ def test_the_kernels_of_ssim_are_launched_without_a_wait(mode, monkeypatch):
 
     kernels = SimpleNamespace(forward_kernel=Launcher(), backward_kernel=Launcher())
     monkeypatch.setattr(gpu, "triton_kernels", kernels)
-    monkeypatch.setattr(gpu, "passes_trial", lambda *kind: True)
+    monkeypatch.setattr(gpu, "passes_self_test", lambda *kind: True)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     weights = gpu.gaussian_weights(dict(window_size=11, sigma=1.5))
     monkeypatch.setattr(gpu, "gaussian_weights", lambda options: weights)

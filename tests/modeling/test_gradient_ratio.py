@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import image_batch
 from detectron2.utils.events import EventStorage
-from ssimkd.modeling.responses import capture_heads
+from ssimkd.modeling.predictions import capture_heads
 
 BATCH = image_batch((96, 96), (96, 128))
 LEVELS = ("p2", "p3", "p4", "p5")
@@ -62,7 +62,7 @@ def test_it_is_logged_once_in_so_many_iterations(student):
 
 
 @pytest.mark.parametrize("losses", [("kd",), ("kd", "l2")])
-def test_the_ratio_of_answers_is_that_of_separate_gradients_at_the_heads(student, losses):
+def test_the_ratio_of_predictions_is_that_of_separate_gradients_at_the_heads(student, losses):
     model = student("MODEL.DISTILL.LOG_GRADIENTS", 1, "MODEL.DISTILL.LOSSES", losses)
     values, logged = step(model)
     model.log_gradients = 0

@@ -32,7 +32,7 @@ def test_the_loss_the_level_and_the_map_are_named(student, whose):
     assert text == f"ssim_kd/p3 is nan, because the {whose}'s p3 holds NaN or infinity"
 
 
-def test_the_head_is_named_whose_answers_are_not_finite(student):
+def test_the_head_is_named_whose_predictions_are_not_finite(student):
     model = student("MODEL.DISTILL.LOSSES", ("dist",))
     model.distiller.build_teacher(model.device)
     with torch.no_grad():

@@ -124,10 +124,10 @@ def test_without_gradient_the_value_is_the_same():
 def trial(monkeypatch):
     """Whether the kernels pass their trial for maps of float32."""
     monkeypatch.setattr(gpu, "TRIAL_SHAPE", (2, 6, 5))
-    gpu.passes_trial.cache_clear()
+    gpu.passes_self_test.cache_clear()
     kind = torch.device("cpu"), torch.float32, torch.float32, tuple(OPTIONS.items())
-    yield lambda: gpu.passes_trial(*kind)
-    gpu.passes_trial.cache_clear()
+    yield lambda: gpu.passes_self_test(*kind)
+    gpu.passes_self_test.cache_clear()
 
 
 def test_right_kernels_pass(trial, caplog):

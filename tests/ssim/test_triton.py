@@ -138,7 +138,7 @@ def on_a_gpu(dtype=torch.float32):
 
 
 def test_covers_only_what_the_kernels_support(monkeypatch):
-    monkeypatch.setattr(gpu, "passes_trial", lambda *kind: True)
+    monkeypatch.setattr(gpu, "passes_self_test", lambda *kind: True)
     monkeypatch.setattr(gpu, "triton", gpu.triton or object())
     maps, double = on_a_gpu(), on_a_gpu(torch.float64)
 
@@ -165,11 +165,11 @@ def failing(monkeypatch):
 
         monkeypatch.setattr(gpu, "kernel", kernel)
         kind = torch.device("cpu"), torch.float32, torch.float32, tuple(OPTIONS.items())
-        return gpu.passes_trial(*kind)
+        return gpu.passes_self_test(*kind)
 
-    gpu.passes_trial.cache_clear()
+    gpu.passes_self_test.cache_clear()
     yield try_kernel
-    gpu.passes_trial.cache_clear()
+    gpu.passes_self_test.cache_clear()
 
 
 @needs_triton

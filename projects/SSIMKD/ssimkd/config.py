@@ -27,9 +27,10 @@ OWN_KEYS = (
 def add_ssimkd_config(cfg: CN) -> None:
     """Adds `MODEL.DISTILL`, two backbones and six other keys to a Detectron2 config, in place.
 
-    The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022. [authors]:
-    the code of a loss's own authors. [shapes]: measured on the Shapes data by
-    `benchmarks/compare.py`, see docs/comparison.md; [shapes: x]: by its option `--ablation x`.
+    The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022, from
+    secondary sources, because only its abstract was read. [authors]: the code of a loss's own
+    authors. [shapes]: measured on the Shapes data by `benchmarks/compare.py`, see
+    docs/comparison.md; [shapes: x]: by its option `--ablation x`.
 
     Raises:
         ConfigError: a registered loss has the name of another key of `MODEL.DISTILL`.

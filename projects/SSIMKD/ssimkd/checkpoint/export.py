@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import suppress
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import torch
 import yaml
@@ -18,8 +18,6 @@ from ssimkd.errors import ConfigError, as_setting_error, naming_lazy_fields, one
 from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.config_keys import BACKBONE_NODES, key_of, target_of, without_pretraining
 from ssimkd.utils.user_code import IMPORTED
-
-from .reader import CheckpointReader, fetch, read_checkpoint
 
 logger = logging.getLogger(__name__)
 PREFIX = "distiller."
@@ -161,26 +159,3 @@ def build_plain(plain) -> nn.Module:
         plain.MODEL.DEVICE = "cpu"
         with as_setting_error("MODEL"):
             return build_model(plain)
-
-
-def read_weights(path: str) -> Dict[str, Any]:
-    """The model's tensors in a checkpoint file (`.pth` or `.pkl`), by name."""
-
-    class Reader(CheckpointReader):
-        def _load_model(self, checkpoint):
-            self.found = checkpoint["model"]
-            self._convert_ndarray_to_tensor(self.found)
-
-    reader = Reader(nn.Module())
-    reader.load(path)
-    return reader.found
-
-
-def read_categories(path: str) -> List[Dict[str, Any]]:
-    """The categories of the classes that a checkpoint was trained on; empty where it has none.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    content = read_checkpoint(fetch(path))
-    return list((content.get("run") or {}).get("categories", ()))

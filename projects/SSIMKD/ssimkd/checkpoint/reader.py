@@ -22,6 +22,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error, one_line
 
@@ -218,3 +219,26 @@ def sha256(path: str) -> str:
         for block in iter(lambda: f.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_weights(path: str) -> Dict[str, Any]:
+    """The model's tensors in a checkpoint file (`.pth` or `.pkl`), by name."""
+
+    class Reader(CheckpointReader):
+        def _load_model(self, checkpoint):
+            self.found = checkpoint["model"]
+            self._convert_ndarray_to_tensor(self.found)
+
+    reader = Reader(nn.Module())
+    reader.load(path)
+    return reader.found
+
+
+def read_categories(path: str) -> List[Dict[str, Any]]:
+    """The categories of the classes that a checkpoint was trained on; empty where it has none.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    content = read_checkpoint(fetch(path))
+    return list((content.get("run") or {}).get("categories", ()))

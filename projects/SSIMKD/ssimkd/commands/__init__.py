@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ssimkd_cli import parse
 
-from ssimkd.checkpoint.export import read_categories
+from ssimkd.checkpoint.reader import read_categories
 from ssimkd.data.datasets import categories_of
 from ssimkd.engine.arguments import load_config, read_config
 from ssimkd.engine.run_record import import_of_file

@@ -26,11 +26,11 @@ from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
+from ssimkd.modeling.several_teachers import distillers_in
 from ssimkd.report.model_cost import flop_counter
 from ssimkd.utils.measure import clock_of, interleave, markdown
 
 from . import begin, load_trained
-from .weight import distillers_in
 
 logger = logging.getLogger("ssimkd.analyze")
 HEAD = ("", "weights", "parameters", "GFLOPs", "of these backbone and neck", "images/s")

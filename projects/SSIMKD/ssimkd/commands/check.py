@@ -32,8 +32,8 @@ from ssimkd.engine.arguments import check_config, load_config
 from ssimkd.engine.preflight import warn_of_settings
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
-from ssimkd.modeling.meta_arch import image_format_of
 from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_batch
 
 from . import begin
@@ -41,7 +41,7 @@ from . import begin
 Row = Tuple[str, str]
 
 
-class Remarks(logging.Handler):
+class LogCollector(logging.Handler):
     """Collects the log records of the checks."""
 
     def __init__(self) -> None:
@@ -62,9 +62,9 @@ class Remarks(logging.Handler):
                 yield "check", record.getMessage()
 
 
-def listen() -> Remarks:
+def collect_logs() -> LogCollector:
     """Starts to collect the log records. The terminal shows other packages' warnings only."""
-    remarks = Remarks()
+    remarks = LogCollector()
     for name in LOGGERS:
         logger = setup_logger(name=name)
         for handler in logger.handlers:
@@ -114,7 +114,7 @@ def prepared(detector: Any, image_format: str) -> str:
     return f"{image_format}, mean {mean}, std {std}, sides padded to multiples of {divisor}"
 
 
-def short(cfg, folder: str, iterations: int, num_gpus: int):
+def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
     """The config of a short run that learns nothing: no warm-up, evaluation or picture is left."""
     batches = []
     for total in (setting(cfg, "batch") or 0, unlabeled_batch(cfg)):
@@ -154,7 +154,7 @@ def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float
     """Runs the short training and returns the last metrics that Detectron2 logged."""
     run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.train
     planned = setting(cfg, "iterations")
-    run(short(cfg, folder, iterations, num_gpus), resume=False, planned=planned)
+    run(short_run_config(cfg, folder, iterations, num_gpus), resume=False, planned=planned)
     return json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-1])
 
 
@@ -180,7 +180,7 @@ def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
 def main(words: Optional[Sequence[str]] = None) -> None:
     """Runs the command with the arguments `words`, or with those of this process."""
     args = begin("check", words)
-    remarks = listen()
+    remarks = collect_logs()
     rows: List[Row] = []
     costs: List[Row] = []
     try:

@@ -16,8 +16,9 @@ from typing import Optional, Sequence
 
 from detectron2.utils.logger import setup_logger
 
-from ssimkd.checkpoint.export import export_student, read_weights
+from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.graph import write_graph
+from ssimkd.checkpoint.reader import read_weights
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import image_reader, load_detector
 

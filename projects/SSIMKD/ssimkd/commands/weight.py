@@ -5,9 +5,9 @@
 
 The command runs the first --iters iterations of the training in a temporary folder. It measures two
 gradients at the maps that the backbone returns: that of the distillation losses, and that of the
-detector's own losses. The ratio of their lengths, the pull, is proportional to the weight. The last
-line is the override that gives the recommended pull; docs/losses.md has the reason for it. Several
-losses keep the proportions of their weights.
+detector's own losses. The ratio of their norms is proportional to the weight. The last line is the
+override that gives the recommended ratio; docs/losses.md has the reason for it. Several losses keep
+the proportions of their weights.
 """
 
 import argparse
@@ -21,16 +21,14 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ssimkd.engine.arguments import load_config
-from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
-from ssimkd.modeling.distiller import Distiller
-from ssimkd.modeling.several_teachers import build_distiller, distillers_of
+from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.modeling.several_teachers import distillers_in
 from ssimkd.utils.config_keys import key_of
 from ssimkd.utils.user_code import IMPORTED
 
@@ -40,14 +38,6 @@ PERIOD = 10  # iterations between two measurements of the gradients
 # The recommended ratio of the gradients where the solver clips them, and where it does not; see
 # "Choosing a weight" in docs/losses.md.
 CLIPPED, UNCLIPPED = 25.0, 8.0
-
-
-def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
-    """The name of each teacher of a config, and its Distiller; the name of a single one is ""."""
-    lazy = not isinstance(cfg, CfgNode)
-    with naming_lazy_fields(lazy):
-        distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
-    return distillers_of(SimpleNamespace(distiller=distiller))
 
 
 def weights_of(cfg) -> Dict[str, float]:
@@ -147,7 +137,7 @@ def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -
     ratio = logged.get("gradient_ratio", 0.0)
     if not ratio > 0:
         raise ConfigError("--iters: no gradient was logged; take more iterations")
-    lines = ["| loss/level | value, weight 1 | pull |", "|---|---|---|"]
+    lines = ["| loss/level | value, weight 1 | gradient ratio |", "|---|---|---|"]
     for key, value in ((key, value) for key, value in logged.items() if "_kd/" in key):
         level = logged.get(f"gradient_ratio/{key.rsplit('/', 1)[1]}")
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
@@ -155,7 +145,7 @@ def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -
     how = "clips" if clipped else "does not clip"
     lines += [
         "",
-        f"The distillation pulls {ratio:.3g} times as strongly at the student's maps as the",
+        f"At the student's maps the gradient of the distillation is {ratio:.3g} times that of the",
         f"detector's own losses. Recommended is {wanted:g}, because this solver {how} gradients:",
         "",
     ]

@@ -18,8 +18,8 @@ from ssimkd.utils.random_state import get_random_state, set_random_state
 from .preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
-# Of the two gradients in the first iteration, when that of a new detector's heads is small. On the
-# Shapes data SSIM's weight of 4 gives 15
+# Of the two gradients in the first iteration, when those of new heads are still small. SSIM's
+# weight of 4 then gives 15 on Shapes.
 MOST_RATIO = 1000.0
 RUNNING = ("loss_normalizer",)  # training changes these attributes; state_dict leaves them out
 
@@ -73,8 +73,8 @@ def build_hooks(
         checkpoints if main else None,
         export,  # the student must be written even if the last evaluation fails
         StopOnSignal(collect, checkpointer),
-        CountSkipped(loader),
-        WarnOfShare(model) if isinstance(model, DistillMixin) and not clipped else None,
+        LogSkippedImages(loader),
+        WarnOnGradientRatio(model) if isinstance(model, DistillMixin) and not clipped else None,
         pictures,
         EvalHook(eval_period, test),
         ReadMetrics(read_metrics, log_period),
@@ -149,7 +149,7 @@ class ExactResume(HookBase):
             logger.warning("The training data starts anew: this resume is not exact")
 
 
-class WarnOfShare(HookBase):
+class WarnOnGradientRatio(HookBase):
     """Warns after the first iteration of a run if the distillation drowns the detector's losses.
 
     Where gradients are clipped a large share does little harm (docs/comparison.md).
@@ -252,7 +252,7 @@ class ReadMetrics(HookBase):
             self.read()
 
 
-class CountSkipped(HookBase):
+class LogSkippedImages(HookBase):
     """Logs at the end of a training which images were skipped.
 
     Args:

@@ -67,5 +67,5 @@ def _build_student(cfg: Any) -> Any:
         RunCheckpointer(model, setting(cfg, "output")).resume_or_load(weights, resume=False)
     prepare(model, None, replace(settings, check_images=0), resumed=False)
     if isinstance(model, DistillMixin):
-        model.of_the_driver = []  # it is done, also for a pickled student, which has no teacher
+        model.driver_keys = []  # it is done, also for a pickled student, which has no teacher
     return model.train()

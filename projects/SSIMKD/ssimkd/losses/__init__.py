@@ -13,7 +13,7 @@ from ssimkd.registry import KD_LOSS_REGISTRY, register_loss
 
 from .base import KDLoss, MapLoss
 from .build import build_loss
-from .padding import Context
+from .context import Context
 
 __all__ = ["KD_LOSS_REGISTRY", "Context", "KDLoss", "MapLoss", "build_loss", "register_loss"]
 

@@ -1,4 +1,4 @@
-"""The base classes of the losses, and the context that each loss gets.
+"""The base classes of the losses.
 
 A loss is called with the maps of student and teacher, and returns its parts:
 
@@ -9,9 +9,9 @@ A loss is called with the maps of student and teacher, and returns its parts:
     returns   Dict[str, Tensor]   part -> scalar, without the loss's weight. The loss is the sum of
                                   its parts. The part of a level has the level's name.
 
-A loss whose `compares` names kinds of heads is called with what they answer in place of the maps:
+A loss whose `compares` names kinds of heads is called with their predictions in place of the maps:
 
-    student, teacher   Dict[str, Any]   kind of head -> its answers, see `responses.py`
+    student, teacher   Dict[str, Any]   kind of head -> its predictions, see `predictions.py`
 """
 
 from typing import Dict, List, Tuple
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssimkd.ssim.normalize import as_float, check_options, normalize_maps
 from ssimkd.utils.validate import check_coefficients
 
-from .padding import Context
+from .context import Context
 
 Maps = Dict[str, Tensor]
 

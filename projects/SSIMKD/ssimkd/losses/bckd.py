@@ -9,8 +9,8 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_factors
 
 from .base import KDLoss
-from .padding import Context
-from .responses import Answers, binary_cross_entropy, giou_cost
+from .context import Context
+from .predictions import Predictions, binary_cross_entropy, giou_cost
 
 
 @register_loss("bckd")
@@ -49,7 +49,9 @@ class BCKDLoss(KDLoss):
         check_factors(cls=cls, box=box)
         self.cls, self.box = float(cls), float(box)
 
-    def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
+    def forward(
+        self, student: Predictions, teacher: Predictions, context: Context
+    ) -> Dict[str, Tensor]:
         """The parts, "cls" and "box" -> scalar >= 0."""
         scores, boxes = [], []
         for level, s in student["dense"].items():

@@ -10,20 +10,20 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_factors, check_integers
 
 from .base import KDLoss
-from .padding import Context
-from .responses import Answers, binary_cross_entropy, giou_cost
+from .context import Context
+from .predictions import Predictions, binary_cross_entropy, giou_cost
 
 
 @register_loss("crosskd")
 class CrossKDLoss(KDLoss):
-    """Distance of the teacher's answers to its own features and to the student's.
+    """Distance of the teacher's predictions on its own features and on the student's.
 
         cls  factor / P sum_a sum_k |p_X - p_T|^exponent BCE(p_X, p_T)
         box  factor / P sum_a max_k p_T (1 - GIoU(b_X, b_T))
 
     Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024. The
     subnets of a dense head have n convolutions. The student's features behind number `layer` of
-    them go through the teacher's later ones, which are frozen, and give the answers X: class
+    them go through the teacher's later ones, which are frozen, and give the predictions X: class
     probabilities p = sigmoid(z) at the anchors a, boxes b in pixels. So the student's own later
     convolutions learn from the ground truth alone. z is (M, A, K) and b (M, A, 4) at each of the
     levels, which are added. The first part is the quality focal loss with p_T as label.
@@ -61,7 +61,9 @@ class CrossKDLoss(KDLoss):
         self.layer, self.exponent = layer, float(exponent)
         self.cls, self.box = float(cls), float(box)
 
-    def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
+    def forward(
+        self, student: Predictions, teacher: Predictions, context: Context
+    ) -> Dict[str, Tensor]:
         """The parts, "cls" and "box" -> scalar >= 0."""
         scores, boxes = [], []
         for level, x in student["cross"].items():

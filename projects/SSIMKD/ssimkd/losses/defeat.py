@@ -9,7 +9,7 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_factors
 
 from .base import KDLoss, Maps, in_float
-from .padding import Context
+from .context import Context
 
 # A box belongs to the finest level if its side, the root of its area, is below twice this number of
 # pixels, to the next level if it is below four times it, and so on [authors; as FPN's p2, p3, ...]

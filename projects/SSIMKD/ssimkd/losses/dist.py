@@ -9,8 +9,8 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_factors
 
 from .base import KDLoss
-from .padding import Context
-from .responses import Answers, by_stage
+from .context import Context
+from .predictions import Predictions, by_stage
 
 
 @register_loss("dist")
@@ -50,7 +50,9 @@ class DISTLoss(KDLoss):
         check_factors(beta=beta, gamma=gamma)
         self.beta, self.gamma = float(beta), float(gamma)
 
-    def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
+    def forward(
+        self, student: Predictions, teacher: Predictions, context: Context
+    ) -> Dict[str, Tensor]:
         """Part -> scalar, such as roi_inter and dense_intra."""
         tables = [
             ("roi", s.logits.softmax(dim=1), t.logits.softmax(dim=1))

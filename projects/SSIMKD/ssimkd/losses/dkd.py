@@ -9,22 +9,23 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_factors, check_positive
 
 from .base import KDLoss
-from .padding import Context
-from .responses import Answers, by_stage
+from .context import Context
+from .predictions import Predictions, by_stage
 
 
 @register_loss("dkd")
 class DKDLoss(KDLoss):
-    """Two divergences of a box head's answers to R proposals.
+    """Two divergences of a box head's predictions for R proposals.
 
-        target  alpha T^2 / R sum_r KL(b_T || b_S),   other  beta T^2 / R sum_r KL(q_T || q_S)
+        target  alpha tau^2 / R sum_r KL(t_T || t_S)
+        other   beta tau^2 / R sum_r KL(q_T || q_S)
 
-    Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022. With p = softmax(z / T) and y the
-    class that the student's own loss gives to the proposal, which may be the background: b = (p_y,
-    1 - p_y), and q is the softmax over all classes but y. z is (R, K + 1). With alpha 1 and 1 - p_y
-    of the teacher in place of beta the sum is the divergence of `kd`. A box head of several stages
-    has a value for each, such as target_stage1. The ground truth is needed: images without labels
-    take no part.
+    Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022. With p = softmax(z / tau), student
+    S, teacher T, and y the class that the student's own loss gives to the proposal, which may be
+    the background: t = (p_y, 1 - p_y), and q is the softmax over all classes but y. z is
+    (R, K + 1). With alpha 1 and 1 - p_y of the teacher in place of beta the sum is the divergence
+    of `kd`. A box head of several stages has a value for each, such as target_stage1. The ground
+    truth is needed: images without labels take no part.
 
     The logarithm of 1 - p_y is computed from the logits. The authors take it of a sum of
     probabilities, which is infinite where they are sharp.
@@ -32,7 +33,7 @@ class DKDLoss(KDLoss):
     Args:
         weight (float): lambda.
         alpha, beta (float): factors of the two parts.
-        temperature (float): T.
+        temperature (float): tau.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -52,7 +53,9 @@ class DKDLoss(KDLoss):
         check_positive(temperature=temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
-    def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
+    def forward(
+        self, student: Predictions, teacher: Predictions, context: Context
+    ) -> Dict[str, Tensor]:
         """Part -> scalar >= 0."""
         targets = context.require_targets("dkd")
         parts = {}

@@ -11,7 +11,7 @@ from ssimkd.utils.validate import check_factors, check_positive
 
 from .attention import channel_attention, spatial_attention
 from .base import KDLoss, Maps, in_float
-from .padding import Context
+from .context import Context
 
 
 class ContextBlock(nn.Module):

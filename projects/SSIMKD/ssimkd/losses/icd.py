@@ -22,7 +22,7 @@ from ssimkd.ssim.normalize import TINY
 from ssimkd.utils.validate import check_coefficients, check_integers
 
 from .base import KDLoss, Maps, in_float
-from .padding import Context
+from .context import Context
 
 CENTER_FEATURES = 128  # sinusoids per coordinate of a centre
 SCALES = 5  # classes of a box's side: below 64, 128, 256, 512 pixels, or longer
@@ -64,7 +64,7 @@ class Queries:
     def code(self, num_classes: int) -> Tensor:
         """(K, E), the paper's E(y): class, moved centre, and floor(log2) of width and height.
 
-        The exact box is left out: with it the decoder could answer without reading the maps.
+        The exact box is left out: with it the decoder could predict without reading the maps.
         """
         scales = (self.extents.log2().floor() - 5).clamp(0, SCALES - 1).long()
         parts = [
@@ -248,7 +248,7 @@ class ICDLoss(KDLoss):
             grid = torch.cat([positions_like(x) for x in cells.values()])  # (L, C)
             queries = self.draw_queries(target, context.image_sizes[image]).to(grid)
             flat = [x.flatten(1).T for x in cells.values()]  # (l, C) for each level
-            answers, attention, values = self.decoder(
+            outputs, attention, values = self.decoder(
                 queries.code(self.num_classes), torch.cat(flat), grid
             )
             shares = attention[:, : queries.real].detach().sum(1).T / max(queries.real, 1)  # (L, M)
@@ -259,9 +259,9 @@ class ICDLoss(KDLoss):
                 own = self.student_value(cut(student[level], image, level, context).flatten(1).T)
                 error = (self.normalize(own) - self.normalize(value)).square().mean(-1)  # (l, M)
                 distilled[level].append((error * share).sum() / self.heads)
-            logits.append(answers[:, 0])
-            labels.append(torch.arange(len(answers), device=grid.device) < queries.real)
-            box_errors.append(queries.box_error(answers[:, 1:].sigmoid()))
+            logits.append(outputs[:, 0])
+            labels.append(torch.arange(len(outputs), device=grid.device) < queries.real)
+            box_errors.append(queries.box_error(outputs[:, 1:].sigmoid()))
             instances += queries.real
         is_real = F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(labels).to(grid))
         box = torch.stack(box_errors).sum() / max(instances, 1)

@@ -1,4 +1,4 @@
-"""Soft targets: a student's heads learn the answers of its teacher's (Hinton et al., 2015)."""
+"""Soft targets: a student's heads learn the predictions of its teacher's (Hinton et al., 2015)."""
 
 from typing import Any, Dict, Tuple
 
@@ -9,11 +9,11 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_coefficients, check_factors, check_positive
 
 from .base import KDLoss
-from .padding import Context
-from .responses import (
-    AnchorAnswers,
-    Answers,
-    ProposalAnswers,
+from .context import Context
+from .predictions import (
+    AnchorPredictions,
+    Predictions,
+    ProposalPredictions,
     binary_kl,
     by_stage,
     giou_cost,
@@ -26,19 +26,19 @@ class SoftTargetLoss(KDLoss):
     """Divergence of the class probabilities, and distance of the boxes where there is an object.
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; for both stages of a
-    detector Chen et al., NeurIPS 2017. With p = softmax(z / T) or sigmoid(z / T), student S,
-    teacher T, and w the teacher's probability of an object:
+    detector Chen et al., NeurIPS 2017. With p = softmax(z / tau) or sigmoid(z / tau),
+    student S, teacher T, and w the teacher's probability of an object:
 
-        roi_cls      T^2 / R sum_r KL(p_T || p_S), over all classes and the background
+        roi_cls      tau^2 / R sum_r KL(p_T || p_S), over all classes and the background
         roi_box      1 / R sum_r w |d_S - d_T|, of the class that the teacher finds most probable
-        rpn_cls      T^2 / W sum_a KL(p_T || p_S) of "object or not", W = max(1, sum_a w)
+        rpn_cls      tau^2 / W sum_a KL(p_T || p_S) of "object or not", W = max(1, sum_a w)
         rpn_box      1 / W sum_a w |d_S - d_T|
-        dense_cls    T^2 / P sum_a sum_k KL(p_T || p_S)
+        dense_cls    tau^2 / P sum_a sum_k KL(p_T || p_S)
         dense_box    1 / P sum_a w (1 - GIoU(b_S, b_T))
         centerness   1 / P sum_a w KL(c_T || c_S), of FCOS
 
     for R proposals, anchors a, box deltas d in the units of the student's own loss, boxes b in
-    pixels. `responses.py` has their shapes. |.| is Detectron2's smooth L1 loss with its default
+    pixels. `predictions.py` has their shapes. |.| is Detectron2's smooth L1 loss with its default
     beta of 0. P is the number of anchors with an object by which a dense detector divides its own
     losses (running mean). The divergences have the gradients of cross-entropies with the teacher's
     probabilities as targets, and are 0 where both agree. A box head of several stages has a value
@@ -50,11 +50,11 @@ class SoftTargetLoss(KDLoss):
     sampled with the ground truth, 256 in each of N images. Here all anchors take part, and W is the
     number of objects that the teacher expects. So rpn_cls is at least 256 N / W times theirs, and
     rpn_box, a sum of four coordinates, about four times ALDI's mean. ALDI's w is 0 or 1. Chen et
-    al. weight the background in roi_cls by 1.5, with which equal answers are not the optimum.
+    al. weight the background in roi_cls by 1.5, with which equal predictions are not the optimum.
 
     Args:
         weight (float): lambda.
-        temperature (float): T.
+        temperature (float): tau.
         rpn_cls, rpn_box, roi_cls, roi_box, dense_cls, dense_box, centerness (float): factor of
             each part. A head both of whose factors are 0 is neither run nor compared.
 
@@ -85,13 +85,15 @@ class SoftTargetLoss(KDLoss):
         used = {"rpn": rpn, "roi": roi, "roi_box": {"": roi_box}, "dense": dense}
         self.compares = tuple(kind for kind, factors in used.items() if any(factors.values()))
 
-    def forward(self, student: Answers, teacher: Answers, context: Context) -> Dict[str, Tensor]:
+    def forward(
+        self, student: Predictions, teacher: Predictions, context: Context
+    ) -> Dict[str, Tensor]:
         """Part -> scalar >= 0."""
         parts: Dict[str, Tensor] = {}
         for kind in (k for k in ("rpn", "dense") if k in self.compares and k in student):
             levels = [
-                self.compare_anchors(kind, answers, teacher[kind][level])
-                for level, answers in student[kind].items()
+                self.compare_anchors(kind, predictions, teacher[kind][level])
+                for level, predictions in student[kind].items()
             ]
             divisor: Any = torch.stack([objects for objects, _ in levels]).sum().clamp(min=1)
             if kind == "dense":
@@ -104,7 +106,7 @@ class SoftTargetLoss(KDLoss):
         return {k: self.factors[k.split("_stage")[0]] * x for k, x in parts.items()}
 
     def compare_anchors(
-        self, kind: str, student: AnchorAnswers, teacher: AnchorAnswers
+        self, kind: str, student: AnchorPredictions, teacher: AnchorPredictions
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Of one level, the sum of the teacher's probabilities and the sum of each part."""
         objects = teacher.scores()
@@ -120,7 +122,7 @@ class SoftTargetLoss(KDLoss):
         return objects.sum(), sums
 
     def compare_proposals(
-        self, student: ProposalAnswers, teacher: ProposalAnswers
+        self, student: ProposalPredictions, teacher: ProposalPredictions
     ) -> Dict[str, Tensor]:
         """The parts of one stage of a box head."""
         proposals = max(len(student.logits), 1)

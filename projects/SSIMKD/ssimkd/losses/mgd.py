@@ -10,7 +10,7 @@ from ssimkd.registry import register_loss
 from ssimkd.utils.validate import check_positive
 
 from .base import KDLoss, Maps, in_float
-from .padding import Context
+from .context import Context
 
 
 @register_loss("mgd")

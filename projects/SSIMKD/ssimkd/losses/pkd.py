@@ -8,7 +8,7 @@ from ssimkd.registry import register_loss
 from ssimkd.ssim.normalize import normalize_maps
 
 from .base import KDLoss, Maps
-from .padding import Context
+from .context import Context
 
 
 @register_loss("pkd")

@@ -10,7 +10,7 @@ from ssimkd.ssim.loss import check_options
 from ssimkd.ssim.normalize import NORMALIZATIONS
 
 from .base import MapLoss
-from .padding import Context
+from .context import Context
 
 
 @register_loss("ssim")

@@ -24,7 +24,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from ssimkd.checkpoint.export import read_weights
+from ssimkd.checkpoint.reader import read_weights
 from ssimkd.errors import ConfigError, as_config_error, one_line
 
 logger = logging.getLogger(__name__)

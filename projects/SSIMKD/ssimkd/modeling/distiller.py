@@ -1,4 +1,4 @@
-"""Compares a student with its teacher: levels, adapters, what heads answer, losses, weights.
+"""Compares a student with its teacher: levels, adapters, heads, losses, weights.
 
 The values in the order in which they are computed:
 
@@ -37,7 +37,7 @@ from ssimkd.utils.validate import check_coefficients
 
 from .late_log import LateLog
 from .levels import check_channels, check_levels, match_cells, match_levels, select_levels
-from .responses import Answers, HeadOutputs, pair_answers
+from .predictions import HeadOutputs, Predictions, pair_predictions
 from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Distiller(nn.Module):
         self.mask_padding = mask_padding
         self.loss_weight = float(loss_weight)
         self.adapters = nn.ModuleDict()
-        self.of_maps = not losses or any("maps" in loss.compares for loss in losses)
+        self.compares_maps = not losses or any("maps" in loss.compares for loss in losses)
         self.student_heads: Dict[str, Facts] = {}
         self.stages = 1  # of the student's box head
         self.strides: Dict[str, int] = {}  # of all levels of the student
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
 
     @property
     def kinds(self) -> List[str]:
-        """The kinds of the student's heads whose answers the losses compare."""
+        """The kinds of the student's heads whose predictions the losses compare."""
         wanted = [kind for loss in self.losses.values() for kind in loss.compares]
         return [kind for kind in dict.fromkeys(wanted) if kind in self.student_heads]
 
@@ -187,9 +187,9 @@ class Distiller(nn.Module):
         for loss in self.losses.values():
             check_compared(loss, self.student_heads)
         # without a loss of maps they are compared for pictures alone
-        with nullcontext() if self.of_maps else suppress(ConfigError):
+        with nullcontext() if self.compares_maps else suppress(ConfigError):
             self.student_shapes = select_levels(student_shapes, self.in_features)
-        if not self.of_maps:
+        if not self.compares_maps:
             return
         channels = {level: shape.channels for level, shape in self.student_shapes.items()}
         with torch.random.fork_rng(devices=[]):  # the detector's random numbers stay the same
@@ -223,7 +223,7 @@ class Distiller(nn.Module):
             names = class_names, teacher.class_names
             check_heads(loss.name, kinds, self.student_heads, teacher.heads, names)
             check_class_names(loss.name, kinds, self.student_heads, names)
-        with nullcontext() if self.of_maps else suppress(ConfigError):
+        with nullcontext() if self.compares_maps else suppress(ConfigError):
             self.teacher_levels = self._match_levels(teacher)
         self.teacher = teacher
 
@@ -272,10 +272,10 @@ class Distiller(nn.Module):
             if iteration == self.schedule.stop:
                 logger.info("The distillation has ended (STOP_ITER): its losses are 0 from now on")
             return self._ended(images.device)
-        student, teacher, *answers = self.match(
+        student, teacher, *predictions = self.match(
             batched_inputs, student_maps, images, preprocessing, outputs
         )
-        terms = self.compare(student, teacher, batched_inputs, iteration, answers)
+        terms = self.compare(student, teacher, batched_inputs, iteration, predictions)
         if unlabeled is not None:
             records = unlabeled[0]
             student, teacher, *_ = self.match(*unlabeled, preprocessing)
@@ -307,13 +307,13 @@ class Distiller(nn.Module):
         images: Tensor,
         preprocessing: Preprocessing,
         outputs: Optional[HeadOutputs] = None,
-    ) -> Tuple[Maps, Maps, Answers, Answers]:
+    ) -> Tuple[Maps, Maps, Predictions, Predictions]:
         """Runs the teacher and the adapters; the arguments are those of :meth:`forward`.
 
         Returns:
             (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
             equal shapes, each in the precision in which its detector made it.
-            (dict, dict): what their heads answer; see :func:`pair_answers`.
+            (dict, dict): what their heads predict; see :func:`pair_predictions`.
 
         Raises:
             ConfigError: a map does not have one cell per stride.
@@ -324,7 +324,7 @@ class Distiller(nn.Module):
         teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
         height, width = images.shape[-2:]
         student, teacher = {}, {}
-        answers: Tuple[Answers, Answers] = {}, {}
+        predictions: Tuple[Predictions, Predictions] = {}, {}
         for level, name in self.teacher_levels.items():
             student[level], teacher[level] = match_cells(
                 (level, student_maps[level], (height, width)),
@@ -337,10 +337,10 @@ class Distiller(nn.Module):
             context = self.context(batched_inputs)
             maps = {name: as_float(x) for name, x in teacher_maps.items()}  # as its heads are
             with torch.autocast(images.device.type, enabled=False):
-                answers = pair_answers(
+                predictions = pair_predictions(
                     outputs, self.teacher.model, maps, self.kinds, context, self.layer
                 )
-        return (student, teacher, *answers)
+        return (student, teacher, *predictions)
 
     def context(self, batched_inputs: List[Dict], iteration: int = 0) -> Context:
         """What the losses need of a batch besides its maps."""
@@ -359,7 +359,7 @@ class Distiller(nn.Module):
         teacher: Maps,
         batched_inputs: List[Dict],
         iteration: int = 0,
-        answers: Sequence[Answers] = (),
+        predictions: Sequence[Predictions] = (),
         *,
         labeled: bool = True,
     ) -> Terms:
@@ -369,7 +369,7 @@ class Distiller(nn.Module):
             student, teacher (dict[str, Tensor]): what :meth:`match` returns.
             batched_inputs (list[dict]): the batch that they belong to.
             iteration (int): of the training, from 0.
-            answers (sequence[dict]): those of student and teacher, as :meth:`match` returns them;
+            predictions (sequence[dict]): of student and teacher, as :meth:`match` returns them;
                 (): the losses of maps alone.
             labeled (bool): False: the losses of maps that need no boxes alone.
         """
@@ -382,8 +382,8 @@ class Distiller(nn.Module):
                     continue
                 if "maps" in loss.compares:
                     terms[loss.name] = loss(student, teacher, context)
-                elif answers:
-                    terms[loss.name] = loss(*answers, context)
+                elif predictions:
+                    terms[loss.name] = loss(*predictions, context)
         return terms
 
 
@@ -415,8 +415,8 @@ def check_compared(loss: KDLoss, heads: Dict[str, Facts]) -> None:
     if not set(loss.compares) & set(heads):
         wanted = " or ".join(dict.fromkeys(NAMES[kind] for kind in loss.compares))
         raise ConfigError(
-            f"MODEL.DISTILL.LOSSES: {loss.name} compares what {wanted} answers, and the student "
-            "has none"
+            f"MODEL.DISTILL.LOSSES: {loss.name} compares the predictions of {wanted}, and the "
+            "student has none"
         )
     for kind in set(loss.compares) & set(heads):
         check_has(loss.name, kind, "student", heads)

@@ -16,12 +16,12 @@ from torch import Tensor
 class GradientRatio:
     """Measures two gradients at the same tensors in the one backward pass of a training step.
 
-    Detector and distiller get views of what a backbone returns and of what those heads answer whose
-    answers a loss compares. After the backward pass the event storage gets "gradient_ratio", the
-    Euclidean norm of the distillation's gradient, with its weights, divided by the norm of the
-    detector's, over all maps together, or over all answers if no loss compares maps. It also gets
-    "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for each that both reach. What a
-    loss of answers sends on to the maps counts as the detector's gradient there.
+    Detector and distiller get views of what a backbone returns, and of what a head predicts if a
+    loss compares its predictions. After the backward pass the event storage gets "gradient_ratio",
+    the Euclidean norm of the distillation's gradient, with its weights, divided by the norm of the
+    detector's, over all maps together, or over all predictions if no loss compares maps. It also
+    gets "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for each that both reach. At
+    the maps, the gradient of a loss that compares predictions counts as the detector's.
 
     Args:
         log (bool): put the values into the event storage.

@@ -28,7 +28,7 @@ from ssimkd.utils.compat import FCOS
 
 from .distiller import Distiller
 from .gradient_ratio import GradientRatio
-from .responses import capture_heads
+from .predictions import capture_heads
 from .several_teachers import Distillers, build_distiller, build_teachers, distillers_of
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class DistillMixin:
         log_gradients (int): iterations between logs of :class:`GradientRatio`; 0: no logs.
         image_format (str): channel order of the images. It is only used for a detector that does
             not keep an `input_format` itself, such as FCOS.
-        of_the_driver (sequence[str]): keys that are set and on which this class does not act. It
+        driver_keys (sequence[str]): keys that are set and on which this class does not act. It
             refuses to train unless its teachers were built before, as `build_student` does.
         kwargs: the detector's own arguments.
     """
@@ -67,7 +67,7 @@ class DistillMixin:
         distiller: Optional[Union[Distiller, Distillers]] = None,
         log_gradients: int = 0,
         image_format: str = "BGR",
-        of_the_driver: Sequence[str] = (),
+        driver_keys: Sequence[str] = (),
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,7 +78,7 @@ class DistillMixin:
         self.log_gradients = log_gradients
         self.report_gradients: Optional[Callable[[Dict[str, float]], None]] = None
         self.image_format = image_format
-        self.of_the_driver = list(of_the_driver)
+        self.driver_keys = list(driver_keys)
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -101,7 +101,7 @@ class DistillMixin:
         inherits = node.INHERIT or any("INHERIT" in entry for entry in entries)
         skips = node.SKIP_NONFINITE_STEPS
         keys = {"MODEL.DISTILL.INHERIT": inherits, "MODEL.DISTILL.SKIP_NONFINITE_STEPS": skips}
-        ret["of_the_driver"] = [key for key, is_set in keys.items() if is_set]
+        ret["driver_keys"] = [key for key, is_set in keys.items() if is_set]
         return ret
 
     @classmethod
@@ -154,9 +154,9 @@ class DistillMixin:
 
     def _build_missing_teachers(self, active: List[Distiller]) -> None:
         if any(one.teacher is None for one in active):
-            if self.of_the_driver:
+            if self.driver_keys:
                 raise ConfigError(
-                    f"{' and '.join(self.of_the_driver)}: build_model(cfg) does not act on it: "
+                    f"{' and '.join(self.driver_keys)}: build_model(cfg) does not act on it: "
                     f"{OWN_LOOP}"
                 )
             logger.warning(

@@ -45,13 +45,13 @@ def nonfinite_terms(
     model: Any, distiller: Distiller, batch: List[Dict], labeled: bool = True
 ) -> Iterator[str]:
     """A text for each loss and level of one teacher that is not finite."""
-    student, teacher, *answers = paired_outputs(model, distiller, batch)
+    student, teacher, *predictions = paired_outputs(model, distiller, batch)
     spoilt = {}  # level, or kind of head -> whose it is
-    for whose, maps, answered in zip(("student", "teacher"), (student, teacher), answers):
-        for name, given in (*maps.items(), *answered.items()):
+    for whose, maps, of_heads in zip(("student", "teacher"), (student, teacher), predictions):
+        for name, given in (*maps.items(), *of_heads.items()):
             if not all(torch.isfinite(x).all() for x in tensors_in(given)):
                 spoilt[name] = whose
-    compared = distiller.compare(student, teacher, batch, 0, answers, labeled=labeled)
+    compared = distiller.compare(student, teacher, batch, 0, predictions, labeled=labeled)
     for loss, terms in compared.items():
         for level, value in terms.items():
             if not torch.isfinite(value):
@@ -64,7 +64,7 @@ def nonfinite_terms(
 
 
 def tensors_in(given: Any) -> Iterator[Tensor]:
-    """The tensors of a map, or of what heads answer."""
+    """The tensors of a map, or of what heads predict."""
     if isinstance(given, Tensor):
         yield given
     elif isinstance(given, (list, dict)):

@@ -1,4 +1,4 @@
-"""The maps of student and teacher, and what their heads answer, outside of training."""
+"""The maps of student and teacher, and what their heads predict, outside of training."""
 
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Tuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .meta_arch import capture_backbone
-from .responses import Answers, capture_heads
+from .predictions import Predictions, capture_heads
 
 
 def paired_maps(
@@ -30,8 +30,8 @@ def paired_maps(
 @torch.no_grad()
 def paired_outputs(
     model: Any, distiller: Distiller, batch: List[Dict]
-) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Answers, Answers]:
-    """As :func:`paired_maps`, with the answers of both detectors' heads to the detections."""
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Predictions, Predictions]:
+    """As :func:`paired_maps`, with the predictions of both detectors' heads for the detections."""
     with evaluation_mode(model):
         backbone, heads = capture_backbone(model.backbone), capture_heads(model, distiller.kinds)
         with backbone as captured, heads as outputs:

@@ -1,7 +1,7 @@
 """Several teachers of one student: a Distiller for each."""
 
-import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import (
     Any,
     ContextManager,
@@ -17,16 +17,18 @@ from typing import (
     cast,
 )
 
+from detectron2.config import CfgNode, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
 from ssimkd.teacher.preprocessing import Preprocessing
+from ssimkd.utils.config_files import merge_overrides
 
 from .backbones import check_pixels
 from .distiller import Distiller, Unlabeled
-from .responses import HeadOutputs
+from .predictions import HeadOutputs
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold besides the keys of TEACHER and NAME.
 OWN_SETTINGS = ("IN_FEATURES", "LEVEL_WEIGHTS", "ADAPTER", "LOSSES", "INHERIT")
@@ -105,6 +107,14 @@ def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
         yield from distiller.named()
     elif isinstance(distiller, Distiller):
         yield "", distiller
+
+
+def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
+    """As :func:`distillers_of`, for the student of a config, which is not built."""
+    lazy = not isinstance(cfg, CfgNode)
+    with naming_lazy_fields(lazy):
+        distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
+    return distillers_of(SimpleNamespace(distiller=distiller))
 
 
 def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:
@@ -211,10 +221,6 @@ def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str
                 f"MODEL.DISTILL.TEACHERS: {key} is None: give it a value, or leave it out"
             )
         if key in teacher:
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            if isinstance(teacher[key], float) and isinstance(value, int):
-                value = float(value)  # yacs would refuse 1 for 1.0
             settings += [f"MODEL.DISTILL.TEACHER.{key}", value]
         elif key in OWN_SETTINGS:
             settings += [f"MODEL.DISTILL.{key}", value]
@@ -223,10 +229,8 @@ def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str
             raise ConfigError(f"MODEL.DISTILL.TEACHERS: unknown key {key}; there are {known}")
     one = cfg.clone()
     one.defrost()
-    try:
-        one.merge_from_list(settings)
-    except ValueError as error:  # the type of a value is wrong
-        raise ConfigError(f"MODEL.DISTILL.TEACHERS: {error}") from error
+    with as_config_error("MODEL.DISTILL.TEACHERS"):
+        merge_overrides(one, settings)
     return name_of_entry(entry, number), one
 
 

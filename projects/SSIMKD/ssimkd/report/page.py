@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 
-from ssimkd.checkpoint.export import read_weights
-from ssimkd.checkpoint.reader import fetch
+from ssimkd.checkpoint.reader import fetch, read_weights
 from ssimkd.engine.run_record import end_of, in_words, machine, now
 from ssimkd.errors import ConfigError, lazy_fields
 from ssimkd.evaluation.similarity import similarity_maps

@@ -46,7 +46,6 @@ class Run:
 
     def __init__(self, folder: str) -> None:
         self.folder = os.path.normpath(folder)
-        self.name = os.path.basename(self.folder)
         self.notes: List[str] = []
         import_recorded(self.folder)
         path = self.path("config.yaml")

@@ -50,7 +50,7 @@ def covers(student: Tensor, teacher: Tensor, options: Dict[str, Any]) -> bool:
         and options["border"] in ("renormalize", "zero")
         and options["exponents"] in ((1, 1, 1), (0, 1, 1))
         and options["window_size"] <= MAX_WINDOW
-        and passes_trial(student.device, student.dtype, teacher.dtype, tuple(options.items()))
+        and passes_self_test(student.device, student.dtype, teacher.dtype, tuple(options.items()))
     )
 
 
@@ -140,7 +140,9 @@ def _constants(weights: Tuple[float, ...], width: int) -> Dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def passes_trial(device: torch.device, x_dtype: torch.dtype, y_dtype: torch.dtype, options) -> bool:
+def passes_self_test(
+    device: torch.device, x_dtype: torch.dtype, y_dtype: torch.dtype, options
+) -> bool:
     """Whether the kernel agrees with the definition on this device; tried once for maps of a kind.
 
     Raises:

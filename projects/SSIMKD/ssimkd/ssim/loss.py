@@ -1,4 +1,4 @@
-"""`ssim_loss`, the loss that everybody calls, and the choice of the backend that computes it."""
+"""`ssim_loss`, the public function, and the choice of the backend that computes it."""
 
 from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple

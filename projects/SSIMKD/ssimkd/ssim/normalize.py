@@ -68,10 +68,9 @@ def normalize_maps(
     student, teacher = as_float(student), as_float(teacher)
     if normalize == "none":
         return student, teacher
-    if normalize == "standardize":
-        dims = SCOPES[normalize_scope]
-        return _standardize(student, dims, inside), _standardize(teacher, dims, inside)
     dims = SCOPES[normalize_scope]
+    if normalize == "standardize":
+        return _standardize(student, dims, inside), _standardize(teacher, dims, inside)
     low_t, width_t = _range(teacher, dims, inside)
     low_s, width_s = _range(student, dims, inside) if normalize == "minmax" else (low_t, width_t)
     return (

@@ -126,8 +126,8 @@ def _evaluate(student, teacher, sizes, normalize, scope, options, kernel, with_g
             (m * affine[1]).view(shape).sum(SCOPES[scope], keepdim=True) for m in (total, moment)
         )
         # z = (x - low) / (high - low): dz / dlow = (z - 1) / width, dz / dhigh = -z / width
-        x_ends[0].pass_on(moment - total, gradients)
-        x_ends[1].pass_on(-moment, gradients)
+        x_ends[0].add_gradient(moment - total, gradients)
+        x_ends[1].add_gradient(-moment, gradients)
     return loss.sum(), gradient
 
 
@@ -173,7 +173,7 @@ class _Extreme:
         self.value = pick(value, dims, keepdim=True).expand(shape)
         self.dims = dims
 
-    def pass_on(self, slope, gradients) -> None:
+    def add_gradient(self, slope, gradients) -> None:
         """Adds a slope by `value` to the cells that hold it, in equal shares.
 
         Args:

@@ -28,7 +28,7 @@ are no atomics: sums go to one cell per program, so that equal inputs give equal
 import triton
 import triton.language as tl
 
-# Sizes vary from step to step: one compilation for all. (Inside a tuple they would not be spared.)
+# Sizes vary from step to step: one compilation for all. (Triton would specialize them in a tuple.)
 _STRIDES = ["x_map", "x_row", "y_map", "y_row", "gradient_map", "gradient_row"]
 _SIZES = ["height", "width", "strips", "chunks", "rows"]
 _MAPS = ["x", "y", "affine", "slopes", "sums", "gradient"]  # an image of a batch may lie anywhere
@@ -88,7 +88,8 @@ def forward_kernel(
     Args:
         x, y: maps of the student and the teacher; x_map, x_row, y_map, y_row: their strides.
         affine: (6, maps) level, scale, shift of x, of y.
-        strips, chunks, rows: of columns; of rows; of a chunk. A program has one of each of a map.
+        strips: of columns in a map; chunks: of rows in a map; rows: of a chunk. A program computes
+            one chunk of one strip.
         slopes: (3, maps, height + 2 radius, width + 2 radius), d, v, u over G 1.
         sums: each program's part of its map's sum of 1 - SSIM.
     """

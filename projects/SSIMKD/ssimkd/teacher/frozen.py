@@ -23,7 +23,7 @@ from .spec import TeacherSpec
 
 
 class Teacher:
-    """A detector that gives its maps, and answers of its heads: never trained and never saved.
+    """A detector that gives its maps, and predictions of its heads: never trained and never saved.
 
     It is not an nn.Module. So a student that holds it has none of its tensors in `parameters()`, in
     checkpoints or in the buckets of DistributedDataParallel, and `train()` does not reach it.

@@ -1,7 +1,7 @@
-"""The heads of detectors: which ones a detector has, whether two fit, and what a teacher's answer.
+"""The heads of detectors: which ones a detector has, whether two fit, and what a teacher's predict.
 
 A kind of head is "rpn", "roi" (the box head of an R-CNN), "roi_box" (its box deltas), "dense" (the
-head of RetinaNet and FCOS) or "cross" (the convolutions in front of a dense head's answers).
+head of RetinaNet and FCOS) or "cross" (the convolutions in front of a dense head's predictions).
 """
 
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
@@ -144,8 +144,8 @@ def check_has(loss: str, kind: str, whose: str, heads: Dict[str, Facts]) -> None
     """Raises ConfigError if student or teacher has no head of a kind that can be compared."""
     if not heads.get(kind):
         raise ConfigError(
-            f"MODEL.DISTILL.LOSSES: {loss} compares what {NAMES[kind]} answers, and the {whose} "
-            "has none"
+            f"MODEL.DISTILL.LOSSES: {loss} compares the predictions of {NAMES[kind]}, and the "
+            f"{whose} has none"
         )
 
 
@@ -191,8 +191,8 @@ def levels_of(detector: Any, kind: str) -> Sequence[str]:
     return detector.proposal_generator.in_features if kind == "rpn" else detector.head_in_features
 
 
-def answer_anchors(detector: Any, kind: str, maps: Dict[str, Tensor]) -> Tuple[Any, List[Boxes]]:
-    """What an RPN or a dense head answers.
+def predict_anchors(detector: Any, kind: str, maps: Dict[str, Tensor]) -> Tuple[Any, List[Boxes]]:
+    """What an RPN or a dense head predicts.
 
     Args:
         detector (nn.Module): with that kind of head.
@@ -211,10 +211,10 @@ def answer_anchors(detector: Any, kind: str, maps: Dict[str, Tensor]) -> Tuple[A
     return detector.head(features), detector.anchor_generator(features)
 
 
-def answer_proposals(
+def predict_proposals(
     detector: Any, maps: Dict[str, Tensor], proposals: Sequence[List[Boxes]]
 ) -> List[Tuple[Tensor, Tensor]]:
-    """What the stages of a box head answer, each to proposals of its own.
+    """What the stages of a box head predict, each for proposals of its own.
 
     Args:
         detector (nn.Module): with a box head.
@@ -226,7 +226,7 @@ def answer_proposals(
     """
     heads = detector.roi_heads
     features = [maps[level] for level in heads.in_features]
-    answers = []
+    predictions = []
     for stage, (predictor, boxes) in enumerate(zip(box_predictors(detector), proposals)):
         if hasattr(heads, "res5"):
             pooled = heads.res5(heads.pooler(features, boxes)).mean(dim=(2, 3))
@@ -234,8 +234,8 @@ def answer_proposals(
             head = heads.box_head
             head = head[stage] if isinstance(heads.box_predictor, nn.ModuleList) else head
             pooled = head(heads.box_pooler(features, boxes))
-        answers.append(predictor(pooled))
-    return answers
+        predictions.append(predictor(pooled))
+    return predictions
 
 
 def split_subnet(subnet: nn.Sequential, convolutions: int) -> Tuple[nn.Sequential, nn.Sequential]:
@@ -248,7 +248,7 @@ def split_subnet(subnet: nn.Sequential, convolutions: int) -> Tuple[nn.Sequentia
 def continue_head(
     detector: Any, features: Sequence[List[Tensor]], convolutions: int
 ) -> Tuple[List[Tensor], List[Tensor]]:
-    """What the rest of a dense head answers to features of another head.
+    """What the rest of a dense head predicts from features of another head.
 
     Args:
         detector (nn.Module): with a dense head.
@@ -257,7 +257,7 @@ def continue_head(
         convolutions (int): after how many convolutions of the subnets the features were taken.
 
     Returns:
-        list[Tensor], list[Tensor]: logits and deltas, as :func:`answer_anchors` has them.
+        list[Tensor], list[Tensor]: logits and deltas, as :func:`predict_anchors` has them.
     """
     head = detector.head
     parts = ((head.cls_subnet, head.cls_score), (head.bbox_subnet, head.bbox_pred))

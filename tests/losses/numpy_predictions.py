@@ -1,4 +1,4 @@
-"""References in NumPy for the tests of losses that compare what heads answer."""
+"""References in NumPy for the tests of losses that compare what heads predict."""
 
 import numpy as np
 
@@ -36,6 +36,6 @@ def giou(a, b):
     return overlap / union - (hull - union) / hull
 
 
-def arrays(answers):
-    """The fields of an answer as arrays."""
-    return {k: v.detach().numpy() for k, v in vars(answers).items() if hasattr(v, "detach")}
+def arrays(predictions):
+    """The fields of a prediction as arrays."""
+    return {k: v.detach().numpy() for k, v in vars(predictions).items() if hasattr(v, "detach")}

@@ -1,4 +1,4 @@
-"""What the heads of a detector answer, in the form in which losses compare it.
+"""The predictions of a detector's heads, in the form in which losses compare them.
 
 M   cells of one level that belong to the images of a batch
 A   anchors of a cell; FCOS has one
@@ -7,9 +7,9 @@ R   proposals of a batch
 
 A loss names in its attribute `compares` which heads it needs:
 
-    "rpn", "dense"   Dict[str, AnchorAnswers]   by level, for RPNs and for RetinaNet or FCOS
-    "roi"            List[ProposalAnswers]      one for each stage of the box head, in their order
-    "cross"          Dict[str, AnchorAnswers]   the teacher's answers to the student's features
+    "rpn", "dense"   Dict[str, AnchorPredictions]   by level, for RPNs and for RetinaNet or FCOS
+    "roi"            List[ProposalPredictions]      one for each stage of the box head, in order
+    "cross"          Dict[str, AnchorPredictions]   the teacher's head on the student's features
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-Answers = Dict[str, Any]  # kind of head -> what it answers
+Predictions = Dict[str, Any]  # kind of head -> what it predicts
 
 
 @dataclass
-class AnchorAnswers:
-    """The answers of an RPN or a dense head to one level.
+class AnchorPredictions:
+    """The predictions of an RPN or a dense head at one level.
 
     Attributes:
         logits (Tensor): (M, A, K), class scores before the sigmoid.
@@ -48,8 +48,8 @@ class AnchorAnswers:
 
 
 @dataclass
-class ProposalAnswers:
-    """The answers of one stage of a box head to its proposals, those of all images in a row.
+class ProposalPredictions:
+    """The predictions of one stage of a box head for its proposals, those of all images in a row.
 
     Attributes:
         logits (Tensor): (R, K + 1), class scores before the softmax; the last one is background.
@@ -101,9 +101,9 @@ def softmax_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def by_stage(
-    student: Answers, teacher: Answers
-) -> Iterator[Tuple[str, ProposalAnswers, ProposalAnswers]]:
-    """The ending of each stage's parts, "" if there is one stage, and the answers of the stage."""
+    student: Predictions, teacher: Predictions
+) -> Iterator[Tuple[str, ProposalPredictions, ProposalPredictions]]:
+    """The ending of each stage's parts, "" if there is one stage, and the stage's predictions."""
     stages = list(zip(student.get("roi", ()), teacher.get("roi", ())))
     for stage, (s, t) in enumerate(stages):
         yield f"_stage{stage}" if len(stages) > 1 else "", s, t

@@ -1,8 +1,8 @@
-"""Takes what a student's heads answer, and lets its teacher's heads answer at the same places.
+"""The predictions of a student's heads, and those of its teacher's heads at the same places.
 
-An RPN and a dense head answer at every cell: the teacher's at the cells of its own maps. A box head
-answers to proposals: the teacher's gets those that the student sampled, and pools its own maps.
-`losses/responses.py` says in which form the answers reach a loss.
+An RPN and a dense head predict at every cell: the teacher's at the cells of its own maps. A box
+head predicts for proposals: the teacher's gets those that the student sampled, and pools its own
+maps. `losses/predictions.py` says in which form the predictions reach a loss.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -15,14 +15,14 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ssimkd.losses import Context
-from ssimkd.losses.responses import AnchorAnswers, Answers, ProposalAnswers
+from ssimkd.losses.predictions import AnchorPredictions, Predictions, ProposalPredictions
 from ssimkd.ssim.normalize import as_float
 from ssimkd.teacher.heads import (
-    answer_anchors,
-    answer_proposals,
     box_predictors,
     continue_head,
     levels_of,
+    predict_anchors,
+    predict_proposals,
     split_subnet,
 )
 
@@ -52,7 +52,7 @@ class HeadOutputs:
     predictions: List[Tuple[Tensor, Tensor]] = field(default_factory=list)
     features: Dict[str, List[List[Tensor]]] = field(default_factory=dict)
 
-    def takers(self, kinds: Iterable[str]) -> Iterator[Tuple[str, nn.Module, Callable]]:
+    def hook_targets(self, kinds: Iterable[str]) -> Iterator[Tuple[str, nn.Module, Callable]]:
         """Kinds, modules of the detector, and functions that take what these modules give."""
         detector = self.detector
         if "rpn" in kinds:
@@ -83,7 +83,7 @@ def capture_heads(
     """
     outputs = HeadOutputs(detector)
     with ExitStack() as handles:
-        for kind, module, take in outputs.takers(kinds):
+        for kind, module, take in outputs.hook_targets(kinds):
 
             def hook(module, inputs, output, kind=kind, take=take):
                 kept = output
@@ -103,15 +103,15 @@ def capture_heads(
         yield outputs
 
 
-def pair_answers(
+def pair_predictions(
     outputs: HeadOutputs,
     teacher: Any,
     teacher_maps: Dict[str, Tensor],
     kinds: Iterable[str],
     context: Context,
     layer: int = 0,
-) -> Tuple[Answers, Answers]:
-    """The answers of student and teacher.
+) -> Tuple[Predictions, Predictions]:
+    """The predictions of student and teacher.
 
     Args:
         outputs (HeadOutputs): of the student.
@@ -123,26 +123,26 @@ def pair_answers(
             into the teacher's head, from 1.
 
     Returns:
-        (dict, dict): kind -> what `losses/responses.py` has for it, in float32 or float64.
+        (dict, dict): kind -> what `losses/predictions.py` has for it, in float32 or float64.
     """
-    student: Answers = {}
-    answered: Answers = {}
+    student: Predictions = {}
+    other: Predictions = {}  # of the teacher
     if "roi" in kinds:
-        student["roi"], answered["roi"] = pair_proposals(outputs, teacher, teacher_maps)
+        student["roi"], other["roi"] = pair_proposals(outputs, teacher, teacher_maps)
     for kind in ("rpn", "dense"):
         if kind not in kinds:
             continue
         mine = [list(map(as_float, levels)) for levels in outputs.anchors[kind]]
         with torch.no_grad():
-            theirs, anchors = answer_anchors(teacher, kind, teacher_maps)
+            theirs, anchors = predict_anchors(teacher, kind, teacher_maps)
         places = common_places(
             levels_of(outputs.detector, kind), mine[0], theirs[0], anchors, context
         )
         student[kind] = read_anchors(outputs.detector, kind, mine, places)
-        answered[kind] = read_anchors(teacher, kind, theirs, places)
+        other[kind] = read_anchors(teacher, kind, theirs, places)
         if kind == "rpn":  # the box deltas in the student's units
-            for answers in answered[kind].values():
-                answers.deltas *= unit_ratio(outputs.detector, teacher, kind, answers.deltas)
+            for found in other[kind].values():
+                found.deltas *= unit_ratio(outputs.detector, teacher, kind, found.deltas)
             continue
         if "cross" in kinds:
             taken = [list(map(as_float, outputs.features[name][layer - 1])) for name in SUBNETS]
@@ -150,30 +150,30 @@ def pair_answers(
             student["cross"] = read_anchors(teacher, kind, crossed, places)
         # a detector that was never trained has no mean
         positives = max(1.0, float(getattr(outputs.detector, "loss_normalizer", 1.0)))
-        for answers in chain(*(student.get(k, {}).values() for k in ("dense", "cross"))):
-            answers.positives = positives
-    return student, answered
+        for found in chain(*(student.get(k, {}).values() for k in ("dense", "cross"))):
+            found.positives = positives
+    return student, other
 
 
 def pair_proposals(
     outputs: HeadOutputs, teacher: Any, teacher_maps: Dict[str, Tensor]
-) -> Tuple[List[ProposalAnswers], List[ProposalAnswers]]:
-    """The answers of both box heads to the student's proposals, for the stages that both have."""
+) -> Tuple[List[ProposalPredictions], List[ProposalPredictions]]:
+    """Both box heads' predictions for the student's proposals, for the stages that both have."""
     heads = outputs.detector.roi_heads
     matchers = getattr(heads, "proposal_matchers", None) or [heads.proposal_matcher]
     with torch.no_grad():
-        theirs = answer_proposals(teacher, teacher_maps, outputs.proposals)
-    student, answered = [], []
+        theirs = predict_proposals(teacher, teacher_maps, outputs.proposals)
+    student, teachers = [], []
     for stage, (mine, other) in enumerate(zip(outputs.predictions, theirs)):
         boxes = outputs.proposals[stage]
         logits, deltas = (as_float(x) for x in mine)
         student.append(
-            ProposalAnswers(logits, deltas.unflatten(1, (-1, 4)), boxes, matchers[stage])
+            ProposalPredictions(logits, deltas.unflatten(1, (-1, 4)), boxes, matchers[stage])
         )
         logits, deltas = (as_float(x) for x in other)
         ratio = unit_ratio(outputs.detector, teacher, "roi", deltas, stage)
-        answered.append(ProposalAnswers(logits, deltas.unflatten(1, (-1, 4)) * ratio, boxes))
-    return student, answered
+        teachers.append(ProposalPredictions(logits, deltas.unflatten(1, (-1, 4)) * ratio, boxes))
+    return student, teachers
 
 
 def common_places(
@@ -209,26 +209,28 @@ def read_anchors(
     kind: str,
     outputs: Sequence[List[Tensor]],
     places: Dict[str, Tuple[Cells, Tensor]],
-) -> Dict[str, AnchorAnswers]:
-    """What an RPN or a dense head answers at these places, by level of the student.
+) -> Dict[str, AnchorPredictions]:
+    """What an RPN or a dense head predicts at these places, by level of the student.
 
     Args:
-        detector (nn.Module): whose head answered.
+        detector (nn.Module): has the head.
         kind (str): "rpn" or "dense".
-        outputs (sequence[list[Tensor]]): what it answered, see :class:`HeadOutputs`.
+        outputs (sequence[list[Tensor]]): what it gave, see :class:`HeadOutputs`.
         places (dict): see :func:`common_places`.
     """
-    answers = {}
+    found = {}
     for index, (level, (cells, anchors)) in enumerate(places.items()):
         logits, deltas, *rest = (at_cells(x[index], cells, anchors.shape[1]) for x in outputs)
         if kind == "rpn":
-            answers[level] = AnchorAnswers(logits, deltas=deltas)
+            found[level] = AnchorPredictions(logits, deltas=deltas)
             continue
         transform = detector.box2box_transform
         boxes = transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1))
         centerness = rest[0].squeeze(2) if rest else None
-        answers[level] = AnchorAnswers(logits, boxes=boxes.view_as(anchors), centerness=centerness)
-    return answers
+        found[level] = AnchorPredictions(
+            logits, boxes=boxes.view_as(anchors), centerness=centerness
+        )
+    return found
 
 
 def at_cells(outputs: Tensor, cells: Cells, anchors: int) -> Tensor:
