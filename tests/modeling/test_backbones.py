@@ -156,6 +156,12 @@ def test_without_a_network_the_error_says_where_the_file_goes(monkeypatch, tmp_p
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ConfigError, match=rf"cannot fetch https://.*put the file at {tmp_path}"):
         TorchvisionBackbone("resnet18", weights="DEFAULT")
+    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
+    cut = tmp_path / "checkpoints" / url.rpartition("/")[2]
+    cut.parent.mkdir()
+    cut.write_bytes(b"half a download")
+    with pytest.raises(ConfigError, match=f"{cut} is broken or another file: delete it"):
+        TorchvisionBackbone("resnet18", weights="DEFAULT")
 
 
 def test_norms_and_frozen_stages():
@@ -227,15 +233,56 @@ def test_weights_of_the_library_need_images_as_in_their_training(
     assert f"own.pth: if they are the library's, {text[:23]}" in caplog.text
 
 
-def test_timm(tmp_path):
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv2_050", "mobilenetv3_small_050", "regnetx_002"]
+)
+def test_a_network_of_timm_gives_its_own_maps(name, norm):
     timm = pytest.importorskip("timm", reason="timm is an optional package")
-    backbone = TimmBackbone("resnet18", norm="BN").eval()
-    own = timm.create_model("resnet18", features_only=True, pretrained=False).eval()
-    own.load_state_dict(backbone.body.network.state_dict())
-    images = torch.rand(1, 3, 64, 64)
+    own = timm.create_model(name, features_only=True).eval()
+    for module in own.modules():
+        if isinstance(module, nn.BatchNorm2d):  # some contain an activation
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    freeze_at = 3 if norm == "BN" else 0
+    backbone = TimmBackbone(name, norm=norm, freeze_at=freeze_at, out_features=("res3", "res4"))
+    state = {
+        key: x for key, x in own.state_dict().items() if key in backbone.body.network.state_dict()
+    }
+    backbone.body.network.load_state_dict(state)
+    images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        for mine, theirs in zip(backbone(images).values(), own(images)[1:]):
-            assert torch.equal(mine, theirs)
+        maps, expected = backbone.eval()(images), own(images)[2:4]
+    assert list(maps) == ["res3", "res4"]
+    for feature, mine, theirs in zip(maps, maps.values(), expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert backbone.output_shape()[feature].channels == mine.shape[1]
+
+
+def test_every_parameter_of_a_timm_network_gets_a_gradient():
+    pytest.importorskip("timm", reason="timm is an optional package")
+    backbone = TimmBackbone("resnet18", norm="BN", out_features=("res2", "res3"))
+    sum(x.sum() for x in backbone(torch.rand(2, 3, 64, 64)).values()).backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    assert not hasattr(backbone.body.network, "layer3")
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("inception_v3", "its map of stride 4|Kernel size|input size"),
+        ("vit_tiny_patch16_224", "feature of stride 4|not support"),
+        ("resnet19", "timm has no network 'resnet19'"),
+    ],
+)
+def test_a_timm_network_that_cannot_take_images_of_any_size_is_refused(name, text):
+    pytest.importorskip("timm", reason="timm is an optional package")
+    with pytest.raises(ConfigError, match=f"MODEL.TIMM.NAME: .*({text})"):
+        TimmBackbone(name)
+
+
+def test_weights_of_timm(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is an optional package")
     path, whole = str(tmp_path / "own.pth"), timm.create_model("resnet18", pretrained=False)
     torch.save(whole.state_dict(), path)
     loaded = TimmBackbone("resnet18", weights=path)
@@ -243,8 +290,6 @@ def test_timm(tmp_path):
     assert loaded.pixels == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with pytest.raises(ConfigError, match=r"MODEL.TIMM.WEIGHTS: .*own.pth .* not fit resnet10t"):
         TimmBackbone("resnet10t", weights=path)
-    with pytest.raises(ConfigError, match="MODEL.TIMM.NAME: timm has no network 'resnet19'"):
-        TimmBackbone("resnet19")
 
 
 def test_without_timm_the_error_names_it(monkeypatch):

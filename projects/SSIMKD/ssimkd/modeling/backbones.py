@@ -14,6 +14,7 @@ TorchvisionBackbone, and one function like :func:`build_torchvision_fpn_backbone
 import logging
 import os
 import re
+from importlib import import_module
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -24,7 +25,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from ssimkd.checkpoint.reader import read_weights
+from ssimkd.checkpoint.reader import read_weights, sha256
 from ssimkd.errors import ConfigError, as_config_error, one_line
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 COARSEST = 32
 PROBE = (224, 320)  # height and width of the image that finds the features; the sides differ
 NORMS = ("FrozenBN", "BN", "SyncBN")
+HASH = re.compile(r"-([a-f0-9]{8,})\.\w+$")  # in the names of torchvision's files
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # in published files
 
 
@@ -98,9 +100,9 @@ class TorchvisionBackbone(Backbone):
         if freeze_at:
             self.freeze(f"res{freeze_at}")
         if norm == "FrozenBN":
-            self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
+            self.body = self.freeze_norms(self.body)
         elif norm == "SyncBN":
-            self.body = nn.SyncBatchNorm.convert_sync_batchnorm(self.body)
+            self.body = self.synchronize_norms(self.body)
 
     def build(self, name: str, weights: str) -> Tuple[nn.Module, Dict[str, int]]:
         """The network, which returns a dict of `features`, and their channels.
@@ -129,7 +131,7 @@ class TorchvisionBackbone(Backbone):
     def freeze(self, last: str) -> None:
         """Stops the training of all parameters that the features up to `last` depend on.
 
-        Their batch norms become FrozenBatchNorm2d, as in Detectron2's ResNet.
+        Their batch norms are frozen, as in Detectron2's ResNet.
         """
         named = [(name, p) for name, p in self.body.named_parameters() if p.requires_grad]
         training = self.body.training
@@ -147,8 +149,15 @@ class TorchvisionBackbone(Backbone):
             module = self.body.get_submodule(path)
             if isinstance(module, nn.BatchNorm2d):
                 parent, _, child = path.rpartition(".")
-                norm = FrozenBatchNorm2d.convert_frozen_batchnorm(module)
-                setattr(self.body.get_submodule(parent), child, norm)
+                setattr(self.body.get_submodule(parent), child, self.freeze_norms(module))
+
+    def freeze_norms(self, module: nn.Module) -> nn.Module:
+        """A module with its batch norms, and those below it, frozen."""
+        return FrozenBatchNorm2d.convert_frozen_batchnorm(module)
+
+    def synchronize_norms(self, module: nn.Module) -> nn.Module:
+        """A module whose batch norms, and those below it, take the statistics of all processes."""
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
     @property
     def size_divisibility(self) -> int:
@@ -174,6 +183,12 @@ class TimmBackbone(TorchvisionBackbone):
             raise ConfigError(f"{self.key} needs pip install timm ({one_line(error)})") from error
         if not timm.is_model(name):
             raise ConfigError(f"{self.key}.NAME: timm has no network {name!r}")
+        network: Any = timm.create_model(name, features_only=True)
+        reductions = network.feature_info.reduction()
+        missing = [STRIDES[f] for f in self.features if STRIDES[f] not in reductions]
+        if missing:
+            raise ValueError(f"it has no feature of stride {missing[0]}")
+        places = [reductions.index(STRIDES[feature]) for feature in self.features]
         options: Dict[str, Any] = dict(pretrained=bool(weights))
         if weights not in ("", "DEFAULT"):
             with as_config_error(f"{self.key}.WEIGHTS"):
@@ -181,7 +196,8 @@ class TimmBackbone(TorchvisionBackbone):
         try:
             if len(options) > 1:
                 timm.create_model(name, **options)  # strict, which features_only is not
-            network = timm.create_model(name, features_only=True, **options)
+            # out_indices leaves out what is beyond the coarsest feature
+            network = timm.create_model(name, features_only=True, out_indices=places, **options)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 f"{self.key}.WEIGHTS: {weights} cannot be fetched or does not fit {name}; a file "
@@ -190,45 +206,54 @@ class TimmBackbone(TorchvisionBackbone):
         network.pretrained_cfg.pop("state_dict", None)  # it would be kept in memory
         if weights:
             self.pixels = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-        return TimmFeatures(network, self.features), {
-            feature: network.feature_info.channels()[index]
-            for feature, index in timm_indices(network).items()
-        }
+        body = TimmFeatures(network, self.features)
+        check_shapes(body)
+        return body, dict(zip(self.features, network.feature_info.channels()))
+
+    def freeze_norms(self, module: nn.Module) -> nn.Module:
+        """See :class:`TorchvisionBackbone`. Some batch norms of timm contain an activation."""
+        return import_module("timm.layers").freeze_batch_norm_2d(module)
+
+    def synchronize_norms(self, module: nn.Module) -> nn.Module:
+        """See :meth:`freeze_norms`."""
+        return import_module("timm.layers").convert_sync_batchnorm(module)
 
 
 class TimmFeatures(nn.Module):
-    """Turns the list of maps that timm's networks return into a dict of features.
+    """Names the maps of the list that a timm network returns.
 
     Args:
         network (nn.Module): of timm, with `features_only`.
-        features (sequence[str]): of STRIDES.
-
-    Raises:
-        ValueError: it does not have these strides, or not the layout (N, C, H, W).
+        features (sequence[str]): of STRIDES, as many as it returns maps.
     """
 
-    def __init__(self, network: Any, features: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, features: Sequence[str]) -> None:
         super().__init__()
-        indices = timm_indices(network)
-        missing = [feature for feature in features if feature not in indices]
-        if missing:
-            raise ValueError(f"it has no feature of stride {STRIDES[missing[0]]}")
-        layout = getattr(network, "output_fmt", "NCHW")
-        if str(getattr(layout, "value", layout)) != "NCHW":
-            raise ValueError("its features do not have the layout (N, C, H, W)")
-        self.network = network
-        self.indices = {feature: indices[feature] for feature in features}
+        self.network, self.features = network, list(features)
 
     def forward(self, images: Tensor) -> Dict[str, Tensor]:
         """Feature -> map."""
-        maps = self.network(images)
-        return {feature: maps[index] for feature, index in self.indices.items()}
+        return dict(zip(self.features, self.network(images)))
 
 
-def timm_indices(network: Any) -> Dict[str, int]:
-    """Feature of STRIDES -> its place in the list that a timm network returns."""
-    reductions = network.feature_info.reduction()
-    return {f: reductions.index(stride) for f, stride in STRIDES.items() if stride in reductions}
+@torch.no_grad()
+def check_shapes(body: nn.Module) -> None:
+    """Runs a network that returns features of STRIDES on two images of different sizes.
+
+    Raises:
+        ValueError: a map does not have the layout (N, C, H, W), or not its stride.
+    """
+    training = body.training
+    body.eval()
+    for height, width in (PROBE, (2 * COARSEST, 3 * COARSEST)):
+        for feature, x in body(torch.zeros(1, 3, height, width)).items():
+            size = height // STRIDES[feature], width // STRIDES[feature]
+            if x.dim() != 4 or tuple(x.shape[2:]) != size:
+                raise ValueError(
+                    f"its map of stride {STRIDES[feature]} is {tuple(x.shape)} for an image of "
+                    f"{height} x {width}; it must be (1, C, {size[0]}, {size[1]})"
+                )
+    body.train(training)
 
 
 @torch.no_grad()
@@ -310,6 +335,7 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
         entry = torchvision.models.get_model_weights(name).DEFAULT
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         file = os.path.join(folder, os.path.basename(entry.url))
+        check_hash(key, file)
         try:
             state = entry.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:
@@ -326,6 +352,13 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{key}: {weights} does not fit {name}: {shortened(error)}") from error
+
+
+def check_hash(key: str, file: str) -> None:
+    """Raises ConfigError if a file of torch.hub's cache does not have the hash in its name."""
+    found = HASH.search(file)
+    if found and os.path.isfile(file) and not sha256(file).startswith(found[1]):
+        raise ConfigError(f"{key}: {file} is broken or another file: delete it, or replace it")
 
 
 def shortened(error: Exception) -> str:
