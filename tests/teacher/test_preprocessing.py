@@ -58,7 +58,16 @@ def test_other_code_and_other_padding_are_another_preprocessing(pair, monkeypatc
 def test_the_preprocessing_of_a_detector_without_statistics_is_unknown(pair):
     model, teacher = copy.copy(pair[0]), pair[1]
     del model.pixel_mean
-    assert preprocessing_of(model, "BGR") == Preprocessing("BGR") != teacher.preprocessing
+    unknown = Preprocessing("BGR", type(model).preprocess_image)
+    assert preprocessing_of(model, "BGR") == unknown != teacher.preprocessing
+
+
+def test_an_own_preprocessing_without_statistics_is_warned_of_once(pair, caplog, monkeypatch):
+    teacher, images = pair[1], torch.zeros(1, 3, 64, 64)
+    monkeypatch.setattr(teacher, "checked", False)
+    for _ in range(2):
+        teacher(image_batch((64, 64)), images, Preprocessing("BGR", flipped))
+    assert caplog.text.count("flipped is your own, and the model has no pixel_mean") == 1
 
 
 def flipped(self, inputs):
@@ -103,6 +112,17 @@ def test_a_preprocessing_that_cannot_be_undone_is_refused(pair, monkeypatch, cha
     images = torch.stack([(change(x["image"].float()) - mean) / std for x in BATCH[:1]])
     with pytest.raises(ConfigError, match="do this in the mapper"):
         teacher(BATCH[:1], images, preprocessing_of(model, "BGR"))
+
+
+def test_a_preprocessing_that_moves_images_into_the_padding_is_refused(student, monkeypatch):
+    plain = student()
+    plain.distiller.build_teacher(CPU)
+    monkeypatch.setattr(type(plain), "preprocess_image", flipped)
+    own = preprocessing_of(plain, image_format_of(plain))
+    whole, padded = image_batch((64, 64)), image_batch((64, 64), (64, 96))
+    plain.distiller.teacher(whole, plain.preprocess_image(whole).tensor, own)
+    with pytest.raises(ConfigError, match="flipped changes the size of images or their place"):
+        plain.distiller.teacher(padded, plain.preprocess_image(padded).tensor, own)
 
 
 @pytest.mark.parametrize(

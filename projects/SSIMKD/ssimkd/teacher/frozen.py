@@ -1,5 +1,6 @@
 """The teacher: a frozen detector of which backbone, neck and the heads that losses need run."""
 
+import logging
 from typing import Dict, List, Sequence, Tuple
 
 import torch
@@ -20,6 +21,8 @@ from .preprocessing import (
     undo,
 )
 from .spec import TeacherSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -64,7 +67,7 @@ class Teacher:
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         keep_modules(model, ["backbone", *modules])
         self.model = model
-        self.checked = False  # whether the images of a user's own preprocessing can be undone
+        self.checked = False  # whether a user's own preprocessing was found to be undone
         self.network = TeacherNetwork(model.backbone, spec.precision, spec.compile)
 
     def __deepcopy__(self, memo) -> "Teacher":
@@ -93,11 +96,20 @@ class Teacher:
         self.move(images.device)
         if preprocessing != self.preprocessing:
             given = [x["image"] for x in batched_inputs]
-            if preprocessing.is_own:  # it may flip or blur them, so the teacher sees its results
+            if preprocessing.is_own and preprocessing.mean:
+                # it may flip or blur them, so the teacher sees its results
                 undone = undo(images, given, preprocessing)
                 if not self.checked:
-                    check_undone(undone, given, preprocessing)
-                given, self.checked = undone, True
+                    check_undone(undone, images, given, preprocessing)
+                    self.checked = any(x.shape[-2:] != images.shape[-2:] for x in given)
+                given = undone
+            elif preprocessing.is_own and not self.checked:
+                self.checked = True
+                logger.warning(
+                    "%s is your own, and the model has no pixel_mean and pixel_std: the teacher "
+                    "sees the images of the mapper, without what it does to them",
+                    preprocessing.function.__qualname__,
+                )
             images = self.preprocess(given, preprocessing)
         height, width = images.shape[-2:]
         return self.network(images), (height, width)

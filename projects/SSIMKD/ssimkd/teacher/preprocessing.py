@@ -2,6 +2,7 @@
 
 from typing import Any, List, NamedTuple, Optional, Tuple
 
+import torch
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ class Preprocessing(NamedTuple):
     Attributes:
         input_format (str): channel order, "BGR" or "RGB", or another format of Detectron2's images.
         function (Any): the detector's own `preprocess_image`, as its class defines it.
-        mean, std (tuple[float]): one number per channel.
+        mean, std (tuple[float]): one number per channel; () if they are not known.
         padding (tuple): what the sides of a batch are rounded up to.
     """
 
@@ -29,21 +30,21 @@ class Preprocessing(NamedTuple):
     def is_own(self) -> bool:
         """Whether the user has written `function`; it may do more than normalise and pad."""
         module = getattr(self.function, "__module__", None) or "detectron2"
-        return bool(self.mean) and module.split(".")[0] != "detectron2"
+        return module.split(".")[0] != "detectron2"
 
 
 def preprocessing_of(detector: Any, input_format: str) -> Preprocessing:
     """The preprocessing of a detector whose images come in `input_format`.
 
-    Only the format is known if the detector has no `pixel_mean` and `pixel_std`. Its preprocessing
-    then never equals a teacher's.
+    If the detector has no `pixel_mean` and `pixel_std`, its preprocessing never equals a teacher's.
     """
+    function = getattr(type(detector), "preprocess_image", None)
     if not (hasattr(detector, "pixel_mean") and hasattr(detector, "pixel_std")):
-        return Preprocessing(input_format)
+        return Preprocessing(input_format, function)
     padding = ("size_divisibility", "padding_constraints")  # a user's backbone may lack them
     return Preprocessing(
         input_format,
-        getattr(type(detector), "preprocess_image", None),
+        function,
         tuple(detector.pixel_mean.flatten().tolist()),
         tuple(detector.pixel_std.flatten().tolist()),
         tuple(getattr(detector.backbone, name, None) for name in padding),
@@ -101,21 +102,26 @@ def undo(images: Tensor, given: List[Tensor], preprocessing: Preprocessing) -> L
     return [x[:, : y.shape[-2], : y.shape[-1]] * std + mean for x, y in zip(images, given)]
 
 
-def check_undone(undone: List[Tensor], given: List[Tensor], preprocessing: Preprocessing) -> None:
-    """Checks what :func:`undo` returns. It waits for a GPU, so once is enough.
+def check_undone(
+    undone: List[Tensor], images: Tensor, given: List[Tensor], preprocessing: Preprocessing
+) -> None:
+    """Checks what :func:`undo` returns. It waits for a GPU, so not every batch is checked.
 
     Raises:
-        ConfigError: images have become smaller, or are not normalised by mean and std alone.
+        ConfigError: images have another size or place in the batch, or are not normalised by mean
+            and std alone.
     """
-    for found, before in zip(undone, given):
+    for x, found, before in zip(images, undone, given):
         before = before.to(found)
-        same_size = found.shape == before.shape
+        height, width = before.shape[-2:]
+        padding = torch.cat([x[:, height:].flatten(1), x[:, :, width:].flatten(1)], dim=1)
+        in_place = found.shape == before.shape and bool((padding == padding[:, :1]).all())
         # a flip keeps the deviation, and other changes of colour and place nearly do
-        if not same_size or not 0.2 * before.std() <= found.std() + 1e-3 <= 5 * before.std() + 1:
+        if not in_place or not 0.2 * before.std() <= found.std() + 1e-3 <= 5 * before.std() + 1:
             raise ConfigError(
-                f"model: {preprocessing.function.__qualname__} resizes images or scales their "
-                "values by more than pixel_mean and pixel_std, so the teacher cannot be shown "
-                "what the student sees: do this in the mapper"
+                f"model: {preprocessing.function.__qualname__} changes the size of images or their "
+                "place in the batch, or scales their values by more than pixel_mean and pixel_std, "
+                "so the teacher cannot be shown what the student sees: do this in the mapper"
             )
 
 
