@@ -92,6 +92,26 @@ def test_several_teachers_have_losses_of_their_own():
     assert watched.model.log_gradients == weight.PERIOD
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_loss_on_predictions_is_not_measured_beside_one_on_maps(lazy):
+    """Nor is a loss measured before its gradient reaches the student."""
+    if lazy:
+        losses = [f"{{_target_: ssimkd.losses.{x}Loss}}" for x in ("SoftTarget", "ICD")]
+        opts = [f"model.distiller.losses=[{','.join(losses)}]"]
+        cfg = load_config("configs/ssimkd_R50.py", opts)
+        node = "model.distiller.losses."
+        measured = {f"{node}1.weight": 3.0}
+        changed = [f"{node}0.weight=0.0", f"{node}1.detach_iters=0"]
+    else:
+        cfg = shapes_cfg("ssimkd", "MODEL.DISTILL.LOSSES", ("kd", "icd"))
+        measured = {"MODEL.DISTILL.ICD.WEIGHT": 3.0}
+        changed = ["MODEL.DISTILL.KD.WEIGHT", "0.0", "MODEL.DISTILL.ICD.DETACH_ITERS", "0"]
+    assert weight.weights_of(cfg) == measured
+    assert weight.logging_gradients(cfg)[: len(changed)] == changed
+    alone = shapes_cfg("ssimkd", "MODEL.DISTILL.LOSSES", ("kd", "dkd"))
+    assert len(weight.weights_of(alone)) == 2
+
+
 def test_the_ratio_is_that_of_the_whole_weight():
     schedule = {"WARMUP_ITERS": 900, "COOLDOWN_ITERS": 5, "STOP_ITER": 9}
     key = "MODEL.DISTILL"

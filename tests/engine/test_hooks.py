@@ -18,6 +18,9 @@ from ssimkd.engine.preemption import StopOnSignal
 from ssimkd.engine.yaml_driver import DistillTrainer, PreciseBN
 
 
+ICD = ("MODEL.DISTILL.LOSSES", ("icd",), "MODEL.DISTILL.ICD.WEIGHT", 1e8)
+
+
 class Trainer:
     """Has the attributes of a trainer that the hooks read."""
 
@@ -117,12 +120,13 @@ def test_a_run_says_when_it_first_saves(start, period, last, first, caplog):
         (("MODEL.DISTILL.SSIM.WEIGHT", 1e4), True),
         (("MODEL.DISTILL.SSIM.WEIGHT", 1e4, "MODEL.DISTILL.WARMUP_ITERS", 1000), True),
         (("MODEL.DISTILL.SSIM.WEIGHT", 4.0), False),
+        (("MODEL.DISTILL.LOSSES", ("ssim", "kd"), "MODEL.DISTILL.KD.WEIGHT", 1e8), True),
+        (("MODEL.DISTILL.LOSSES", ("ssim", "dkd"), "MODEL.DISTILL.DKD.WEIGHT", 1e8), True),
+        ((*ICD, "MODEL.DISTILL.ICD.DETACH_ITERS", 1), True),
         (("MODEL.DISTILL.SSIM.WEIGHT", 1e4, "MODEL.DISTILL.LOG_GRADIENTS", 20), True),
     ],
 )
-def test_a_weight_that_drowns_the_detector_is_said_after_the_first_iteration(
-    student, opts, warned, caplog
-):
+def test_a_weight_that_drowns_the_detector_is_said_at_the_start(student, opts, warned, caplog):
     model = student(*opts)
     hook = WarnOnGradientRatio(model)
     with EventStorage() as storage:
@@ -131,7 +135,7 @@ def test_a_weight_that_drowns_the_detector_is_said_after_the_first_iteration(
             hook.before_step()
             sum(model(image_batch((96, 96))).values()).backward()
             hook.after_step()
-    text = "times the detector's own at the start"
+    text = "times the detector's own in iteration"
     assert caplog.text.count(text) == warned and model.report_gradients is None
     assert ("gradient_ratio" in storage.latest()) == ("MODEL.DISTILL.LOG_GRADIENTS" in opts)
 

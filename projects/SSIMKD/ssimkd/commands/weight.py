@@ -21,13 +21,14 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.losses import KDLoss
 from ssimkd.modeling.several_teachers import distillers_in
 from ssimkd.utils.config_keys import key_of
 from ssimkd.utils.user_code import IMPORTED
@@ -40,26 +41,37 @@ PERIOD = 10  # iterations between two measurements of the gradients
 CLIPPED, UNCLIPPED = 25.0, 8.0
 
 
+def losses_in(cfg) -> Iterator[Tuple[KDLoss, str]]:
+    """Each loss of a config and the node of its options."""
+    for teacher, distiller in distillers_in(cfg):
+        for number, loss in enumerate(distiller.losses.values()):
+            if isinstance(cfg, CfgNode):
+                yield loss, f"MODEL.DISTILL.{loss.name.upper()}"
+            else:
+                yield loss, f"model.distiller.{teacher}".rstrip(".") + f".losses.{number}"
+
+
+def key_in(node: str, option: str) -> str:
+    """The key of an option in a node of :func:`losses_in`."""
+    return f"{node}.{option.upper() if node.isupper() else option}"
+
+
 def weights_of(cfg) -> Dict[str, float]:
-    """The key of each loss's weight -> the weight that a config gives it, where it is not 0.
+    """The key of each weight above 0 -> the weight, of the losses that are measured.
+
+    Losses on predictions are left out beside losses on maps: their gradient reaches the maps
+    through the heads, where it cannot be told from the detector's.
 
     Raises:
         ConfigError: nothing is distilled.
     """
-    weights = {}
-    for teacher, distiller in distillers_in(cfg):
-        for number, loss in enumerate(distiller.losses.values()):
-            key = f"MODEL.DISTILL.{loss.name.upper()}.WEIGHT"
-            if not isinstance(cfg, CfgNode):
-                of_teacher = f"model.distiller.{teacher}".rstrip(".")
-                key = f"{of_teacher}.losses.{number}.weight"
-            weights[key] = loss.weight
-    weights = {key: weight for key, weight in weights.items() if weight}
-    if not weights:
+    found = [(key_in(node, "weight"), loss) for loss, node in losses_in(cfg) if loss.weight]
+    if not found:
         raise ConfigError(
             "MODEL.DISTILL.LOSSES (lazy: model.distiller.losses) names no loss of a weight above 0"
         )
-    return weights
+    on_maps = {key: loss.weight for key, loss in found if "maps" in loss.compares}
+    return on_maps or {key: loss.weight for key, loss in found}
 
 
 def clips(cfg) -> bool:
@@ -68,15 +80,24 @@ def clips(cfg) -> bool:
 
 
 def logging_gradients(cfg) -> List[str]:
-    """Overrides that log the gradients, at the losses' whole weight from the start."""
-    phases = ("warmup_iters", "cooldown_iters", "stop_iter")
-    if isinstance(cfg, CfgNode):
-        whole = [word for phase in phases for word in (f"MODEL.DISTILL.{phase.upper()}", "0")]
-        logs = ["MODEL.DISTILL.LOG_GRADIENTS", str(PERIOD), "MODEL.DISTILL.WANDB_PROJECT", ""]
-        return [*logs, *whole]
+    """Overrides that log the gradients of :func:`weights_of`, without any warm-up or delay."""
+    yaml, measured = isinstance(cfg, CfgNode), weights_of(cfg)
+    settings: Dict[str, Any] = {}
+    for loss, node in losses_in(cfg):
+        if key_in(node, "weight") not in measured:
+            settings[key_in(node, "weight")] = 0.0
+        if loss.starts_after:
+            settings[key_in(node, loss.starts_after)] = 0
     nodes = [f"model.distiller.{teacher}".rstrip(".") for teacher, _ in distillers_in(cfg)]
-    whole = [f"{node}.{phase}=0" for node in nodes for phase in phases]
-    return [f"model.log_gradients={PERIOD}", "+train.wandb_project=", *whole]
+    for phase in ("warmup_iters", "cooldown_iters", "stop_iter"):
+        keys = [f"MODEL.DISTILL.{phase.upper()}"] if yaml else [f"{n}.{phase}" for n in nodes]
+        settings.update(dict.fromkeys(keys, 0))
+    if yaml:
+        settings["MODEL.DISTILL.LOG_GRADIENTS"] = PERIOD
+        words = [word for key, value in settings.items() for word in (key, str(value))]
+        return [*words, "MODEL.DISTILL.WANDB_PROJECT", ""]
+    settings["model.log_gradients"] = PERIOD
+    return [f"{key}={value}" for key, value in settings.items()] + ["+train.wandb_project="]
 
 
 def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -161,3 +182,7 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     cfg = load_config(args.config_file, args.opts)
     weights = weights_of(cfg)
     print(report(weights, medians(probe(cfg, args)), clips(cfg)))
+    keys = dict.fromkeys(key_in(node, "weight") for loss, node in losses_in(cfg) if loss.weight)
+    others = [key for key in keys if key not in weights]
+    if others:
+        print(f"\n{' and '.join(others)}: on predictions, neither measured nor changed")

@@ -150,8 +150,9 @@ class ExactResume(HookBase):
 
 
 class WarnOnGradientRatio(HookBase):
-    """Warns after the first iteration of a run if the distillation drowns the detector's losses.
+    """Warns at the start of a run if the distillation drowns the detector's losses.
 
+    It measures the first iteration, and the first one in which a loss with a delay has a gradient.
     Where gradients are clipped a large share does little harm (docs/comparison.md).
 
     Args:
@@ -161,26 +162,30 @@ class WarnOnGradientRatio(HookBase):
     def __init__(self, model: DistillMixin) -> None:
         self.model = model
         self.measured: Dict[str, float] = {}
+        delayed = [x for _, one in distillers_of(model) for x in one.losses.values()]
+        self.iterations = {0, *(getattr(x, x.starts_after) for x in delayed if x.starts_after)}
 
     def before_step(self) -> None:
-        """Lets the student measure the two gradients in the first iteration."""
-        if self.trainer.iter == 0:
+        """Lets the student measure the two gradients."""
+        if self.trainer.iter in self.iterations:
             self.model.report_gradients = self.measured.update
 
     def after_step(self) -> None:
-        """Warns."""
-        if self.trainer.iter > 0:
+        """Warns of the largest ratio, at the maps or at the predictions of a head."""
+        if self.trainer.iter not in self.iterations:
             return
         self.model.report_gradients = None
-        warmup = [one.schedule.warmup for _, one in distillers_of(self.model)]
-        ratio = self.measured.get("gradient_ratio", 0.0) * max([1, *warmup])
+        factors = [one.schedule.factor(self.trainer.iter) for _, one in distillers_of(self.model)]
+        ratio = max(self.measured.values(), default=0.0) / min(filter(None, factors), default=1.0)
+        self.measured.clear()
         if ratio > MOST_RATIO:
             logger.warning(
-                "The distillation's gradient is %.3g times the detector's own at the start, %.2f "
-                "%% of both, and gradients are not clipped: the detector hardly learns. Lower the "
-                "losses' WEIGHT (`ssimkd weight` proposes one), or set "
+                "The distillation's gradient is %.3g times the detector's own in iteration %d, "
+                "%.2f %% of both, and gradients are not clipped: the detector hardly learns. Lower "
+                "the losses' WEIGHT (`ssimkd weight` proposes one), or set "
                 "SOLVER.CLIP_GRADIENTS.ENABLED (.yaml)",
                 ratio,
+                self.trainer.iter,
                 100 * ratio / (1 + ratio),
             )
 
