@@ -22,6 +22,7 @@ from ssimkd.errors import (
     traceback_in_log,
 )
 from ssimkd.losses import SSIMLoss
+from ssimkd.modeling.backbones import TorchvisionBackbone
 from ssimkd.utils.config_files import load_config
 
 
@@ -49,7 +50,7 @@ def config(architecture):
 
 SETTINGS = {
     "unknown name": partial(build_model, config("NoSuchThing")),
-    "unknown argument": partial(instantiate, LazyCall(SSIMLoss)(heft=1)),
+    "unknown argument": partial(instantiate, LazyCall(TorchvisionBackbone)(heft=1)),
 }
 
 

@@ -17,7 +17,6 @@ from ssimkd.engine.hooks import (
 from ssimkd.engine.preemption import StopOnSignal
 from ssimkd.engine.yaml_driver import DistillTrainer, PreciseBN
 
-
 ICD = ("MODEL.DISTILL.LOSSES", ("icd",), "MODEL.DISTILL.ICD.WEIGHT", 1e8)
 
 

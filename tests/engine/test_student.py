@@ -80,6 +80,14 @@ def test_a_wrong_name_is_refused(own):
         ssimkd.build_student(cfg)
 
 
+def test_what_a_loop_of_ones_own_has_to_do_is_said(own, caplog):
+    cfg = yaml_config(own).clone()
+    cfg.defrost()
+    cfg.DATALOADER.MAPPER, cfg.MODEL.DISTILL.WANDB_PROJECT = "my.mapper", "cracks"
+    ssimkd.build_student(cfg)
+    assert "DATALOADER.MAPPER and MODEL.DISTILL.WANDB_PROJECT: your own loader and" in caplog.text
+
+
 def test_detectron2s_own_call_refuses_what_it_cannot_do(own):
     with pytest.raises(ConfigError, match=r"NUM_CLASSES_FROM_DATA .* ssimkd.build_student\(cfg\)"):
         build_model(yaml_config(own))

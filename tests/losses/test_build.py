@@ -1,7 +1,8 @@
 import pytest
 from detectron2.config import get_cfg
 from ssimkd import ConfigError, add_ssimkd_config
-from ssimkd.losses import SSIMLoss, build_loss
+from ssimkd.errors import naming_lazy_fields
+from ssimkd.losses import MSSSIMLoss, PKDLoss, SSIMLoss, build_loss
 
 
 def distill_node(*overrides):
@@ -16,6 +17,14 @@ def test_a_loss_gets_the_settings_of_its_node():
     loss = build_loss("ssim", distill_node(f"{key}.WEIGHT", 0.25, f"{key}.WINDOW_SIZE", 5))
     assert type(loss) is SSIMLoss
     assert loss.weight == 0.25 and loss.options["window_size"] == 5
+
+
+def test_a_loss_that_is_built_without_a_node_names_itself():
+    with pytest.raises(ConfigError, match=r"^MODEL\.DISTILL\.PKD: weight must be"):
+        PKDLoss(weight=-1.0)
+    message = r"^model\.distiller\.losses, ms_ssim: exponents must not all be 0"
+    with pytest.raises(ConfigError, match=message), naming_lazy_fields():
+        MSSSIMLoss(exponents=(0.0, 0.0, 0.0))
 
 
 def test_wrong_missing_and_unknown_settings_are_named():

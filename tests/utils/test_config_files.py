@@ -107,7 +107,10 @@ def test_overrides_take_an_integer_for_a_float_and_new_keys_of_a_lazy_config():
         ),
         ("ssimkd_R50", ["MODEL.DISTIL.ADAPTER", "none"], "did you mean MODEL.DISTILL?"),
         ("ssimkd_R50", ["MODEL.DISTILL.LOSSES", "ssim"], """write a list, "\\['ssim'\\]"""),
+        ("ssimkd_R50", ["MODEL.DISTILL.LOSSES", "ssim,kd"], """list, "\\['ssim', 'kd'\\]"$"""),
+        ("ssimkd_R50", ["MODEL.DISTILL.LEVEL_WEIGHTS", "1"], r"""write a list, "\[1\]"$"""),
         ("ssimkd_R50.py", ["train.max_iters=1"], "did you mean max_iter?"),
+        ("ssimkd_R50.py", ["model.distiler.adapter=none"], "did you mean distiller?"),
         ("ssimkd_R50.py", ["train.nothing=1"], "train.nothing: there are the keys output_dir, "),
         ("ssimkd_R50.py", ["train"], "train: an override of a .py config is written key=value"),
         ("ssimkd_R50.py", ["train.max_iter=[1"], "train.max_iter=.1: "),
@@ -117,6 +120,12 @@ def test_a_wrong_override_is_one_line_that_names_it(name, overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(name, overrides)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_yaml_of_a_lazy_config_is_refused(tmp_path):
+    (tmp_path / "student.yaml").write_text("model: {_target_: x}\ntrain: {init_checkpoint: y}\n")
+    with pytest.raises(ConfigError, match=r"student.yaml is a LazyConfig, .* the .py config of"):
+        load_config(tmp_path / "student.yaml")
 
 
 def test_a_wrong_key_in_a_yaml_file_says_which_one_was_meant(tmp_path):

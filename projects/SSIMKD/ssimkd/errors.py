@@ -87,7 +87,8 @@ def as_config_error(
         raise ConfigError(f"{what}{sep}{text}") from error
 
 
-# Where keys of MODEL.DISTILL stand in a LazyConfig, if not in model.distiller
+# Where keys of MODEL.DISTILL are in a LazyConfig, if not in model.distiller. `register_loss` adds
+# the nodes of the losses.
 LAZY_FIELDS = {
     **{f"MODEL.DISTILL.{key}": f"train.{key.lower()}" for key in TRAIN_KEYS},
     **{key: f"train.{key.lower()}" for key in TRAIN_KEYS},
@@ -142,7 +143,8 @@ def name_lazy_fields(record: logging.LogRecord) -> bool:
 @contextmanager
 def naming_lazy_fields(lazy: bool = True) -> Iterator[None]:
     """If `lazy`, errors and warnings in this block name fields of a LazyConfig, not YAML's keys."""
-    handlers = logging.getLogger("ssimkd").handlers if lazy else []
+    loggers = (logging.getLogger("ssimkd"), logging.getLogger()) if lazy else ()
+    handlers = [handler for logger in loggers for handler in logger.handlers]
     handlers = [handler for handler in handlers if name_lazy_fields not in handler.filters]
     for handler in handlers:
         handler.addFilter(name_lazy_fields)

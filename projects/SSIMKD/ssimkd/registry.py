@@ -1,9 +1,12 @@
 """The registry of losses. `MODEL.DISTILL.LOSSES` and the training log use its names."""
 
 import inspect
+from functools import wraps
 from typing import Any, Callable, Dict, TypeVar
 
 from detectron2.utils.registry import Registry
+
+from ssimkd.errors import LAZY_FIELDS, ConfigError
 
 KD_LOSS_REGISTRY = Registry("KD_LOSS")
 
@@ -14,7 +17,8 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
     """Registers a loss class, a subclass of `ssimkd.losses.KDLoss`, as `name`.
 
     The arguments of its constructor, in upper case, become the keys of `MODEL.DISTILL.<NAME>`.
-    Each of them needs a default, which becomes the key's default.
+    Each of them needs a default, which becomes the key's default. Errors of the constructor become
+    ConfigErrors that name this node.
 
     Raises:
         TypeError: an argument of the constructor has no default.
@@ -22,6 +26,19 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
 
     def register(cls: LossClass) -> LossClass:
         loss_defaults(cls)
+        construct, node = cls.__init__, f"MODEL.DISTILL.{name.upper()}"  # type: ignore[misc]
+        LAZY_FIELDS[node] = f"model.distiller.losses, {name}"
+
+        @wraps(construct)
+        def init(self: Any, *args: Any, **options: Any) -> None:
+            try:
+                construct(self, *args, **options)
+            except (OverflowError, TypeError, ValueError) as error:
+                if type(self) is not cls:  # the subclass names itself
+                    raise
+                raise ConfigError(f"{node}: {error}") from error
+
+        cls.__init__ = init  # type: ignore[misc]
         cls.name = name  # type: ignore[attr-defined]
         KD_LOSS_REGISTRY._do_register(name, cls)
         return cls

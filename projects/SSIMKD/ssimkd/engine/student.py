@@ -53,9 +53,15 @@ def _build_student(cfg: Any) -> Any:
             "MODEL.DISTILL.SKIP_NONFINITE_STEPS: only the training loop of `ssimkd train` leaves "
             "out steps: set it to 0"
         )
-    if unlabeled_batch(cfg):
-        key = key_of(cfg, "UNLABELED")
-        logger.warning("%s: your loader has to add these images; see docs/configuration.md", key)
+    own = {
+        key_of(cfg, "UNLABELED"): unlabeled_batch(cfg),
+        "DATALOADER.MAPPER": yaml and cfg.DATALOADER.MAPPER,
+        "DATALOADER.SKIP_BAD_IMAGES": yaml and cfg.DATALOADER.SKIP_BAD_IMAGES,
+        "MODEL.DISTILL.WANDB_PROJECT": settings.wandb_project,
+    }
+    ignored = [key for key, value in own.items() if value]
+    if ignored:
+        logger.warning("%s: your own loader and loop have to act on it", " and ".join(ignored))
     if yaml:
         cfg.defrost()
     use_own_data(cfg, SPLITS)

@@ -27,7 +27,4 @@ def build_loss(name: str, node) -> KDLoss:
         raise ConfigError(
             f"MODEL.DISTILL.{key} is missing: register the loss {name} before add_ssimkd_config"
         )
-    try:
-        return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})
-    except (OverflowError, TypeError, ValueError) as error:
-        raise ConfigError(f"MODEL.DISTILL.{key}: {error}") from error
+    return KD_LOSS_REGISTRY.get(name)(**{k.lower(): v for k, v in node[key].items()})

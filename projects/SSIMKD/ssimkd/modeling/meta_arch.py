@@ -162,7 +162,7 @@ class DistillMixin:
             logger.warning(
                 "The teacher is built now, in the first training step. INHERIT and data sets of "
                 "DATASETS.COCO need ssimkd.build_student(cfg) in place of build_model(cfg); only "
-                "`ssimkd train` acts on CHECK_IMAGES and SKIP_NONFINITE_STEPS"
+                "`ssimkd train` acts on CHECK_IMAGES, SKIP_NONFINITE_STEPS and UNLABELED"
             )
             build_teachers(self)
 

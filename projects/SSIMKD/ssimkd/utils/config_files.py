@@ -180,6 +180,11 @@ def merge_yaml(cfg: CfgNode, path: str) -> None:
         raise ConfigError(f"{path} holds no keys") from error
     except (AssertionError, OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
+    if "model" in content:
+        raise ConfigError(
+            f"{path} is a LazyConfig, for LazyConfig.load alone: name the .py config of its run, "
+            "and this student's checkpoint by --weights"
+        )
     try:
         cfg.merge_from_other_cfg(content)
     except WRONG_SETTING as error:
@@ -213,9 +218,10 @@ def hint(cfg: CfgNode, error: Exception, said: str = "") -> str:
     text = str(error.args[0] if error.args else "")
     if INTEGER_FOR_FLOAT in text:
         return "; write it with a decimal point"
-    alone = re.search(r"<class '(?:list|tuple)'> vs\. <class 'str'>.* vs\. (\S+)\) for", text)
+    alone = re.search(r"<class '(?:list|tuple)'> vs\. <class '(\w+)'>.* vs\. (\S+)\) for", text)
     if alone:
-        listed = f"['{alone.group(1)}']"
+        items = alone[2].split(",")
+        listed = str(items) if alone[1] == "str" else f"[{alone[2]}]"
         return "; write a list, " + (f'"{listed}"' if said else listed)
     if "Non-existent" not in text:
         return ""
@@ -241,17 +247,19 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: an override of a .py config is written key=value")
+        parts = [] if key.startswith(("+", "~")) else key.split(".")
         node, called = cfg, False
-        for part in [] if key.startswith(("+", "~")) else key.split("."):
+        for part, inner in zip(parts, [*parts[1:], None]):
             called = called or "_target_" in node
-            if not OmegaConf.is_config(node) or not (called or part in node):
-                keys = list(map(str, node)) if OmegaConf.is_config(node) else []
-                known, near = ", ".join(keys) or "none", get_close_matches(part, keys, n=1)
-                meant = f"; did you mean {near[0]}?" if near else ""
+            below = OmegaConf.select(node, part)
+            if not (called or part in node) or (inner and not OmegaConf.is_config(below)):
+                keys = list(map(str, node))
+                known, near = ", ".join(keys), get_close_matches(part, keys, n=1)
+                meant = f"; did you mean {near[0]}?" if near and part not in keys else ""
                 raise ConfigError(
                     f"{key}: there are the keys {known} (+{key} makes a new one){meant}"
                 )
-            node = OmegaConf.select(node, part)
+            node = below
     # Hydra's parser, OmegaConf and Detectron2 raise many types of errors for a wrong override.
     with as_config_error(" ".join(overrides), Exception):
         return LazyConfig.apply_overrides(cfg, overrides)
