@@ -2,7 +2,7 @@ import pytest
 from detectron2.config import get_cfg
 from ssimkd import ConfigError, add_ssimkd_config
 from ssimkd.errors import naming_lazy_fields
-from ssimkd.losses import MSSSIMLoss, PKDLoss, SSIMLoss, build_loss
+from ssimkd.losses import PKDLoss, SSIMLoss, build_loss
 
 
 def distill_node(*overrides):
@@ -22,9 +22,9 @@ def test_a_loss_gets_the_settings_of_its_node():
 def test_a_loss_that_is_built_without_a_node_names_itself():
     with pytest.raises(ConfigError, match=r"^MODEL\.DISTILL\.PKD: weight must be"):
         PKDLoss(weight=-1.0)
-    message = r"^model\.distiller\.losses, ms_ssim: exponents must not all be 0"
+    message = r"^model\.distiller\.losses, ssim: exponents must not all be 0"
     with pytest.raises(ConfigError, match=message), naming_lazy_fields():
-        MSSSIMLoss(exponents=(0.0, 0.0, 0.0))
+        SSIMLoss(exponents=(0.0, 0.0, 0.0))
 
 
 def test_wrong_missing_and_unknown_settings_are_named():
