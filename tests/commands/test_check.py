@@ -68,7 +68,7 @@ def test_a_weight_that_drowns_the_detector_and_a_ramp_that_never_ends_are_status
     ramp, share = [text for name, text in rows if name == "WARNING"]
     assert status == 1
     assert ramp.startswith("MODEL.DISTILL.WARMUP_ITERS is 5000, and the run distils in 1000 ")
-    assert "times the detector's own at the start" in share
+    assert "times the detector's own in iteration 0" in share
 
 
 def test_a_teacher_that_finds_nothing_is_status_1(run_check, teacher_file):
