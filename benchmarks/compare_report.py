@@ -113,16 +113,17 @@ def markdown(table: Sequence[Row]) -> str:
 def by_size_and_class(runs: Sequence[Row], methods: Sequence[str]) -> str:
     """AP by size of the objects (APs, APm, APl) and by class as a table in Markdown.
 
-    Detectron2 has no number if nothing was detected, which counts as 0, or if there is no such
-    object, which is a dash.
+    A run that detected nothing has no numbers, which count as 0. A size that no object has is left
+    out.
     """
-    columns = [*dict.fromkeys(part for row in runs for part in row["parts"])]
+    parts = [(part, ap) for row in runs for part, ap in row["parts"].items()]
+    columns = [*dict.fromkeys(part for part, ap in parts if ap is not None)]
     rows = []
     for method in methods:
         cells = [method]
         for part in columns:
-            aps = [row["parts"].get(part) for row in runs if row["method"] == method]
-            cells.append(measure.mean_and_deviation([ap or 0.0 for ap in aps]) if any(aps) else "-")
+            aps = [row["parts"].get(part) or 0.0 for row in runs if row["method"] == method]
+            cells.append(measure.mean_and_deviation(aps))
         rows.append(cells)
     return measure.markdown(["method", *columns], rows)
 

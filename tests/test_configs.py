@@ -199,7 +199,7 @@ def teacher_on_meta(config):
 
 
 def check_teachers(student, modules):
-    """Each teacher is in the zoo, and its levels and channels answer the student's.
+    """Each teacher is in the zoo, and its levels and channels match the student's.
 
     Args:
         student (nn.Module): on the meta device.

@@ -139,6 +139,18 @@ def test_a_weight_that_drowns_the_detector_is_said_at_the_start(student, opts, w
     assert ("gradient_ratio" in storage.latest()) == ("MODEL.DISTILL.LOG_GRADIENTS" in opts)
 
 
+@pytest.mark.parametrize(
+    ("place", "ratio", "warned"),
+    [("p6", float("inf"), False), ("p6", 2e3, False), ("roi", 2e3, True), ("roi", 2.0, False)],
+)
+def test_the_ratio_of_a_single_level_is_no_reason_to_warn(student, place, ratio, warned, caplog):
+    hook = WarnOnGradientRatio(student())
+    hook.trainer = Trainer(0)
+    hook.measured = {"gradient_ratio": 3.0, f"gradient_ratio/{place}": ratio}
+    hook.after_step()
+    assert ("gradients are not clipped" in caplog.text) == warned
+
+
 def test_no_share_is_measured_where_gradients_are_clipped(few_images, tmp_path):
     opts = ("OUTPUT_DIR", str(tmp_path), "SOLVER.CLIP_GRADIENTS.ENABLED")
     for clipped in (True, False):

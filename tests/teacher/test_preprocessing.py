@@ -121,7 +121,7 @@ def test_a_preprocessing_that_moves_images_into_the_padding_is_refused(student, 
     own = preprocessing_of(plain, image_format_of(plain))
     whole, padded = image_batch((64, 64)), image_batch((64, 64), (64, 96))
     plain.distiller.teacher(whole, plain.preprocess_image(whole).tensor, own)
-    with pytest.raises(ConfigError, match="flipped changes the size of images or their place"):
+    with pytest.raises(ConfigError, match="flipped moves images into the padding"):
         plain.distiller.teacher(padded, plain.preprocess_image(padded).tensor, own)
 
 

@@ -111,6 +111,8 @@ def test_overrides_take_an_integer_for_a_float_and_new_keys_of_a_lazy_config():
         ("ssimkd_R50", ["MODEL.DISTILL.LEVEL_WEIGHTS", "1"], r"""write a list, "\[1\]"$"""),
         ("ssimkd_R50.py", ["train.max_iters=1"], "did you mean max_iter?"),
         ("ssimkd_R50.py", ["model.distiler.adapter=none"], "did you mean distiller?"),
+        ("ssimkd_R50.py", ["model.distiller.losses.ssim.weight=1"], "there are the keys 0 \\("),
+        ("ssimkd_R50.py", ["model.distiller.losses.1.weight=1"], "there are the keys 0 \\("),
         ("ssimkd_R50.py", ["train.nothing=1"], "train.nothing: there are the keys output_dir, "),
         ("ssimkd_R50.py", ["train"], "train: an override of a .py config is written key=value"),
         ("ssimkd_R50.py", ["train.max_iter=[1"], "train.max_iter=.1: "),

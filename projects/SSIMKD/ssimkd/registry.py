@@ -34,7 +34,8 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
             try:
                 construct(self, *args, **options)
             except (OverflowError, TypeError, ValueError) as error:
-                if type(self) is not cls:  # the subclass names itself
+                registered = KD_LOSS_REGISTRY.get(type(self).name)
+                if registered is type(self) is not cls:  # a subclass, which names itself
                     raise
                 raise ConfigError(f"{node}: {error}") from error
 

@@ -30,6 +30,7 @@ from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.losses import KDLoss
 from ssimkd.modeling.several_teachers import distillers_in
+from ssimkd.teacher.heads import NAMES
 from ssimkd.utils.config_keys import key_of
 from ssimkd.utils.user_code import IMPORTED
 
@@ -164,10 +165,11 @@ def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
     wanted = CLIPPED if clipped else UNCLIPPED
     how = "clips" if clipped else "does not clip"
+    where = "predictions" if any(f"gradient_ratio/{kind}" in logged for kind in NAMES) else "maps"
     lines += [
         "",
-        f"At the student's maps the gradient of the distillation is {ratio:.3g} times that of the",
-        f"detector's own losses. Recommended is {wanted:g}, because this solver {how} gradients:",
+        f"At the student's {where} the gradient of the distillation is {ratio:.3g} times that of",
+        f"the detector's losses. Recommended is {wanted:g}, because this solver {how} gradients:",
         "",
     ]
     numbers = {key: f"{weight * wanted / ratio:.2g}" for key, weight in weights.items()}
@@ -181,8 +183,10 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     args = begin("weight", words)
     cfg = load_config(args.config_file, args.opts)
     weights = weights_of(cfg)
-    print(report(weights, medians(probe(cfg, args)), clips(cfg)))
     keys = dict.fromkeys(key_in(node, "weight") for loss, node in losses_in(cfg) if loss.weight)
     others = [key for key in keys if key not in weights]
     if others:
-        print(f"\n{' and '.join(others)}: on predictions, neither measured nor changed")
+        print(
+            f"Neither measured nor changed, because it acts on predictions: {', '.join(others)}\n"
+        )
+    print(report(weights, medians(probe(cfg, args)), clips(cfg)))

@@ -1,6 +1,7 @@
 """The hooks of a run. :func:`build_hooks` lists them in the order in which they act."""
 
 import logging
+import math
 from typing import Any, Callable, Dict, List, Optional, Set
 
 from detectron2.engine import HookBase, hooks
@@ -13,6 +14,7 @@ from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import describe_error, is_user_error
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.teacher.heads import NAMES
 from ssimkd.utils.random_state import get_random_state, set_random_state
 
 from .preemption import StopOnSignal
@@ -176,7 +178,10 @@ class WarnOnGradientRatio(HookBase):
             return
         self.model.report_gradients = None
         factors = [one.schedule.factor(self.trainer.iter) for _, one in distillers_of(self.model)]
-        ratio = max(self.measured.values(), default=0.0) / min(filter(None, factors), default=1.0)
+        # the ratio of a single level says little: of some batches no anchor is sampled there
+        places = ("gradient_ratio", *(f"gradient_ratio/{kind}" for kind in NAMES))
+        found = [self.measured[place] for place in places if place in self.measured]
+        ratio = max(filter(math.isfinite, found), default=0.0) / (max(factors, default=0.0) or 1.0)
         self.measured.clear()
         if ratio > MOST_RATIO:
             logger.warning(

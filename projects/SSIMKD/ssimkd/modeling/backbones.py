@@ -97,6 +97,7 @@ class TorchvisionBackbone(Backbone):
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{self.key}.NAME: {name}: {one_line(error)}") from error
+        train_only(self.body, used_parameters(self.body, self.features[-1]))
         if freeze_at:
             self.freeze(f"res{freeze_at}")
         if norm == "FrozenBN":
@@ -133,17 +134,7 @@ class TorchvisionBackbone(Backbone):
 
         Their batch norms are frozen, as in Detectron2's ResNet.
         """
-        named = [(name, p) for name, p in self.body.named_parameters() if p.requires_grad]
-        training = self.body.training
-        self.body.eval()
-        with torch.enable_grad():
-            maps = self.body(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))
-            total = maps[last].sum()
-            gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-        self.body.train(training)
-        for (name, parameter), gradient in zip(named, gradients):
-            if gradient is None:
-                continue
+        for name, parameter in used_parameters(self.body, last).items():
             parameter.requires_grad_(False)
             path, _, _ = name.rpartition(".")
             module = self.body.get_submodule(path)
@@ -188,7 +179,8 @@ class TimmBackbone(TorchvisionBackbone):
         missing = [STRIDES[f] for f in self.features if STRIDES[f] not in reductions]
         if missing:
             raise ValueError(f"it has no feature of stride {missing[0]}")
-        places = [reductions.index(STRIDES[feature]) for feature in self.features]
+        numbers = network.feature_info.out_indices
+        places = [numbers[reductions.index(STRIDES[feature])] for feature in self.features]
         options: Dict[str, Any] = dict(pretrained=bool(weights))
         if weights not in ("", "DEFAULT"):
             with as_config_error(f"{self.key}.WEIGHTS"):
@@ -196,7 +188,6 @@ class TimmBackbone(TorchvisionBackbone):
         try:
             if len(options) > 1:
                 timm.create_model(name, **options)  # strict, which features_only is not
-            # out_indices leaves out what is beyond the coarsest feature
             network = timm.create_model(name, features_only=True, out_indices=places, **options)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
@@ -234,6 +225,30 @@ class TimmFeatures(nn.Module):
     def forward(self, images: Tensor) -> Dict[str, Tensor]:
         """Feature -> map."""
         return dict(zip(self.features, self.network(images)))
+
+
+def used_parameters(body: nn.Module, feature: str) -> Dict[str, nn.Parameter]:
+    """The trained parameters that a feature depends on, by name.
+
+    Args:
+        body (nn.Module): a network that returns a dict of features.
+        feature (str): one of them.
+    """
+    named = {name: p for name, p in body.named_parameters() if p.requires_grad}
+    training = body.training
+    body.eval()
+    with torch.enable_grad():
+        total = body(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))[feature].sum()
+        gradients = torch.autograd.grad(total, [*named.values()], allow_unused=True)
+    body.train(training)
+    return {name: p for (name, p), x in zip(named.items(), gradients) if x is not None}
+
+
+def train_only(body: nn.Module, parameters: Dict[str, nn.Parameter]) -> None:
+    """Trains these parameters alone: some networks of timm keep more than their features need."""
+    body.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -63,8 +63,10 @@ class GradientRatio:
         detector, distiller = (self.squares.get(side, {}) for side in ("detector", "distiller"))
         if not (detector and distiller):  # the backward pass of one side alone
             return
-        names = self.maps if self.maps & set(distiller) else set(distiller)
-        total = sum(distiller[name] for name in names & set(distiller))
+        # a loss of weight 0 sends a gradient of 0
+        reached = {name for name, square in distiller.items() if square > 0}
+        names = self.maps & reached or reached or set(distiller)
+        total = sum(distiller[name] for name in names)
         total = total / sum(detector[name] for name in names & set(detector))
         values = {"gradient_ratio": float(total**0.5)}
         for name in detector.keys() & distiller.keys():

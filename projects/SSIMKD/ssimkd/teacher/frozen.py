@@ -14,6 +14,7 @@ from .heads import describe_heads, head_modules, keep_modules
 from .network import TeacherNetwork
 from .preprocessing import (
     Preprocessing,
+    check_padding,
     check_undone,
     convert_channel_order,
     preprocessing_of,
@@ -67,7 +68,8 @@ class Teacher:
         self.shapes: Dict[str, ShapeSpec] = model.backbone.output_shape()
         keep_modules(model, ["backbone", *modules])
         self.model = model
-        self.checked = False  # whether a user's own preprocessing was found to be undone
+        # whether a user's own preprocessing can be undone, and leaves the padding as it is
+        self.checked = self.checked_padding = False
         self.network = TeacherNetwork(model.backbone, spec.precision, spec.compile)
 
     def __deepcopy__(self, memo) -> "Teacher":
@@ -97,12 +99,16 @@ class Teacher:
         if preprocessing != self.preprocessing:
             given = [x["image"] for x in batched_inputs]
             if preprocessing.is_own and preprocessing.mean:
-                # it may flip or blur them, so the teacher sees its results
+                # it may flip images or change their colours, so the teacher sees its results
                 undone = undo(images, given, preprocessing)
                 if not self.checked:
-                    check_undone(undone, images, given, preprocessing)
-                    self.checked = any(x.shape[-2:] != images.shape[-2:] for x in given)
-                given = undone
+                    check_undone(undone, given, preprocessing)
+                if not self.checked_padding and any(
+                    x.shape[-2:] != images.shape[-2:] for x in given
+                ):
+                    check_padding(images, given, preprocessing)
+                    self.checked_padding = True
+                given, self.checked = undone, True
             elif preprocessing.is_own and not self.checked:
                 self.checked = True
                 logger.warning(

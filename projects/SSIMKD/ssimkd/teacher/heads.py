@@ -1,4 +1,4 @@
-"""The heads of detectors: which ones a detector has, whether two fit, and what a teacher's predict.
+"""The heads of detectors: which ones a detector has, whether two fit, and what they predict.
 
 A kind of head is "rpn", "roi" (the box head of an R-CNN), "roi_box" (its box deltas), "dense" (the
 head of RetinaNet and FCOS) or "cross" (the convolutions in front of a dense head's predictions).

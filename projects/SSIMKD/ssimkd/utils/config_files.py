@@ -180,7 +180,7 @@ def merge_yaml(cfg: CfgNode, path: str) -> None:
         raise ConfigError(f"{path} holds no keys") from error
     except (AssertionError, OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
-    if "model" in content:
+    if "_target_" in content.get("model", ()):
         raise ConfigError(
             f"{path} is a LazyConfig, for LazyConfig.load alone: name the .py config of its run, "
             "and this student's checkpoint by --weights"
@@ -248,12 +248,14 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: List[str]) -> DictConfig:
         if not equals:
             raise ConfigError(f"{override}: an override of a .py config is written key=value")
         parts = [] if key.startswith(("+", "~")) else key.split(".")
-        node, called = cfg, False
+        node: Any = cfg
+        called = False
         for part, inner in zip(parts, [*parts[1:], None]):
             called = called or "_target_" in node
-            below = OmegaConf.select(node, part)
-            if not (called or part in node) or (inner and not OmegaConf.is_config(below)):
-                keys = list(map(str, node))
+            keys = list(map(str, range(len(node)) if OmegaConf.is_list(node) else node))
+            below = OmegaConf.select(node, part) if part in keys else None
+            found = OmegaConf.is_config(below) if inner else called or part in keys
+            if not found:
                 known, near = ", ".join(keys), get_close_matches(part, keys, n=1)
                 meant = f"; did you mean {near[0]}?" if near and part not in keys else ""
                 raise ConfigError(
