@@ -59,6 +59,10 @@ def test_text_by_hand():
     # the median of 2 and 4, the later half
     assert "distillation is 3 times" in text and "8, because this solver does not clip" in text
     assert text.endswith("    MODEL.DISTILL.SSIM.WEIGHT 16\n    MODEL.DISTILL.L2.WEIGHT 8")
+    for value, where in ((0.0, "maps"), (2.0, "predictions")):  # 0: the weight is 0 in this run
+        rows[-1]["gradient_ratio/roi"] = value
+        text = weight.report(weights, weight.medians(rows), clipped=False)
+        assert f"At the student's {where} the gradient" in text
     assert "25, because this solver clips" in weight.report(weights, {"gradient_ratio": 3.0}, True)
     with pytest.raises(ConfigError, match="--iters"):
         weight.report(weights, {}, True)

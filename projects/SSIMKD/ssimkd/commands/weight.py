@@ -165,7 +165,8 @@ def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
     wanted = CLIPPED if clipped else UNCLIPPED
     how = "clips" if clipped else "does not clip"
-    where = "predictions" if any(f"gradient_ratio/{kind}" in logged for kind in NAMES) else "maps"
+    at_heads = any(logged.get(f"gradient_ratio/{kind}", 0.0) > 0 for kind in NAMES)
+    where = "predictions" if at_heads else "maps"
     lines += [
         "",
         f"At the student's {where} the gradient of the distillation is {ratio:.3g} times that of",
