@@ -182,8 +182,8 @@ class Comparison:
             row = {"budget": budget, "method": method.name, "weight": weights[method], "seed": seed}
             for data, bbox in record.get("by_dataset", {"": record["bbox"]}).items():
                 parts = {key: ap for key, ap in bbox.items() if key not in report.METRICS}
-                row = {**row, "data": data, "parts": parts}
-                rows.append({**row, **metrics_of(bbox), **origin_of(record)})
+                measured = {"data": data, "parts": parts, **metrics_of(bbox)}
+                rows.append({**row, **measured, **origin_of(record)})
         return rows
 
     def measure(self, weights: Dict[Method, float]) -> List[Dict[str, Any]]:

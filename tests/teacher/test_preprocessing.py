@@ -76,6 +76,11 @@ def flipped(self, inputs):
     return images
 
 
+def flipped_one_by_one(self, inputs):
+    turned = [{**x, "image": x["image"].flip(-1)} for x in inputs]
+    return GeneralizedRCNN.preprocess_image(self, turned)
+
+
 @pytest.mark.parametrize(
     "opts",
     [
@@ -120,6 +125,11 @@ def test_a_preprocessing_that_moves_images_into_the_padding_is_refused(student, 
     monkeypatch.setattr(type(plain), "preprocess_image", flipped)
     own = preprocessing_of(plain, image_format_of(plain))
     whole, padded = image_batch((64, 64)), image_batch((64, 64), (64, 96))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(plain), "preprocess_image", flipped_one_by_one)
+        allowed = preprocessing_of(plain, image_format_of(plain))
+        plain.distiller.teacher(padded, plain.preprocess_image(padded).tensor, allowed)
+    plain.distiller.build_teacher(CPU)  # a new one, which has checked nothing
     plain.distiller.teacher(whole, plain.preprocess_image(whole).tensor, own)
     with pytest.raises(ConfigError, match="flipped moves images into the padding"):
         plain.distiller.teacher(padded, plain.preprocess_image(padded).tensor, own)
