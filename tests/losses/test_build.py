@@ -1,8 +1,8 @@
 import pytest
 from detectron2.config import get_cfg
 from ssimkd import ConfigError, add_ssimkd_config
-from ssimkd.errors import naming_lazy_fields
 from ssimkd.losses import PKDLoss, SSIMLoss, build_loss
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 
 
 def distill_node(*overrides):

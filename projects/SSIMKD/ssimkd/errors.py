@@ -1,7 +1,6 @@
 """A user's error is one line that says what to change. A bug keeps its traceback."""
 
 import logging
-import os
 import re
 import sys
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from traceback import walk_tb
 from typing import ContextManager, Iterator, List, Tuple, Type, Union
 
 from omegaconf.errors import OmegaConfBaseException
+
+from ssimkd.utils.log_files import log_files, log_traceback
 
 # A traceback from another process ends with such a line where the error is a user's.
 WORKER = re.compile(r"^(ssimkd\.\w+(\.\w+)*|FloatingPointError): ")
@@ -22,8 +23,6 @@ LIBRARIES = {
 UNKNOWN = re.compile(
     "No object named .* registry|Cannot dynamically locate|Error (loading|locating) "
 )
-LOGGERS = ("detectron2", "ssimkd")
-TRAIN_KEYS = ("INHERIT", "CHECK_IMAGES", "SKIP_NONFINITE_STEPS", "WANDB_PROJECT")
 IN_LOG = " (traceback in "  # the path of the log file follows
 
 
@@ -87,78 +86,6 @@ def as_config_error(
         raise ConfigError(f"{what}{sep}{text}") from error
 
 
-# Where keys of MODEL.DISTILL are in a LazyConfig, if not in model.distiller. `register_loss` adds
-# the nodes of the losses.
-LAZY_FIELDS = {
-    **{f"MODEL.DISTILL.{key}": f"train.{key.lower()}" for key in TRAIN_KEYS},
-    **{key: f"train.{key.lower()}" for key in TRAIN_KEYS},
-    "MODEL.DISTILL.LOG_GRADIENTS": "model.log_gradients",
-    "MODEL.DISTILL.TEACHER.LOSS_WEIGHT": "model.distiller.loss_weight",
-    "MODEL.DISTILL.TEACHERS": "model.distiller",
-    "DATASETS.COCO": "datasets.coco",
-    "DATASETS.UNLABELED": "dataloader.unlabeled",
-    "DATASETS.NUM_CLASSES_FROM_DATA": "datasets.num_classes_from_data",
-    "DATALOADER.SKIP_BAD_IMAGES": "dataloader.train.skip_bad_images",
-    "MODEL.BACKBONE.FREEZE_AT": "model.backbone.bottom_up.freeze_at",
-    **{
-        f"MODEL.{library}.{key}": f"model.backbone.bottom_up.{key.lower()}"
-        for library in ("TORCHVISION", "TIMM")
-        for key in ("NAME", "NORM", "WEIGHTS")
-    },
-}
-YAML_KEY = re.compile(
-    r"\b(MODEL\.(?:DISTILL|TORCHVISION|TIMM)|DATASETS|DATALOADER)(\.[A-Z_0-9]+)+\b"
-    r"|\bMODEL\.BACKBONE\.FREEZE_AT\b"
-    r"|(?<![\w./\\-])(\.OPTS|\.CONFIG|\.TEACHERS|TEACHER\.\w+|IN_FEATURES"  # not parts of paths
-    r"|LEVEL_WEIGHTS|ADAPTER|LOSSES|(?:WARMUP|COOLDOWN)_ITERS|STOP_ITER|"
-    + "|".join(TRAIN_KEYS)
-    + r")\b(?![/\\])"
-)
-
-
-def lazy_fields(text: str) -> str:
-    """A text in which every key of MODEL.DISTILL is replaced by the LazyConfig's field."""
-
-    def field(match: "re.Match[str]") -> str:
-        key = match.group()
-        if text[match.end() :].startswith(" (.yaml)"):  # the field follows
-            return key
-        if key in LAZY_FIELDS:
-            return LAZY_FIELDS[key]
-        parts = key.split(".")
-        if len(parts) == 4 and parts[2] != "TEACHER":  # MODEL.DISTILL.<LOSS>.<OPTION>
-            return f"model.distiller.losses, {parts[2].lower()}: {parts[3].lower()}"
-        return key.replace("MODEL.DISTILL", "model.distiller").lower()
-
-    return YAML_KEY.sub(field, text)
-
-
-def name_lazy_fields(record: logging.LogRecord) -> bool:
-    """A filter for log handlers: warnings name fields of a LazyConfig; every record passes."""
-    if record.levelno >= logging.WARNING:
-        record.msg, record.args = lazy_fields(record.getMessage()), ()
-    return True
-
-
-@contextmanager
-def naming_lazy_fields(lazy: bool = True) -> Iterator[None]:
-    """If `lazy`, errors and warnings in this block name fields of a LazyConfig, not YAML's keys."""
-    loggers = (logging.getLogger("ssimkd"), logging.getLogger()) if lazy else ()
-    handlers = [handler for logger in loggers for handler in logger.handlers]
-    handlers = [handler for handler in handlers if name_lazy_fields not in handler.filters]
-    for handler in handlers:
-        handler.addFilter(name_lazy_fields)
-    try:
-        yield
-    except ConfigError as error:
-        if not lazy or lazy_fields(str(error)) == str(error):
-            raise
-        raise ConfigError(lazy_fields(str(error))) from error
-    finally:
-        for handler in handlers:
-            handler.removeFilter(name_lazy_fields)
-
-
 def as_output_error(what: str) -> ContextManager[None]:
     """Turns an OSError of its block into a ConfigError that reads "OUTPUT_DIR: cannot `what`"."""
     return as_config_error(f"{OUTPUT}: cannot {what}", OSError)
@@ -199,29 +126,6 @@ def blames_settings(error: BaseException) -> bool:
     if not LIBRARIES.issuperset(modules):
         return False
     return modules[-1] != own or isinstance(error, ValueError)
-
-
-def log_traceback(error: BaseException) -> List[str]:
-    """Writes an error's traceback to the log files, not to the terminal; returns their paths."""
-    record = logging.LogRecord(
-        *("ssimkd", logging.ERROR, __file__, 0, "The run ends with an error:", None),
-        exc_info=(type(error), error, error.__traceback__),
-    )
-    paths: List[str] = []
-    for name in LOGGERS:
-        for handler in log_files(name):
-            if handler.stream.name not in paths:  # several loggers may write to one file
-                handler.handle(record)
-                paths.append(handler.stream.name)
-    return paths
-
-
-def log_files(name: str) -> Iterator[logging.StreamHandler]:
-    """A logger's handlers that write to files."""
-    for handler in logging.getLogger(name).handlers:
-        path = getattr(getattr(handler, "stream", None), "name", None)
-        if isinstance(path, str) and os.path.isfile(path):  # a terminal's is "<stdout>"
-            yield handler  # type: ignore[misc]
 
 
 @contextmanager

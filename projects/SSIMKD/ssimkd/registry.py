@@ -6,7 +6,8 @@ from typing import Any, Callable, Dict, TypeVar
 
 from detectron2.utils.registry import Registry
 
-from ssimkd.errors import LAZY_FIELDS, ConfigError
+from ssimkd.errors import ConfigError
+from ssimkd.utils.lazy_fields import LAZY_FIELDS
 
 KD_LOSS_REGISTRY = Registry("KD_LOSS")
 

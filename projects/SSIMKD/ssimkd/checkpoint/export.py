@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ssimkd.config import OWN_KEYS
-from ssimkd.errors import ConfigError, as_setting_error, naming_lazy_fields, one_line
+from ssimkd.errors import ConfigError, as_setting_error, one_line
 from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.config_keys import BACKBONE_NODES, key_of, target_of, without_pretraining
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 from ssimkd.utils.user_code import IMPORTED
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ssimkd.checkpoint.export import build_plain, plain_config
 from ssimkd.engine.arguments import load_config
-from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
+from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
 from ssimkd.modeling.several_teachers import distillers_in
 from ssimkd.report.model_cost import flop_counter
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 from ssimkd.utils.measure import clock_of, interleave, markdown
 
 from . import begin, load_trained

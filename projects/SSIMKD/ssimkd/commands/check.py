@@ -27,14 +27,16 @@ from detectron2.utils.logger import setup_logger
 from ssimkd_cli import parse
 
 from ssimkd.data.datasets import check_classes
-from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import check_config, load_config
+from ssimkd.engine.driver import driver_of
 from ssimkd.engine.preflight import warn_of_settings
 from ssimkd.engine.writers import LOGGERS
-from ssimkd.errors import ConfigError, exit_in_one_line, naming_lazy_fields
+from ssimkd.engine.yaml_driver import DistillTrainer
+from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_batch
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 
 from . import begin
 
@@ -75,10 +77,8 @@ def collect_logs() -> LogCollector:
 
 def build(cfg) -> Any:
     """The student of a config with its teachers."""
-    yaml = isinstance(cfg, CfgNode)
-    make = yaml_driver.DistillTrainer.build_model if yaml else lazy_driver.build_with_teachers
-    with naming_lazy_fields(not yaml):
-        model = make(cfg)
+    with naming_lazy_fields(not isinstance(cfg, CfgNode)):
+        model = driver_of(cfg).build_with_teachers(cfg)
         enabled = [(name, one) for name, one in distillers_of(model) if one.enabled]
         if not enabled:
             raise ConfigError("MODEL.DISTILL: nothing is distilled by this config")
@@ -152,9 +152,9 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
 
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
     """Runs the short training and returns the last metrics that Detectron2 logged."""
-    run = yaml_driver.train if isinstance(cfg, CfgNode) else lazy_driver.train
     planned = setting(cfg, "iterations")
-    run(short_run_config(cfg, folder, iterations, num_gpus), resume=False, planned=planned)
+    short = short_run_config(cfg, folder, iterations, num_gpus)
+    driver_of(cfg).train(short, resume=False, planned=planned)
     return json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-1])
 
 
@@ -188,7 +188,7 @@ def main(words: Optional[Sequence[str]] = None) -> None:
             cfg = load_config(args.config_file, args.opts)
             check_config(cfg, parse("train", []))
             if isinstance(cfg, CfgNode):  # as SOLVER.REFERENCE_WORLD_SIZE demands in the long run
-                cfg = yaml_driver.DistillTrainer.auto_scale_workers(cfg, args.num_gpus)
+                cfg = DistillTrainer.auto_scale_workers(cfg, args.num_gpus)
             rows += pair_rows(build(cfg))
             if unlabeled_batch(cfg):
                 names = ", ".join(names_of(cfg, "UNLABELED"))

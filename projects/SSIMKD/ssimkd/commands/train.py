@@ -13,14 +13,14 @@ import sys
 from contextlib import nullcontext
 from typing import Optional, Sequence
 
-from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd_cli import parse
 
-from ssimkd.engine import launch, lazy_driver, yaml_driver
+from ssimkd.engine import launch
 from ssimkd.engine.arguments import check_config, load_arguments
+from ssimkd.engine.driver import driver_of
 from ssimkd.engine.preemption import INTERRUPTED
 from ssimkd.engine.run_record import keep_config, record_run
 from ssimkd.engine.writers import quiet_terminal
@@ -54,7 +54,7 @@ def _run(args) -> None:
 
 def drive(cfg, args) -> None:
     """Trains or evaluates by the driver of this kind of config."""
-    driver = yaml_driver if isinstance(cfg, CfgNode) else lazy_driver
+    driver = driver_of(cfg)
     if args.eval_only:
         driver.evaluate(cfg, args.resume)
     else:

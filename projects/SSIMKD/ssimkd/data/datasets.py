@@ -10,8 +10,9 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.registry import locate
 
-from ssimkd.errors import ConfigError, as_config_error, as_setting_error, naming_lazy_fields
+from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.config_keys import key_of, names_of
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 
 from .coco_json import read_coco
 from .image_folder import list_images

@@ -23,13 +23,7 @@ from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import categories_of, check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import (
-    ConfigError,
-    as_config_error,
-    as_output_error,
-    as_setting_error,
-    naming_lazy_fields,
-)
+from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
@@ -43,6 +37,7 @@ from ssimkd.utils.config_keys import (
     unlabeled_batch,
     without_pretraining,
 )
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer

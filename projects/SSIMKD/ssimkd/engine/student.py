@@ -9,12 +9,13 @@ from detectron2.config import CfgNode
 
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
 from ssimkd.data.datasets import check_classes, use_own_data
-from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.utils.config_keys import datasets_of, key_of, setting, unlabeled_batch
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 
-from . import lazy_driver, yaml_driver
 from .arguments import SPLITS
+from .driver import driver_of
 from .preflight import prepare
 from .settings import read_settings
 
@@ -66,8 +67,7 @@ def _build_student(cfg: Any) -> Any:
         cfg.defrost()
     use_own_data(cfg, SPLITS)
     weights = str(setting(cfg, "weights") or "")
-    build = yaml_driver.DistillTrainer.build_model if yaml else lazy_driver.build_with_teachers
-    model = build(cfg)
+    model = driver_of(cfg).build_with_teachers(cfg)
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
     with as_config_error(key_of(cfg, "weights")):
         RunCheckpointer(model, setting(cfg, "output")).resume_or_load(weights, resume=False)

@@ -9,7 +9,8 @@ from typing import Iterator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ssimkd.errors import as_config_error, log_files
+from ssimkd.errors import as_config_error
+from ssimkd.utils.log_files import log_files
 
 LOGGERS = ("detectron2", "fvcore", "ssimkd")
 

@@ -275,6 +275,11 @@ def build_stream(cfg, parts: Dict[str, Any], **options: Any) -> ResumableLoader:
     )
 
 
+def build_with_teachers(cfg) -> Any:
+    """The model of a YAML config with its teachers."""
+    return DistillTrainer.build_model(cfg)
+
+
 def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     """Trains a YAML config.
 

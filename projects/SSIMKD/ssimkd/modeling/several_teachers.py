@@ -22,9 +22,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ssimkd.errors import ConfigError, as_config_error, naming_lazy_fields
+from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.utils.config_files import merge_overrides
+from ssimkd.utils.lazy_fields import naming_lazy_fields
 
 from .backbones import check_pixels
 from .distiller import Distiller, Unlabeled

@@ -14,9 +14,10 @@ from detectron2.data import MetadataCatalog
 
 from ssimkd.checkpoint.reader import fetch, read_weights
 from ssimkd.engine.run_record import end_of, in_words, machine, now
-from ssimkd.errors import ConfigError, lazy_fields
+from ssimkd.errors import ConfigError
 from ssimkd.evaluation.similarity import similarity_maps
 from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.utils.lazy_fields import lazy_fields
 
 from . import charts, images
 from .config_diff import differences
