@@ -190,7 +190,9 @@ def test_the_kept_teacher_is_as_good_as_the_readme_says(yaml, tmp_path):
 def test_the_kept_teacher_is_its_config(data):
     cfg = without_pretraining(load_config(f"configs/{data}/teacher.yaml", splits=()))
     kept = weights(ROOT / f"configs/{data}/teacher.pth")
-    assert build_model(cfg).state_dict().keys() == kept.keys()
+    # Detectron2's main keeps this number in a FrozenBatchNorm2d, v0.5 does not
+    counted = {key for key in build_model(cfg).state_dict() if not key.endswith("batches_tracked")}
+    assert counted == {key for key in kept if not key.endswith("batches_tracked")}
 
 
 def own_records():
