@@ -19,7 +19,8 @@ from ssimkd.checkpoint.export import plain_config, to_yaml
 from ssimkd.engine import yaml_driver
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.lazy_driver import build_model as build_lazy_model
-from ssimkd.modeling.backbones import STRIDES, TimmBackbone, TorchvisionBackbone
+from ssimkd.modeling.backbone_features import STRIDES
+from ssimkd.modeling.backbones import TimmBackbone, TorchvisionBackbone
 from ssimkd.modeling.several_teachers import build_teachers
 from ssimkd.report.run import Run
 from torch import nn

@@ -57,6 +57,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}{hint}" if text else type(error).__name__
 
 
+def shortened(error: Exception) -> str:
+    """The beginning of an exception's long message, on one line."""
+    return " ".join(str(error).split())[:200]
+
+
 def describe_error(error: BaseException) -> str:
     """A user's error as one line that names what to change."""
     if isinstance(error, OmegaConfBaseException):
