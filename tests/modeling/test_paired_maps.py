@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import image_batch
-from ssimkd.modeling.paired_maps import paired_maps
+from ssimkd.modeling.backbones import TorchvisionBackbone
+from ssimkd.modeling.paired_maps import evaluation_mode, paired_maps
 
 BATCH = image_batch((96, 96), (96, 128))
 
@@ -20,3 +21,11 @@ def test_they_are_the_backbones_in_evaluation_mode(student, training):
         expected = model.eval().backbone(model.preprocess_image(BATCH).tensor)
     for level, value in maps.items():
         assert torch.equal(value, expected[level]) and value.shape == teacher[level].shape
+
+
+def test_a_network_of_torchvision_runs_its_training_code_again_afterwards():
+    """Its graph for evaluation has no stochastic depth."""
+    body = TorchvisionBackbone("efficientnet_b0").body
+    with evaluation_mode(body):
+        assert body.graph is body.eval_graph
+    assert body.graph is body.train_graph

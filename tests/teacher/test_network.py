@@ -5,7 +5,7 @@ import torch
 from conftest import image_batch, shapes_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import build_model
-from ssimkd import ConfigError
+from ssimkd import ConfigError, TorchvisionBackbone
 from ssimkd.ssim.definition import ssim_map
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.teacher.frozen import Teacher
@@ -89,6 +89,17 @@ def test_by_itself_it_has_the_precision_of_the_students_autocast():
             assert found[level].dtype == getattr(torch, precision)
             bound = 0.05 * enabled * value.abs().max()  # autocast adds up in another order
             assert (found[level] - value).abs().max() <= bound
+
+
+def test_a_copy_in_half_precision_is_in_evaluation_mode_too():
+    """A copied graph of torchvision is in training mode at first."""
+    backbone = TorchvisionBackbone("efficientnet_b0", norm="BN").eval()
+    network, images = TeacherNetwork(backbone, "auto", False), torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = network(images), network(images)
+    assert all(torch.equal(first[level], second[level]) for level in first)
+    copied = network.runs[torch.bfloat16, CPU]
+    assert not any(module.training for module in copied.modules())
 
 
 def test_half_precision_has_its_channels_last_and_a_gpus_float32_has_not():

@@ -48,5 +48,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, training in modes.items():  # a module comes before those below it
+            if module.training != training:
+                module.train(training)  # torchvision's graphs exchange their code here

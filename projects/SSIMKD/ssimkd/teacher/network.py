@@ -77,7 +77,7 @@ class TeacherNetwork:
         """The backbone in a precision. With AUTO, the one in float32 stays beside it."""
         backbone = self.backbone
         if self.precision == AUTO and dtype != torch.float32:
-            backbone = copy.deepcopy(backbone)
+            backbone = copy.deepcopy(backbone).eval()  # a copied graph of torchvision trains
         backbone.to(dtype).to(memory_format=layout_of(dtype, device))
         return torch.compile(backbone) if self.compiled else backbone
 
