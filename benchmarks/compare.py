@@ -54,7 +54,7 @@ from compare_methods import (
     default_weight,
     parse_method,
 )
-from compare_runs import COSTS, Run, Runner, check_teacher, gather, restore, schedule
+from compare_runs import TIMING, Run, Runner, check_teacher, gather, restore, schedule
 from detectron2.data import DatasetCatalog
 from ssimkd import KD_LOSS_REGISTRY
 from ssimkd.engine.arguments import load_config
@@ -190,7 +190,7 @@ class Comparison:
         """A row for each timed run. Runs are timed one at a time, and the methods take turns."""
         iters = self.args.timing_iters
         runs = {
-            (turn, method): self.plan(COSTS, method, weight, iters, turn, NO_EVALUATION)
+            (turn, method): self.plan(TIMING, method, weight, iters, turn, NO_EVALUATION)
             for turn in range(1, self.args.timing_rounds + 1)
             for method, weight in weights.items()
         }
@@ -199,7 +199,7 @@ class Comparison:
         for (turn, method), run in runs.items():
             record = run.record()
             if record:
-                cost = {key: record[key] for key in ("seconds", "peak_mib")}
+                cost = {key: record[key] for key in report.COSTS}
                 rows.append({"method": method.name, "round": turn, **cost, **origin_of(record)})
         return rows
 

@@ -23,7 +23,6 @@ ABLATIONS = {
     "window": [f"SSIM.WINDOW_SIZE={cells}" for cells in (3, 5, 7, 15)],
     "sigma": [f"SSIM.SIGMA={cells}" for cells in (0.5, 1.0, 3.0)],
     "border": [f"SSIM.BORDER={border}" for border in ("reflect", "valid", "zero")],
-    "lambda": ["*0.25", "*0.5", "*2", "*4"],
     "levels": [
         "IN_FEATURES=['p2','p3','p4','p5','p6']",
         "IN_FEATURES=['p3','p4','p5']",

@@ -64,30 +64,27 @@ def costs(solo: Sequence[Row]) -> Dict[str, Row]:
 
 
 def summarise(runs: Sequence[Row], solo: Sequence[Row]) -> List[Row]:
-    """A row for each budget and method. The best mean AP of each budget comes first."""
+    """A row for each method of one budget and data set. The best mean AP comes first."""
     methods = [row["method"] for row in runs]
     reference = REFERENCE if REFERENCE in methods else methods[0]
-    samples: Dict[Any, Dict[int, Row]] = defaultdict(dict)
+    samples: Dict[str, Dict[int, Row]] = defaultdict(dict)
     for row in runs:
-        samples[row["budget"], row["method"]][row["seed"]] = row
+        samples[row["method"]][row["seed"]] = row
     table, cost = [], costs(solo)
-    for (budget, method), by_seed in samples.items():
-        line: Row = {"budget": budget, "method": method, "seeds": len(by_seed)}
-        line["reference"] = reference
-        for row in by_seed.values():
-            line["weight"] = row["weight"]
+    for method, by_seed in samples.items():
+        line: Row = {"method": method, "seeds": len(by_seed), "reference": reference}
+        line["weight"] = next(iter(by_seed.values()))["weight"]
         line["mean_ap"] = statistics.mean(row["AP"] for row in by_seed.values())
         for metric in METRICS:
             line[metric] = measure.mean_and_deviation([row[metric] for row in by_seed.values()])
         ours, others = (
-            {seed: row["AP"] for seed, row in samples.get((budget, name), {}).items()}
-            for name in (method, reference)
+            {seed: row["AP"] for seed, row in samples[name].items()} for name in (method, reference)
         )
         difference = paired(ours, others)
         if difference and method != reference:
             line.update({f"difference_{k}": v for k, v in difference._asdict().items()})
         table.append({**line, **cost.get(method, {})})
-    return sorted(table, key=lambda line: (line["budget"], -line["mean_ap"]))
+    return sorted(table, key=lambda line: -line["mean_ap"])
 
 
 def markdown(table: Sequence[Row]) -> str:

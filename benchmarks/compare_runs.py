@@ -23,7 +23,7 @@ from ssimkd.engine.run_record import commit, machine
 from ssimkd.errors import ConfigError, as_config_error
 from tqdm import tqdm
 
-COSTS = "timing"  # folder of the timed runs
+TIMING = "timing"  # folder of the timed runs
 RECORD = "record.json"  # file with the results of a finished run
 
 
@@ -142,7 +142,7 @@ def gather(out: Path) -> None:
 
     Timed runs are left out because their times hold only for this machine.
     """
-    paths = sorted(path for path in out.rglob(RECORD) if path.relative_to(out).parts[0] != COSTS)
+    paths = sorted(path for path in out.rglob(RECORD) if path.relative_to(out).parts[0] != TIMING)
     found = {str(path.parent.relative_to(out)): json.loads(path.read_text()) for path in paths}
     (out / "records.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -302,7 +302,7 @@ def test_published_runs_are_taken_over(tmp_path, executed):
     compare_runs.gather(tmp_path / "theirs")
     compare_runs.restore(tmp_path / "theirs/records.json", tmp_path / "ours")
     again = comparison(tmp_path / "ours", "--seeds", "1", "2", "3").compare(weights)
-    assert not (tmp_path / "ours" / compare_runs.COSTS).exists()
+    assert not (tmp_path / "ours" / compare_runs.TIMING).exists()
     assert len(calls) == 4 + 2 + 2 and [row for row in again if row["seed"] < 3] == rows
     (tmp_path / "wrong").write_text("[1]")
     for path in (tmp_path / "wrong", tmp_path / "absent"):

@@ -161,7 +161,7 @@ def test_without_a_network_the_error_says_where_the_file_goes(monkeypatch, tmp_p
     cut = tmp_path / "checkpoints" / url.rpartition("/")[2]
     cut.parent.mkdir()
     cut.write_bytes(b"half a download")
-    with pytest.raises(ConfigError, match=f"{cut} is broken or another file: delete it"):
+    with pytest.raises(ConfigError, match=f"its name says: .*; delete {cut} to fetch it again"):
         TorchvisionBackbone("resnet18", weights="DEFAULT")
 
 

@@ -66,5 +66,5 @@ def test_a_warning_of_a_lazy_config_names_its_field(lazy, key):
     ],
 )
 def test_the_error_of_a_lazy_run_names_its_own_field(override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message), naming_lazy_fields():
         lazy_driver.build_model(load_config("tests/engine/lazy_shapes.py", [override]))

@@ -201,15 +201,20 @@ def fetch(address: str) -> str:
     """
     with as_config_error(f"cannot fetch {address}", Exception):
         path = PathManager.get_local_path(address)
-    match = HUB_NAME.search(address) if "://" in address else None
-    if match:
-        digest = sha256(path)
-        if not digest.startswith(match[1]):
-            raise ConfigError(
-                f"{address} is not what its name says: its SHA-256 begins with "
-                f"{digest[: len(match[1])]}; delete {path} to fetch it again"
-            )
+    if "://" in address:
+        check_hash(address, path)
     return path
+
+
+def check_hash(address: str, path: str) -> None:
+    """Raises ConfigError if a downloaded file does not have the SHA-256 in its address."""
+    match = HUB_NAME.search(address)
+    digest = sha256(path) if match else ""
+    if match and not digest.startswith(match[1]):
+        raise ConfigError(
+            f"{address} is not what its name says: its SHA-256 begins with "
+            f"{digest[: len(match[1])]}; delete {path} to fetch it again"
+        )
 
 
 def sha256(path: str) -> str:

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ssimkd.errors import OUTPUT, ConfigError, as_output_error, one_line
+from ssimkd.errors import OUTPUT, ConfigError, as_config_error, as_output_error, one_line
 from ssimkd.utils.atomic import atomic_write
 
 from .coverage import first_three, unloaded_tensors
@@ -32,6 +32,8 @@ class RunCheckpointer(CheckpointReader):
     another model, which would leave random values in this one, is an error.
 
     Args:
+        key (str): of the config, which names the checkpoint. Errors of :meth:`resume_or_load` begin
+            with it, or with "--resume".
         require_all (bool): a checkpoint must hold every tensor of the model. A resume always
             demands this. Otherwise missing tensors cause a warning; it is an error if all are
             missing or the backbone has other shapes.
@@ -45,13 +47,14 @@ class RunCheckpointer(CheckpointReader):
         model: nn.Module,
         save_dir: str = "",
         *,
+        key: str = "",
         require_all: bool = False,
         run: Optional[Dict[str, Any]] = None,
         **options: Any,
     ) -> None:
         super().__init__(model, save_dir, **options)
         self.path_manager = AtomicPathManager()
-        self.require_all, self.run = require_all, run
+        self.key, self.require_all, self.run = key, require_all, run
         self.resuming = False
         self.source = ""  # the checkpoint resumed from, until a newer one is written
 
@@ -82,6 +85,10 @@ class RunCheckpointer(CheckpointReader):
             ConfigError: see :meth:`load`. On a resume also: no checkpoint is complete, it belongs
                 to another model, optimizer or teacher, or the processes find different ones.
         """
+        with as_config_error("--resume" if resume and self.has_checkpoint() else self.key):
+            return self._resume_or_load(path, resume)
+
+    def _resume_or_load(self, path: str, resume: bool) -> Dict[str, Any]:
         found = self._last_complete() if resume and self.has_checkpoint() else ""
         if resume and len(set(comm.all_gather(found))) > 1:
             raise ConfigError(

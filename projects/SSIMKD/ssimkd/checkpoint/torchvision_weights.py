@@ -9,9 +9,8 @@ from torch import nn
 
 from ssimkd.errors import ConfigError, as_config_error, one_line, shortened
 
-from .reader import read_weights, sha256
+from .reader import check_hash, read_weights
 
-HASH = re.compile(r"-([a-f0-9]{8,})\.\w+$")  # in the names of torchvision's files
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # in published files
 
 
@@ -31,7 +30,9 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
         entry = torchvision.models.get_model_weights(name).DEFAULT
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         file = os.path.join(folder, os.path.basename(entry.url))
-        check_hash(key, file)
+        if os.path.isfile(file):
+            with as_config_error(key):
+                check_hash(entry.url, file)
         try:
             state = entry.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:
@@ -48,10 +49,3 @@ def load_torchvision_weights(network: nn.Module, name: str, weights: str) -> Non
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{key}: {weights} does not fit {name}: {shortened(error)}") from error
-
-
-def check_hash(key: str, file: str) -> None:
-    """Raises ConfigError if a file of torch.hub's cache does not have the hash in its name."""
-    found = HASH.search(file)
-    if found and os.path.isfile(file) and not sha256(file).startswith(found[1]):
-        raise ConfigError(f"{key}: {file} is broken or another file: delete it, or replace it")

@@ -71,7 +71,7 @@ def weights_of(cfg) -> Dict[str, float]:
         raise ConfigError(
             "MODEL.DISTILL.LOSSES (lazy: model.distiller.losses) names no loss of a weight above 0"
         )
-    on_maps = {key: loss.weight for key, loss in found if "maps" in loss.compares}
+    on_maps = {key: loss.weight for key, loss in found if loss.of_maps}
     return on_maps or {key: loss.weight for key, loss in found}
 
 

@@ -164,8 +164,8 @@ class WarnOnGradientRatio(HookBase):
     def __init__(self, model: DistillMixin) -> None:
         self.model = model
         self.measured: Dict[str, float] = {}
-        delayed = [x for _, one in distillers_of(model) for x in one.losses.values()]
-        self.iterations = {0, *(getattr(x, x.starts_after) for x in delayed if x.starts_after)}
+        losses = [loss for _, one in distillers_of(model) for loss in one.losses.values()]
+        self.iterations = {0, *(loss.first_iteration for loss in losses)}
 
     def before_step(self) -> None:
         """Lets the student measure the two gradients."""

@@ -72,7 +72,8 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
     settings.iterations = planned or settings.iterations
-    student = build_with_teachers(cfg, resumed=resume and bool(checkpoints_in(folder)))
+    resumed = resume and bool(checkpoints_in(folder))
+    student = build_with_teachers(cfg, resumed)
     if comm.is_main_process():
         warn_unless_exportable(original)
     logger.info("Model:\n%s", student)
@@ -89,7 +90,8 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
         model, loader, optimizer, amp=cfg.train.amp.enabled, skip=skip
     )
     run = describe_run(original, student)
-    checkpointer = RunCheckpointer(model, folder, run=run, trainer=trainer)
+    key = "train.init_checkpoint"
+    checkpointer = RunCheckpointer(model, folder, key=key, run=run, trainer=trainer)
     with as_setting_error("lr_multiplier"):
         scheduler = instantiate(cfg.lr_multiplier)
     results: Dict[str, Any] = {}
@@ -125,9 +127,7 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
             ),
         )
     )
-    resumed = resume and checkpointer.has_checkpoint()
-    with as_config_error("--resume" if resumed else "train.init_checkpoint"):
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     check_classes(student, datasets_of(cfg, "TRAIN", "TEST"))
     prepare(student, loader, settings, resumed=resumed)
     if not resume:
@@ -137,7 +137,6 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     return results
 
 
-@naming_lazy_fields()
 def build_model(cfg) -> Any:
     """The model of a LazyConfig on its device.
 
@@ -220,10 +219,9 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     model = build_model(cfg)
     check_image_format(cfg, model, "test")
     check_classes(model, datasets_of(cfg, "TEST"))
-    checkpointer = RunCheckpointer(model, cfg.train.output_dir, require_all=True)
-    resumed = resume and checkpointer.has_checkpoint()
-    with as_config_error("--resume" if resumed else "train.init_checkpoint"):
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    key = "train.init_checkpoint"
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, key=key, require_all=True)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return test_model(cfg, model)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from ssimkd.checkpoint.reader import sha256
 from ssimkd.checkpoint.same_run import flatten
 from ssimkd.data.datasets import categories_of
-from ssimkd.errors import ConfigError, as_output_error, one_line
+from ssimkd.errors import as_output_error, one_line
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.atomic import atomic_write
 from ssimkd.utils.user_code import IMPORTED, import_user_code
@@ -170,19 +170,6 @@ def import_of_file(path: str) -> None:
     """Does the same for the folder of a config or checkpoint; nothing for "" or a URL."""
     if path and "://" not in path:
         import_recorded(os.path.dirname(os.path.abspath(path)))
-
-
-def read_json(path: str) -> Any:
-    """The content of a JSON file of a run.
-
-    Raises:
-        ConfigError: it is not valid JSON, such as after an interruption while it was written.
-    """
-    with open(path) as f:
-        try:
-            return json.load(f)
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
 def in_words(time: str) -> str:

@@ -34,7 +34,7 @@ class DriverSettings:
     check_images: int
     skip_nonfinite_steps: int
     wandb_project: str
-    iterations: int = sys.maxsize
+    iterations: int
 
 
 def read_settings(cfg: Any) -> DriverSettings:

@@ -8,13 +8,13 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
-from ssimkd.data.datasets import check_classes, use_own_data
-from ssimkd.errors import ConfigError, as_config_error
+from ssimkd.data.datasets import check_classes
+from ssimkd.errors import ConfigError
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.utils.config_keys import datasets_of, key_of, setting, unlabeled_batch
 from ssimkd.utils.lazy_fields import naming_lazy_fields
 
-from .arguments import SPLITS
+from .arguments import SPLITS, with_own_data
 from .driver import driver_of
 from .preflight import prepare
 from .settings import read_settings
@@ -65,12 +65,12 @@ def _build_student(cfg: Any) -> Any:
         logger.warning("%s: your own loader and loop have to act on it", " and ".join(ignored))
     if yaml:
         cfg.defrost()
-    use_own_data(cfg, SPLITS)
+    cfg = with_own_data(cfg, SPLITS)
     weights = str(setting(cfg, "weights") or "")
     model = driver_of(cfg).build_with_teachers(cfg)
     check_classes(model, datasets_of(cfg, "TRAIN", "TEST"))
-    with as_config_error(key_of(cfg, "weights")):
-        RunCheckpointer(model, setting(cfg, "output")).resume_or_load(weights, resume=False)
+    checkpointer = RunCheckpointer(model, setting(cfg, "output"), key=key_of(cfg, "weights"))
+    checkpointer.resume_or_load(weights, resume=False)
     prepare(model, None, replace(settings, check_images=0), resumed=False)
     if isinstance(model, DistillMixin):
         model.driver_keys = []  # it is done, also for a pickled student, which has no teacher

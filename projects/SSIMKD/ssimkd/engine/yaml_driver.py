@@ -22,12 +22,12 @@ from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import build_mapper, categories_of, check_classes, training_classes
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import ConfigError, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.utils.compat import create_ddp_model, unwrap
-from ssimkd.utils.config_keys import unlabeled_batch, without_pretraining
+from ssimkd.utils.config_keys import datasets_of, unlabeled_batch, without_pretraining
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -71,7 +71,7 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         run = describe_run(cfg, unwrap(model))
         self.checkpointer = RunCheckpointer(
-            model, cfg.OUTPUT_DIR, run=run, trainer=weakref.proxy(self)
+            model, cfg.OUTPUT_DIR, key="MODEL.WEIGHTS", run=run, trainer=weakref.proxy(self)
         )
         self.exporting = CallAfterTraining(self.export)
         self.register_hooks(self.build_hooks())
@@ -214,10 +214,9 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         """Loads the weights, then what the student inherits, and checks the pair."""
         resumed = resume and self.checkpointer.has_checkpoint()
-        with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
-            super().resume_or_load(resume=resume)
-        model, data = unwrap(self.model), self.cfg.DATASETS
-        check_classes(model, {"DATASETS.TRAIN": data.TRAIN, "DATASETS.TEST": data.TEST})
+        super().resume_or_load(resume=resume)
+        model = unwrap(self.model)
+        check_classes(model, datasets_of(self.cfg, "TRAIN", "TEST"))
         prepare(model, self.data_loader, self.settings, resumed=resumed)
 
     def export(self):
@@ -308,11 +307,9 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     cfg.MODEL.DISTILL.LOSSES, cfg.MODEL.DISTILL.TEACHERS = (), []
     with as_setting_error("MODEL"):
         model = build_model(cfg)
-    check_classes(model, {"DATASETS.TEST": cfg.DATASETS.TEST})
-    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, require_all=True)
-    resumed = resume and checkpointer.has_checkpoint()
-    with as_config_error("--resume" if resumed else "MODEL.WEIGHTS"):
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    check_classes(model, datasets_of(cfg, "TEST"))
+    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, key="MODEL.WEIGHTS", require_all=True)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -45,6 +45,16 @@ class KDLoss(nn.Module):
         check_coefficients(weight=weight)
         self.weight = float(weight)
 
+    @property
+    def of_maps(self) -> bool:
+        """Whether it compares maps, and not the predictions of heads."""
+        return self.compares == ("maps",)
+
+    @property
+    def first_iteration(self) -> int:
+        """The first iteration in which it has a gradient for the student."""
+        return getattr(self, self.starts_after) if self.starts_after else 0
+
     def attach(self, channels: Dict[str, int], num_classes: int) -> None:
         """Makes the trainable parts, for a loss that has some. It is called once.
 

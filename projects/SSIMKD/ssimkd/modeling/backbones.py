@@ -77,7 +77,10 @@ class TorchvisionBackbone(Backbone):
         if norm not in NORMS:
             raise ConfigError(f"{self.key}.NORM: {norm!r} is none of {', '.join(NORMS)}")
         if not out_features or not set(out_features) <= set(STRIDES):
-            raise ConfigError(f"{self.key}: out_features must be some of {', '.join(STRIDES)}")
+            raise ConfigError(
+                "MODEL.FPN.IN_FEATURES (.yaml) or out_features (.py) must be some of "
+                f"{', '.join(STRIDES)}"
+            )
         if weights not in ("", "DEFAULT") and "://" not in weights and not os.path.isfile(weights):
             raise ConfigError(f"{self.key}.WEIGHTS: there is no file {weights}")
         self._out_features = [feature for feature in STRIDES if feature in out_features]
@@ -184,7 +187,7 @@ class TimmBackbone(TorchvisionBackbone):
             with as_config_error(f"{self.key}.WEIGHTS"):
                 options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
         try:
-            if len(options) > 1:
+            if "pretrained_cfg_overlay" in options:
                 timm.create_model(name, **options)  # strict, which features_only is not
             network = timm.create_model(name, features_only=True, out_indices=places, **options)
         except (OSError, RuntimeError) as error:

@@ -111,7 +111,7 @@ class Distiller(nn.Module):
         self.mask_padding = mask_padding
         self.loss_weight = float(loss_weight)
         self.adapters = nn.ModuleDict()
-        self.compares_maps = not losses or any("maps" in loss.compares for loss in losses)
+        self.compares_maps = any(loss.of_maps for loss in losses)
         self.student_heads: Dict[str, Facts] = {}
         self.stages = 1  # of the student's box head
         self.strides: Dict[str, int] = {}  # of all levels of the student
@@ -180,7 +180,7 @@ class Distiller(nn.Module):
         """
         if not self.enabled:
             return
-        if any(loss.compares != ("maps",) for loss in self.losses.values()):
+        if not all(loss.of_maps for loss in self.losses.values()):
             self.student_heads = describe_heads(detector)
             self.stages = len(box_predictors(detector))
         self.strides = {level: shape.stride for level, shape in student_shapes.items()}
@@ -380,7 +380,7 @@ class Distiller(nn.Module):
             for loss in self.losses.values():
                 if not (labeled or learns_without_labels(loss)):
                     continue
-                if "maps" in loss.compares:
+                if loss.of_maps:
                     terms[loss.name] = loss(student, teacher, context)
                 elif predictions:
                     terms[loss.name] = loss(*predictions, context)
@@ -389,7 +389,7 @@ class Distiller(nn.Module):
 
 def learns_without_labels(loss: KDLoss) -> bool:
     """Whether a loss takes images without labels: it compares maps, and needs no boxes."""
-    return loss.compares == ("maps",) and not loss.needs_boxes
+    return loss.of_maps and not loss.needs_boxes
 
 
 def average_terms(*batches: Tuple[Terms, int]) -> Terms:
@@ -410,7 +410,7 @@ def average_terms(*batches: Tuple[Terms, int]) -> Terms:
 
 def check_compared(loss: KDLoss, heads: Dict[str, Facts]) -> None:
     """Raises ConfigError if a student has no head that a loss compares, or not enough layers."""
-    if "maps" in loss.compares:
+    if loss.of_maps:
         return
     if not set(loss.compares) & set(heads):
         wanted = " or ".join(dict.fromkeys(NAMES[kind] for kind in loss.compares))

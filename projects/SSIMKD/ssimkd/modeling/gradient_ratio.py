@@ -28,9 +28,7 @@ class GradientRatio:
         report (callable or None): is given them, too.
     """
 
-    def __init__(
-        self, log: bool = True, report: Optional[Callable[[Dict[str, float]], None]] = None
-    ) -> None:
+    def __init__(self, log: bool, report: Optional[Callable[[Dict[str, float]], None]]) -> None:
         self.storage = get_event_storage() if log else None
         self.report = report
         self.maps: Set[str] = set()  # names

@@ -19,13 +19,13 @@ def idle_losses(distiller: Distiller, iterations: int) -> Dict[str, str]:
     idle = {}
     for name, loss in distiller.losses.items():
         key = f"MODEL.DISTILL.{name.upper()}"
-        start = getattr(loss, loss.starts_after) if loss.starts_after else 0
         if distiller.loss_weight == 0:
             idle[name] = "MODEL.DISTILL.TEACHER.LOSS_WEIGHT is 0"
         elif loss.weight == 0:
             idle[name] = f"{key}.WEIGHT is 0"
-        elif loss.compares == ("maps",) and levels and not any(levels):
+        elif loss.of_maps and levels and not any(levels):
             idle[name] = "all of MODEL.DISTILL.LEVEL_WEIGHTS are 0"
-        elif start >= distils:
-            idle[name] = f"{key}.{loss.starts_after.upper()} is {start}, beyond the last step"
+        elif loss.first_iteration >= distils:
+            start = f"{loss.starts_after.upper()} is {loss.first_iteration}"
+            idle[name] = f"{key}.{start}, beyond the last step"
     return idle

@@ -1,4 +1,4 @@
-"""Several teachers of one student: a Distiller for each."""
+"""The Distillers of a student: one, or one for each of several teachers."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

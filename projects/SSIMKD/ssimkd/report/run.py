@@ -18,7 +18,6 @@ from ssimkd.engine.run_record import (
     end_of,
     import_recorded,
     only_evaluates,
-    read_json,
     read_record,
 )
 from ssimkd.errors import ConfigError, as_config_error
@@ -215,8 +214,9 @@ class Run:
         path = self.path(*parts)
         if not os.path.isfile(path):
             return None
-        try:
-            return read_json(path)
-        except ConfigError as error:
-            self.notes.append(f"{error}. Its content is left out.")
-            return None
+        with open(path) as f:
+            try:
+                return json.load(f)
+            except ValueError as error:  # such as after an interruption while it was written
+                self.notes.append(f"{path} is not valid JSON: {error}. Its content is left out.")
+                return None

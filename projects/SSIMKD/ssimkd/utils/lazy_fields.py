@@ -8,7 +8,7 @@ from typing import Iterator
 from ssimkd.errors import ConfigError
 
 TRAIN_KEYS = ("INHERIT", "CHECK_IMAGES", "SKIP_NONFINITE_STEPS", "WANDB_PROJECT")
-# Where keys of MODEL.DISTILL are in a LazyConfig, if not in model.distiller. `register_loss` adds
+# Where this project's keys are in a LazyConfig, if not in model.distiller. `register_loss` adds
 # the nodes of the losses.
 LAZY_FIELDS = {
     **{f"MODEL.DISTILL.{key}": f"train.{key.lower()}" for key in TRAIN_KEYS},
@@ -38,7 +38,7 @@ YAML_KEY = re.compile(
 
 
 def lazy_fields(text: str) -> str:
-    """A text in which every key of MODEL.DISTILL is replaced by the LazyConfig's field."""
+    """A text in which each of this project's keys is replaced by the LazyConfig's field."""
 
     def field(match: "re.Match[str]") -> str:
         key = match.group()
