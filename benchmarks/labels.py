@@ -2,12 +2,12 @@
 r"""AP against the share of the training images that have labels.
 
     python benchmarks/labels.py                          # Shapes, 1000 iterations
-    python benchmarks/labels.py --on photos --budget 600
+    python benchmarks/labels.py --on photos --budget 400
 
 For each share and seed it trains three students for the same number of iterations: without a
 teacher, with ssim on the labelled images, and with ssim on all images. A step of the third student
-has as many images without labels as with them, and costs about twice as much. Where all images have
-labels, there is no third student.
+has as many images without labels as with them. Where all images have labels, there is no third
+student.
 
 The labelled images are the first of the data set, for every seed. The weight of ssim is that of
 the config; it is not searched.
