@@ -181,14 +181,19 @@ def test_what_it_refuses(images, tmp_path, change, message):
 
 def test_an_image_that_cannot_be_read_costs_no_other(images, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_text("no image")
+    with open(images[0], "rb") as image:  # OpenCV writes no file with this suffix
+        (tmp_path / "copy.jfif").write_bytes(image.read())
     words = ["--config", TEACHER[0], "--weights", TEACHER[1], "nowhere.jpg", images[0]]
     with pytest.raises(SystemExit) as stopped:
-        run(*words, tmp_path / "bad.jpg", images[1], "--output", tmp_path / "seen")
-    first, second = stopped.value.code.splitlines()  # a text: status 1
+        more = tmp_path / "bad.jpg", tmp_path / "copy.jfif", images[1]
+        run(*words, *more, "--output", tmp_path / "seen")
+    first, second, third = stopped.value.code.splitlines()  # a text: status 1
     assert first.startswith("error: nowhere.jpg cannot be read as an image")
     assert second.startswith(f"error: {tmp_path}/bad.jpg cannot be read as an image")
     found = json.loads((tmp_path / "seen/predictions.json").read_text())
-    assert {entry["file_name"] for entry in found} == set(images)
+    assert third == f"error: --output: cannot write {tmp_path}/seen/copy.jfif"
+    listed = {entry["file_name"] for entry in found}
+    assert listed == {*images, str(tmp_path / "copy.jfif")}
     assert "objects in 2 images" in capsys.readouterr().out
 
 

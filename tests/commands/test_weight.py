@@ -136,3 +136,12 @@ def test_a_training_that_fails_says_why():
     args = argparse.Namespace(config_file=YAML[1], iters=20, num_gpus=1, opts=opts)
     with pytest.raises(ConfigError, match=r"there is no file gone\.pth"):
         weight.probe(load_config(YAML[1], []), args)
+
+
+def test_a_training_that_fails_after_it_has_logged_proposes_nothing(few_shapes, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", few_shapes)
+    opts = [*YAML[2:], "SOLVER.MAX_ITER", "12", "MODEL.DISTILL.SSIM.WEIGHT", "4.0"]
+    opts += ["SOLVER.BASE_LR", "1e30"]  # the losses become infinite
+    args = argparse.Namespace(config_file=YAML[1], iters=300, num_gpus=1, opts=opts)
+    with pytest.raises(ConfigError, match="the training failed. Its last line is: error: "):
+        weight.probe(load_config(YAML[1], []), args)

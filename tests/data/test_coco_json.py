@@ -40,10 +40,16 @@ def test_broken_annotation_files_are_refused(change, message, tmp_path):
 
 
 def test_keypoints_of_the_json_are_swapped_in_flips(tmp_path):
-    names = ["nose", "left_eye", "right_eye", "left_only"]
+    names = ["nose", "left_eye", "right_eye", "left_only", "LeftEar", "RightEar", "l_hip", "r_hip"]
     found = read(tmp_path, categories=[{"id": 3, "name": "face", "keypoints": names}])
     assert found["keypoint_names"] == names
-    assert found["keypoint_flip_map"] == [("left_eye", "right_eye")]
+    pairs = [("left_eye", "right_eye"), ("LeftEar", "RightEar"), ("l_hip", "r_hip")]
+    assert found["keypoint_flip_map"] == pairs
+
+
+def test_keypoints_without_a_left_and_a_right_one_are_a_warning(tmp_path, caplog):
+    read(tmp_path, categories=[{"id": 3, "name": "face", "keypoints": ["linkes", "rechtes"]}])
+    assert "a flip exchanges none of them" in caplog.text
 
 
 def test_boxes_without_area_or_outside_their_image_are_a_warning(tmp_path, caplog):

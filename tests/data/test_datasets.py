@@ -10,7 +10,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from ssimkd import ConfigError
-from ssimkd.data.datasets import check_classes, count_classes, register_coco, use_own_data
+from ssimkd.data.datasets import (
+    build_mapper,
+    categories_of,
+    check_classes,
+    count_classes,
+    register_coco,
+    use_own_data,
+)
 from ssimkd.engine.arguments import load_config
 
 KEY = "DATASETS.COCO"
@@ -138,3 +145,16 @@ def test_a_wrong_key_of_a_lazy_config_is_named():
 def test_classes_that_cannot_be_counted(names, message):
     with pytest.raises(ConfigError, match=f"DATASETS.TRAIN: no data set {message}"):
         count_classes(names, "DATASETS.TRAIN")
+
+
+def test_an_evaluation_of_keypoints_needs_no_training_data():
+    cfg = zoo_cfg("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
+    cfg.DATASETS.TRAIN = ("not_registered",)
+    assert not build_mapper(cfg, False).use_keypoint and cfg.MODEL.KEYPOINT_ON
+
+
+def test_the_categories_of_lvis_count_from_1():
+    cfg = zoo_cfg("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.DATASETS.TEST = ("lvis_v1_val",)
+    found = categories_of(cfg)
+    assert [entry["id"] for entry in found] == list(range(1, 1204))

@@ -48,6 +48,14 @@ def test_a_folder_is_a_data_set(folder):
         list_images(str(folder / "empty"))
 
 
+@pytest.mark.parametrize("damaged", [b"Exif\0\0garbage", b"Exif\0\0"])
+def test_damaged_exif_data_is_ignored_as_by_detectron2(tmp_path, damaged):
+    pixels = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    pixels.save(tmp_path / "a.jpg", exif=damaged)
+    (record,) = list_images(str(tmp_path))
+    assert read_image(record["file_name"]).shape[:2] == (record["height"], record["width"])
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_an_entry_without_json_is_a_folder(folder, lazy):
     if lazy:

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import defaults
 from detectron2.modeling import build_model
 from ssimkd import ConfigError
-from ssimkd.engine import lazy_driver
+from ssimkd.engine import lazy_driver, yaml_driver
 from ssimkd.engine.arguments import check_config, load_config
 from ssimkd.engine.yaml_driver import DistillTrainer
 from ssimkd.utils.config_keys import without_pretraining
@@ -159,6 +159,24 @@ def test_a_plain_detector_with_a_teacher_is_refused():
         DistillTrainer.build_model(cfg)
     cfg.MODEL.DISTILL.LOSSES = ()
     DistillTrainer.build_model(cfg)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_an_evaluation_refuses_classes_in_another_order(few_images, tmp_path, lazy):
+    path, folder = str(tmp_path / "x.pth"), str(tmp_path)
+    if lazy:
+        opts = [f"train.output_dir={folder}", f"train.init_checkpoint={path}"]
+        cfg = load_config("tests/engine/lazy_shapes.py", opts)
+        driver, state = lazy_driver, lazy_driver.build_model(cfg).state_dict()
+    else:
+        cfg = shapes_cfg("vanilla", "OUTPUT_DIR", folder, "MODEL.WEIGHTS", path)
+        driver, state = yaml_driver, build_model(cfg).state_dict()
+    state = {name: x for name, x in state.items() if not name.startswith("distiller.")}
+    names = ["disk", "triangle", "ring", "cross"]  # the data has the ring before the triangle
+    run = {"categories": [{"id": i, "name": name} for i, name in enumerate(names)]}
+    torch.save({"model": state, "run": run}, path)
+    with pytest.raises(ConfigError, match="has the class 'ring' where the checkpoint was trained"):
+        driver.evaluate(cfg, resume=False)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -59,6 +59,14 @@ def test_a_command_that_trains_nothing_leaves_the_config_of_the_run(tmp_path, wr
     assert config.read_text() == ("of the command" if written else "of the run")
 
 
+def test_without_checkpoints_the_config_is_that_of_the_last_evaluation(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("of the first")
+    with keep_config(str(tmp_path)):
+        config.write_text("of the second")
+    assert config.read_text() == "of the second"
+
+
 def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
     """A copy that was installed inside another repository has none."""
     for words in (["init"], ["config", "user.name", "a"], ["config", "user.email", "a@b"]):

@@ -44,6 +44,11 @@ def test_one_error_of_each_kind(kind, wrong, ap, mended):
     assert errors.ap50 == ap and errors.costs[kind] == mended - ap
 
 
+def test_a_category_may_have_the_id_0():
+    errors = detection_errors([object_(BOX, category=0)], [detection(HALF, 0.9, category=0)])
+    assert errors.ap50 == 0 and errors.costs["localisation"] == 100
+
+
 def test_a_false_detection_above_a_right_one_costs_half():
     for wrong in (detection(FAR, 0.9), detection(HALF, 0.9, category=2)):
         objects = [object_(BOX), object_(FAR, category=2, image=2)]

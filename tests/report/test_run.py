@@ -90,6 +90,14 @@ def test_a_model_that_cannot_be_built_is_an_error_in_one_line(tmp_path):
             Run(str(tmp_path)).build()
 
 
+def test_results_of_other_data_sets_are_left_out(write, tmp_path):
+    results = {name: {"bbox": {"AP": 1.0}} for name in ("some_val", "other_val")}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    run = write("DATASETS.TEST", ("ssimkd_shapes_val",))
+    assert run.results == {} and "other data sets" in run.notes[-1]
+    assert write("DATASETS.TEST", ("a_val", "other_val")).results == results["other_val"]
+
+
 def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):
     lines = ['{"iteration": 1, "lr": 1}', '{"iteration": 2, "lr": 2}', '{"iteration": 2, "lr": 5}']
     (tmp_path / "metrics.json").write_text("\n".join([*lines, '{"iteration": 3, "l']))
@@ -99,12 +107,24 @@ def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):
 
 
 def test_a_new_run_in_the_same_file_replaces_the_earlier_one(write, tmp_path):
-    lines = [{"iteration": i, "x": v} for i, v in ((19, 1), (39, 2), (59, 3), (39, 4), (79, 5))]
+    rows = ((19, 1), (39, 2), (59, 3), (39, 4), (79, 5))
+    lines = [{"iteration": i, "total_loss": v, "x": v} for i, v in rows]
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert write().scalars["x"] == ([19, 39, 79], [1, 4, 5])
-    lines += [{"iteration": 9, "y": 6}]
+    lines += [{"iteration": 9, "total_loss": 6}]
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
-    assert {k: v for k, v in write().scalars.items() if k in "xy"} == {"y": ([9], [6])}
+    assert write().scalars == {"total_loss": ([9], [6])}
+
+
+def test_a_scalar_of_an_earlier_iteration_takes_nothing_away(write, tmp_path):
+    """Detectron2 writes it again, after the losses of the iteration in which it writes."""
+    lines = []
+    for start in (0, 0):  # the second run begins anew
+        for now in (start + 19, start + 39):
+            lines += [{"iteration": now, "total_loss": now}, {"iteration": now - 9, "ratio": now}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    expected = {"total_loss": ([19, 39], [19, 39]), "ratio": ([10, 30], [19, 39])}
+    assert write().scalars == expected
 
 
 def test_the_training_is_described_with_its_images_without_labels(write, tmp_path):

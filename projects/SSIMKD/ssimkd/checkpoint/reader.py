@@ -245,5 +245,9 @@ def read_categories(path: str) -> List[Dict[str, Any]]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    content = read_checkpoint(fetch(path))
+    return categories_in(read_checkpoint(fetch(path)))
+
+
+def categories_in(content: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The same of the content of a checkpoint."""
     return list((content.get("run") or {}).get("categories", ()))

@@ -151,11 +151,15 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
 
 
 def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float]:
-    """Runs the short training and returns the last metrics that Detectron2 logged."""
+    """Runs the short training and returns the last metrics that Detectron2 logged.
+
+    A metric that was put into the event storage in an earlier iteration has a line of its own.
+    """
     planned = setting(cfg, "iterations")
     short = short_run_config(cfg, folder, iterations, num_gpus)
     driver_of(cfg).train(short, resume=False, planned=planned)
-    return json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-1])
+    lines = (Path(folder) / "metrics.json").read_text().splitlines()
+    return next(row for row in map(json.loads, reversed(lines)) if "time" in row)
 
 
 def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:

@@ -11,8 +11,8 @@ evaluation of the config. The list is in the format of COCO's results, and an en
 
 The box is in pixels. Names and ids of classes are those of the annotation file that the detector
 was trained on; its checkpoint holds them. The image_id is that of the config's test data, or the
-file's name if the image is not listed there. An image that cannot be read is left out. It is named
-at the end, and the exit status is then 1.
+file's name if the image is not listed there. An image that cannot be read is left out, and one
+whose format cannot be written is not drawn. It is named at the end, and the exit status is then 1.
 """
 
 import argparse
@@ -45,12 +45,12 @@ class Predictions(NamedTuple):
 
     Attributes:
         entries (list[dict]): the content of predictions.json.
-        unread (list[str]): a line for each image that cannot be read.
+        failed (list[str]): a line for each image that cannot be read, or not be drawn.
         best_left_out (float): the highest score below the threshold, or 0.
     """
 
     entries: List[Dict[str, Any]]
-    unread: List[str]
+    failed: List[str]
     best_left_out: float
 
 
@@ -91,22 +91,25 @@ def predict(args: argparse.Namespace) -> Predictions:
     metadata = metadata_of(cfg, categories)
     os.makedirs(args.output, exist_ok=True)
     entries: List[Dict[str, Any]] = []
-    unread, best = [], 0.0
+    failed, best = [], 0.0
     for path in tqdm(args.images, unit="img", disable=None):
         try:
             image = read(path)
         except ConfigError as error:
-            unread.append(str(error))
+            failed.append(str(error))
             continue
         found = model([image])[0]["instances"].to("cpu")
         shown = found.scores >= args.confidence_threshold
         best = max([best, *found.scores[~shown].tolist()])
         found = found[shown]
         drawing = draw_detections(path, found, metadata)
-        write_image(os.path.join(args.output, os.path.basename(path)), drawing)
+        try:
+            write_image(os.path.join(args.output, os.path.basename(path)), drawing)
+        except ConfigError as error:
+            failed.append(str(error))
         image_id = ids.get(os.path.realpath(path), os.path.basename(path))
         entries += entries_of(path, image_id, found, categories)
-    return Predictions(entries, unread, best)
+    return Predictions(entries, failed, best)
 
 
 @exit_in_one_line()
@@ -123,7 +126,7 @@ def main(words: Optional[Sequence[str]] = None) -> None:
             f"The best score is {found.best_left_out:.2g}, below --confidence-threshold "
             f"{args.confidence_threshold:g}"
         )
-    drawn = len(args.images) - len(found.unread)
+    drawn = len(args.images) - len(found.failed)
     print(f"{len(found.entries)} objects in {drawn} images: {path}")
-    if found.unread:
-        sys.exit("\n".join(f"error: {line}" for line in found.unread))
+    if found.failed:
+        sys.exit("\n".join(f"error: {line}" for line in found.failed))

@@ -105,7 +105,7 @@ def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Starts the training and returns the metrics that it logs in `args.iters` iterations.
 
     Raises:
-        ConfigError: the training ended before it logged anything.
+        ConfigError: the training failed, or logged nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         key, iters = key_of(cfg, "output"), args.iters
@@ -127,13 +127,14 @@ def probe(cfg, args: argparse.Namespace) -> List[Dict[str, Any]]:
                     rows = read_rows(metrics)
                     done = min(iters, rows[-1]["iteration"] + 1) if rows else 0
                     bar.update(done - bar.n)  # does nothing where the output is a file
+                status = process.poll()  # None: it is still running, and is not needed any longer
             finally:
                 with suppress(ProcessLookupError):  # the training may have ended by itself
                     os.killpg(process.pid, signal.SIGKILL)  # stops the processes of all GPUs
                 process.wait()
-        if not rows:
+        if status or not rows:
             last = output.read_text(errors="replace").strip().splitlines()[-1:]
-            raise ConfigError(f"the training logged nothing. Its last line is: {''.join(last)}")
+            raise ConfigError(f"the training failed. Its last line is: {''.join(last)}")
     return rows
 
 

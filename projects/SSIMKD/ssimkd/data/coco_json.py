@@ -18,6 +18,10 @@ REQUIRED: Dict[str, Dict[str, Any]] = {
 }
 FEW = 0.01  # share of boxes that cannot be learned and are no reason to stop
 SAID = "SSIMKD_SAID"  # the environment variable that tells child processes what has been said
+SIDES = {"l_": "r_", "L_": "R_"}  # how names of keypoints may begin
+NO_PAIRS = (
+    "no two keypoints are called left and right, or l_ and r_, so a flip exchanges none of them"
+)
 SCORED = {"area": (int, float), "iscrowd": int}  # COCO's metric needs these of annotations, too.
 
 
@@ -58,10 +62,19 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
     }
     names = categories[0].get("keypoints")
     if names:
-        pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
-        found["keypoint_flip_map"] = [pair for pair in pairs if pair[1] in names]
+        pairs = [(name, right) for name in names for right in right_of(name) if right in names]
+        found["keypoint_flip_map"] = pairs
+        if not pairs:
+            warn_once(f"{json_file}: {NO_PAIRS}", harmless=True)
         found.update(keypoint_names=names, keypoint_connection_rules=[])
     return found
+
+
+def right_of(name: str) -> List[str]:
+    """What the right one of two keypoints may be called, by the name of the left one."""
+    words = [("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")]
+    names = [name.replace(left, right) for left, right in words if left in name]
+    return names + [right + name[2:] for left, right in SIDES.items() if name.startswith(left)]
 
 
 def check_entries(part: str, entries: List[Any], keys: Dict[str, Any]) -> None:

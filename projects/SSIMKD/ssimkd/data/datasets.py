@@ -143,6 +143,10 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
     name = cfg.DATALOADER.get("MAPPER", "")
     with as_setting_error("DATALOADER.MAPPER"):
         mapper = locate(name) if name else DatasetMapper
+    if mapper is DatasetMapper and not is_train:  # it would ask TRAIN for the keypoints to flip
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.KEYPOINT_ON = False
     return mapper(cfg, is_train)
 
 
@@ -254,18 +258,40 @@ def check_classes(model: Any, data: Mapping[str, Sequence[str]]) -> None:
                     )
 
 
+def check_trained_order(
+    categories: Sequence[Mapping[str, Any]], data: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises ConfigError if a data set has the classes of a checkpoint in another order.
+
+    Args:
+        categories (sequence[mapping]): "name" of each class that the checkpoint was trained on, in
+            the order of the heads' outputs; (): not known. A class may have another name here.
+        data (mapping[str, sequence[str]]): config key -> the data sets that it names.
+    """
+    trained = [category["name"] for category in categories]
+    for key, names in data.items():
+        for name in names:
+            for own, other in zip(classes_of(name), trained):
+                if own != other and own in trained:
+                    raise ConfigError(
+                        f"{key}: {name} has the class {own!r} where the checkpoint was trained on "
+                        f"{other!r}: both json files must give the same ids to the same names"
+                    )
+
+
 def categories_of(cfg) -> List[Dict[str, Any]]:
     """COCO's categories of a config's data, in the order of the heads' outputs.
 
     Returns:
         list[dict]: "id" and "name" of each; empty where no registered data set names its classes.
     """
-    for name in (*names_of(cfg, "TEST"), *names_of(cfg, "TRAIN")):
-        names = classes_of(name) if name in MetadataCatalog.list() else []
+    for source in (*names_of(cfg, "TEST"), *names_of(cfg, "TRAIN")):
+        names = classes_of(source) if source in MetadataCatalog.list() else []
         if names:
-            contiguous = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
+            contiguous = MetadataCatalog.get(source).get("thing_dataset_id_to_contiguous_id", {})
             ids = {index: id for id, index in contiguous.items()}
-            return [{"id": ids.get(i, i), "name": name} for i, name in enumerate(names)]
+            first = MetadataCatalog.get(source).get("evaluator_type") == "lvis"  # it counts from 1
+            return [{"id": ids.get(i, i + first), "name": name} for i, name in enumerate(names)]
     return []
 
 

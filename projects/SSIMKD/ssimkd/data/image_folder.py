@@ -43,7 +43,15 @@ def size_of(path: str) -> Tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(ORIENTATION) in TURNED
+            turned = is_turned(image)
     except UNREADABLE:
         return 0, 0
     return (width, height) if turned else (height, width)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether EXIF data turns an image by a quarter. Detectron2 ignores damaged EXIF data, too."""
+    try:
+        return image.getexif().get(ORIENTATION) in TURNED
+    except Exception:  # Pillow raises many types
+        return False

@@ -19,9 +19,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ssimkd.checkpoint.export import export_student, warn_unless_exportable
+from ssimkd.checkpoint.reader import categories_in
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import categories_of, check_classes, training_classes
+from ssimkd.data.datasets import (
+    categories_of,
+    check_classes,
+    check_trained_order,
+    training_classes,
+)
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
@@ -221,7 +227,8 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     check_classes(model, datasets_of(cfg, "TEST"))
     key = "train.init_checkpoint"
     checkpointer = RunCheckpointer(model, cfg.train.output_dir, key=key, require_all=True)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    loaded = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    check_trained_order(categories_in(loaded), datasets_of(cfg, "TEST"))
     return test_model(cfg, model)
 
 

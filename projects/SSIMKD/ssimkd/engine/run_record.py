@@ -111,7 +111,8 @@ def keep_config(folder: str) -> Iterator[None]:
     """Puts the `config.yaml` of an earlier run back after a command that trained nothing.
 
     Detectron2 writes the file at the start of every command. It belongs to the checkpoints beside
-    it, which an evaluation, or a run that fails at its start, leaves as they are.
+    it, which an evaluation, or a run that fails at its start, leaves as they are. In a folder
+    without checkpoints it belongs to the last evaluation.
     """
     path = os.path.join(folder, "config.yaml")
     before, earlier = trained_files(folder), ""
@@ -120,7 +121,7 @@ def keep_config(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if earlier and trained_files(folder) == before:
+        if earlier and before and trained_files(folder) == before:
             with atomic_write(path, "w") as file:
                 file.write(earlier)
 

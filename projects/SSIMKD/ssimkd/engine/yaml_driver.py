@@ -18,9 +18,16 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ssimkd.checkpoint.export import export_student
+from ssimkd.checkpoint.reader import categories_in
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
-from ssimkd.data.datasets import build_mapper, categories_of, check_classes, training_classes
+from ssimkd.data.datasets import (
+    build_mapper,
+    categories_of,
+    check_classes,
+    check_trained_order,
+    training_classes,
+)
 from ssimkd.data.resumable_loader import ResumableLoader
 from ssimkd.errors import ConfigError, as_output_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
@@ -309,7 +316,8 @@ def evaluate(cfg, resume: bool) -> Dict[str, Any]:
         model = build_model(cfg)
     check_classes(model, datasets_of(cfg, "TEST"))
     checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR, key="MODEL.WEIGHTS", require_all=True)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    check_trained_order(categories_in(loaded), datasets_of(cfg, "TEST"))
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

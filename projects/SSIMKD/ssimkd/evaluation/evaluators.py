@@ -1,10 +1,12 @@
 """The metrics of each kind of data set that Detectron2 evaluates, and `results.json`."""
 
 import importlib.util
+import io
 import json
 import logging
 import math
 import os
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any, Dict, List
 
@@ -70,8 +72,29 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
     return joined([build(dataset_name) for build in kinds[kind]])
 
 
+def number_annotations(evaluator: DatasetEvaluator) -> None:
+    """Numbers the annotations of COCO's metric from 1 where they have other ids than that.
+
+    The metric counts no detection of an annotation whose id is 0, and fails for an id that is text.
+    It also needs the number of labelled keypoints, which not every file has.
+    """
+    coco = getattr(evaluator, "_coco_api", None)
+    annotations = coco.dataset.get("annotations", []) if coco else []
+    for entry in annotations:
+        if "keypoints" in entry:
+            visible = sum(value > 0 for value in entry["keypoints"][2::3])
+            entry.setdefault("num_keypoints", visible)
+    if coco and not all(isinstance(x["id"], int) and x["id"] > 0 for x in annotations):
+        for number, entry in enumerate(annotations, start=1):
+            entry["id"] = number
+        with redirect_stdout(io.StringIO()):
+            coco.createIndex()
+
+
 def joined(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
     """One evaluator for several."""
+    for evaluator in evaluators:
+        number_annotations(evaluator)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 

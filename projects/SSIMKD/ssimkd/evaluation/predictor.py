@@ -16,6 +16,7 @@ from torch import nn
 
 from ssimkd.checkpoint.coverage import load_detector_weights
 from ssimkd.checkpoint.export import build_plain, plain_config
+from ssimkd.data.bad_images import UNREADABLE
 from ssimkd.data.datasets import build_mapper
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.utils.config_keys import names_of, setting
@@ -64,7 +65,7 @@ def image_reader(cfg) -> Callable[[str], Dict[str, Any]]:
         raise ConfigError("--config-file: the config has no dataloader: name the run's own .py")
 
     def read(path: str) -> Dict[str, Any]:
-        with as_config_error(f"{path} cannot be read as an image", (OSError, ValueError)):
+        with as_config_error(f"{path} cannot be read as an image", (*UNREADABLE, ValueError)):
             return mapper({"file_name": path})
 
     return read

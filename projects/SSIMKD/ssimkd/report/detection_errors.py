@@ -80,7 +80,7 @@ def detection_errors(objects: Sequence[Record], detections: Sequence[Record]) ->
     for kind in KINDS:
         wrong = kinds == kind
         counts[kind] = int(missed.sum() if kind == "missed" else wrong.sum())
-        kept = ~wrong | (corrected > 0)
+        kept = ~wrong | (corrected >= 0)
         ap = _mean_ap(
             scores[kept],
             np.where(wrong, corrected, classes)[kept],
@@ -119,7 +119,7 @@ def _match(objects: List[Record], detections: List[Record], found: _Matches) -> 
         found.scores.append(detection["score"])
         found.classes.append(own)
         found.kinds.append(kind)
-        found.corrected.append(0)
+        found.corrected.append(-1)
     for target, index in enumerate(candidate):
         if index >= 0 and not matched[target]:
             found.corrected[index] = int(object_class[target])

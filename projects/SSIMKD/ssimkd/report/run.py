@@ -79,20 +79,28 @@ class Run:
 
     @cached_property
     def results(self) -> Dict[str, Dict[str, Optional[float]]]:
-        """Task -> metric -> percent of the last evaluation; empty if there was none."""
+        """Task -> metric -> percent of the last evaluation; empty if there was none.
+
+        Detectron2 groups the results by data sets where there are several.
+        """
         found = self._json("results.json") or {}
-        return found.get(self.dataset, found)
+        found = found.get(self.dataset, found)
+        if any(isinstance(value, dict) for task in found.values() for value in task.values()):
+            self.notes.append(
+                "results.json is of other data sets than config.yaml and is left out."
+            )
+            return {}
+        return found
 
     @cached_property
     def scalars(self) -> Dict[str, Series]:
         """The scalars of metrics.json by name.
 
-        A line of an earlier iteration begins a part that was trained again, or a new run: what
-        the file had from that iteration on is left out. A line that a killed run did not finish is
-        skipped.
+        A line with losses of an iteration that the file has already begins a part that was trained
+        again, or a new run: what the file had from that iteration on is left out. Other scalars
+        may have lines of earlier iterations. A line that a killed run did not finish is skipped.
         """
         by_name: Dict[str, Dict[int, float]] = {}
-        last = -1
         path = self.path("metrics.json")
         if not os.path.isfile(path):
             return {}
@@ -103,11 +111,12 @@ class Run:
                 except json.JSONDecodeError:
                     self.notes.append(f"Line {number} of {path} is not JSON and was skipped.")
                     continue
-                now, again = values["iteration"], values["iteration"] < last
-                for points in by_name.values() if again else ():
+                now, losses = values.pop("iteration"), by_name.get("total_loss", {})
+                again = "total_loss" in values and now <= max(losses, default=-1)
+                for name in by_name if again else values:
+                    points = by_name.setdefault(name, {})
                     for iteration in [x for x in points if x >= now]:
                         del points[iteration]
-                last = now
                 for name, value in values.items():
                     by_name.setdefault(name, {})[now] = value
         return {
