@@ -270,6 +270,17 @@ def test_every_trained_parameter_of_a_timm_network_gets_a_gradient(name):
     assert {p.requires_grad for p in backbone.parameters() if p.grad is None} <= {False}
 
 
+@pytest.mark.parametrize("features", [("res2", "res3", "res4", "res5"), ("res3", "res4", "res5")])
+def test_every_parameter_that_a_feature_depends_on_is_trained(features):
+    """Each feature of an HRNet has a branch of its own, up to the end."""
+    pytest.importorskip("timm", reason="timm is an optional package")
+    backbone = TimmBackbone("hrnet_w18_small", norm="BN", out_features=features)
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    backbone.requires_grad_(True)
+    sum(x.sum() for x in backbone(torch.rand(2, 3, 64, 96)).values()).backward()
+    assert {name for name, p in backbone.named_parameters() if p.grad is not None} == trained
+
+
 @pytest.mark.parametrize(
     "name, text",
     [

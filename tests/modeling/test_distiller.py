@@ -49,6 +49,11 @@ def test_wrong_settings_fail_at_construction(student, opts, message):
         student(*opts)
 
 
+@pytest.mark.parametrize("losses", [(), ("kd",)])
+def test_without_losses_of_maps_no_level_needs_to_be_named(student, losses):
+    student(f"{KEY}.IN_FEATURES", [], f"{KEY}.LOSSES", losses)
+
+
 def test_an_argument_that_a_teacher_does_not_have_is_named():
     with pytest.raises(ConfigError, match=f"{KEY}.TEACHER: .* 'weight'"):  # weights
         Distiller(teacher=dict(config="x", weight="y"), losses=[])

@@ -32,6 +32,26 @@ def test_the_loss_the_level_and_the_map_are_named(student, whose):
     assert text == f"ssim_kd/p3 is nan, because the {whose}'s p3 holds NaN or infinity"
 
 
+def test_both_sides_are_named(student):
+    model = student()
+    model.distiller.build_teacher(model.device)
+    spoil(model.backbone)
+    spoil(model.distiller.teacher.model.backbone)
+    whose = "the student's and the teacher's"
+    assert explain_nonfinite(model, BATCH) == (
+        f"ssim_kd/p3 is nan, because {whose} p3 holds NaN or infinity"
+    )
+
+
+def test_a_part_that_depends_on_all_levels_names_the_spoilt_one(student):
+    model = student("MODEL.DISTILL.LOSSES", ("icd",))
+    model.distiller.build_teacher(model.device)
+    spoil(model.distiller.teacher.model.backbone)
+    texts = explain_nonfinite(model, BATCH).split("; ")
+    assert len(texts) > 1
+    assert all(text.endswith("because the teacher's p3 holds NaN or infinity") for text in texts)
+
+
 def test_the_head_is_named_whose_predictions_are_not_finite(student):
     model = student("MODEL.DISTILL.LOSSES", ("dist",))
     model.distiller.build_teacher(model.device)

@@ -482,3 +482,39 @@ def test_a_box_head_of_sigmoids_is_refused(files):
         build_teachers(model)
     with pytest.raises(ConfigError, match="a box head with a softmax .* the student has none"):
         student_of(FASTER, FASTER, files(FASTER), ("dist",), *opts)
+
+
+def test_what_an_inference_changes_in_place_is_kept_as_the_head_gave_it(files):
+    """FCOS turns its head's output into probabilities in place."""
+    model = student_of(RETINANET, RETINANET, files(RETINANET), ("kd",)).eval()
+    with torch.no_grad(), capture_heads(model, ["dense"]) as outputs:
+        features = model.backbone(model.preprocess_image(BATCH).tensor)
+        logits, _ = model.head([features[level] for level in model.head_in_features])
+        expected = [x.clone() for x in logits]
+        for x in logits:
+            x.sigmoid_()
+    for kept, value in zip(outputs.anchors["dense"][0], expected):
+        assert torch.equal(kept, value)
+
+
+def test_the_gradient_ratio_of_crosskd_is_that_at_its_layer(files):
+    """It grows as the weight does, without a limit."""
+    ratios = []
+    for weight in (1.0, 1000.0):
+        opts = f"{KEY}.LOG_GRADIENTS", 1, f"{KEY}.CROSSKD.WEIGHT", weight
+        model = student_of(RETINANET, RETINANET, files(RETINANET), ("crosskd",), *opts)
+        with EventStorage(0) as storage:
+            sum(model(BATCH).values()).backward()
+        ratios.append(storage.latest()["gradient_ratio"][0])
+    layer = model.distiller.layer
+    model.log_gradients = 0
+    with EventStorage(0), capture_heads(model, ["cross"], [layer]) as outputs:
+        losses = model(BATCH)
+    given = [x for levels in outputs.features.values() for x in levels]
+    norms = []
+    for of_crosskd in (True, False):
+        side = sum(v for name, v in losses.items() if ("kd" in name) == of_crosskd)
+        gradients = torch.autograd.grad(side, given, retain_graph=True)
+        norms.append(sum(x.square().sum() for x in gradients) ** 0.5)
+    assert ratios[1] == pytest.approx(float(norms[0] / norms[1]), rel=1e-3)
+    assert ratios[1] / ratios[0] == pytest.approx(1000, rel=1e-2)

@@ -10,7 +10,7 @@ The feature of a stride is the last one that a network computes at it. A run of 
 these features.
 """
 
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,20 @@ COARSEST = 32
 PROBE = (224, 320)  # height and width of the image that finds the features; the sides differ
 
 
-def used_parameters(body: nn.Module, feature: str) -> Dict[str, nn.Parameter]:
-    """The trained parameters that a feature depends on, by name.
+def used_parameters(body: nn.Module, features: Sequence[str]) -> Dict[str, nn.Parameter]:
+    """The trained parameters that some of its features depend on, by name.
 
     Args:
         body (nn.Module): a network that returns a dict of features.
-        feature (str): one of them.
+        features (sequence[str]): some of them. A coarse one may not depend on all that a finer one
+            depends on: in an HRNet each has a branch of its own.
     """
     named = {name: p for name, p in body.named_parameters() if p.requires_grad}
     training = body.training
     body.eval()
     with torch.enable_grad():
-        total = body(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))[feature].sum()
+        maps = body(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))
+        total = torch.stack([maps[feature].sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, [*named.values()], allow_unused=True)
     body.train(training)
     return {name: p for (name, p), x in zip(named.items(), gradients) if x is not None}

@@ -98,7 +98,7 @@ class TorchvisionBackbone(Backbone):
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{self.key}.NAME: {name}: {one_line(error)}") from error
-        train_only(self.body, used_parameters(self.body, self.features[-1]))
+        train_only(self.body, used_parameters(self.body, self._out_features))
         if freeze_at:
             self.freeze(f"res{freeze_at}")
         if norm == "FrozenBN":
@@ -135,7 +135,8 @@ class TorchvisionBackbone(Backbone):
 
         Their batch norms are frozen, as in Detectron2's ResNet.
         """
-        for name, parameter in used_parameters(self.body, last).items():
+        features = self.features[: self.features.index(last) + 1]
+        for name, parameter in used_parameters(self.body, features).items():
             parameter.requires_grad_(False)
             path, _, _ = name.rpartition(".")
             module = self.body.get_submodule(path)

@@ -103,6 +103,11 @@ class Distiller(nn.Module):
         self.losses: Any = nn.ModuleDict({loss.name: loss for loss in losses})
         if len(self.losses) < len(losses):
             raise ConfigError("MODEL.DISTILL.LOSSES names a loss twice")
+        self.compares_maps = any(loss.of_maps for loss in losses)
+        if self.compares_maps and not in_features:
+            raise ConfigError(
+                "MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()"
+            )
         self.level_weights = check_levels(in_features, level_weights)
         with as_config_error("MODEL.DISTILL.TEACHER", TypeError):  # an argument does not exist
             self.spec = teacher if isinstance(teacher, TeacherSpec) else TeacherSpec(**teacher)
@@ -111,7 +116,6 @@ class Distiller(nn.Module):
         self.mask_padding = mask_padding
         self.loss_weight = float(loss_weight)
         self.adapters = nn.ModuleDict()
-        self.compares_maps = any(loss.of_maps for loss in losses)
         self.student_heads: Dict[str, Facts] = {}
         self.stages = 1  # of the student's box head
         self.strides: Dict[str, int] = {}  # of all levels of the student
@@ -376,7 +380,7 @@ class Distiller(nn.Module):
         context = self.context(batched_inputs, iteration)
         assert self.teacher is not None
         terms = {}
-        with torch.autocast(self.teacher.model.pixel_mean.device.type, enabled=False):
+        with torch.autocast(self.teacher.device.type, enabled=False):
             for loss in self.losses.values():
                 if not (labeled or learns_without_labels(loss)):
                     continue

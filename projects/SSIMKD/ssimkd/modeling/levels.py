@@ -21,10 +21,8 @@ def check_levels(levels: Sequence[str], weights: Sequence[float]) -> Dict[str, f
     """Level -> its weight; {} if there are no weights.
 
     Raises:
-        ConfigError: there are no levels, or the weights are not as many, finite and >= 0.
+        ConfigError: the weights are not as many as the levels, finite and >= 0.
     """
-    if not levels:
-        raise ConfigError("MODEL.DISTILL.IN_FEATURES is empty: name levels, or set LOSSES to ()")
     if weights and len(weights) != len(levels):
         raise ConfigError(
             f"MODEL.DISTILL.LEVEL_WEIGHTS has {len(weights)} numbers for the {len(levels)} levels "

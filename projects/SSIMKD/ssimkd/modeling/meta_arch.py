@@ -98,7 +98,7 @@ class DistillMixin:
         ret["image_format"] = cfg.INPUT.FORMAT
         node = cfg.MODEL.DISTILL
         entries = node.TEACHERS if node.LOSSES else []
-        inherits = node.INHERIT or any("INHERIT" in entry for entry in entries)
+        inherits = node.INHERIT or any(entry.get("INHERIT") for entry in entries)
         skips = node.SKIP_NONFINITE_STEPS
         keys = {"MODEL.DISTILL.INHERIT": inherits, "MODEL.DISTILL.SKIP_NONFINITE_STEPS": skips}
         ret["driver_keys"] = [key for key, is_set in keys.items() if is_set]
@@ -139,8 +139,9 @@ class DistillMixin:
         if log_gradients or self.report_gradients:
             ratio = GradientRatio(bool(log_gradients), self.report_gradients)
         kinds = [kind for one in active for kind in one.kinds]
-        maps, heads = capture_backbone(self.backbone, ratio), capture_heads(self, kinds, ratio)
-        with maps as captured, heads as outputs:
+        layers = {one.layer for one in active if one.layer}
+        maps = capture_backbone(self.backbone, ratio)
+        with maps as captured, capture_heads(self, kinds, layers, ratio) as outputs:
             losses = super().forward(labeled)
         more = None
         if unlabeled and any(one.takes_unlabeled for one in active):

@@ -46,21 +46,25 @@ def nonfinite_terms(
 ) -> Iterator[str]:
     """A text for each loss and level of one teacher that is not finite."""
     student, teacher, *predictions = paired_outputs(model, distiller, batch)
-    spoilt = {}  # level, or kind of head -> whose it is
+    spoilt: Dict[str, List[str]] = {}  # level, or kind of head -> whose it is
     for whose, maps, of_heads in zip(("student", "teacher"), (student, teacher), predictions):
         for name, given in (*maps.items(), *of_heads.items()):
             if not all(torch.isfinite(x).all() for x in tensors_in(given)):
-                spoilt[name] = whose
+                spoilt.setdefault(name, []).append(f"the {whose}'s")
     compared = distiller.compare(student, teacher, batch, 0, predictions, labeled=labeled)
-    for loss, terms in compared.items():
+    for name, terms in compared.items():
+        loss = distiller.losses[name]
         for level, value in terms.items():
             if not torch.isfinite(value):
+                found = [place for place in (level, *loss.compares) if place in spoilt]
+                if not found and loss.of_maps:  # a part may depend on the maps of all levels
+                    found = [place for place in spoilt if place in student]
                 reason = "though both sides are finite"
-                for name in (level, *distiller.losses[loss].compares):
-                    if name in spoilt:
-                        what = name if name in student else f"{name} head"
-                        reason = f"because the {spoilt[name]}'s {what} holds NaN or infinity"
-                yield f"{loss}_kd/{level} is {value.item()}, {reason}"
+                if found:
+                    what = found[-1] if found[-1] in student else f"{found[-1]} head"
+                    whose = " and ".join(spoilt[found[-1]])
+                    reason = f"because {whose} {what} holds NaN or infinity"
+                yield f"{name}_kd/{level} is {value.item()}, {reason}"
 
 
 def tensors_in(given: Any) -> Iterator[Tensor]:

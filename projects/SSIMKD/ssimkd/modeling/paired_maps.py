@@ -33,8 +33,8 @@ def paired_outputs(
 ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Predictions, Predictions]:
     """As :func:`paired_maps`, with the predictions of both detectors' heads for the detections."""
     with evaluation_mode(model):
-        backbone, heads = capture_backbone(model.backbone), capture_heads(model, distiller.kinds)
-        with backbone as captured, heads as outputs:
+        heads = capture_heads(model, distiller.kinds, [distiller.layer])
+        with capture_backbone(model.backbone) as captured, heads as outputs:
             model(batch)
         maps, images = captured["maps"], captured["images"]
         return distiller.match(batch, maps, images, model.preprocessing, outputs)

@@ -7,7 +7,7 @@ maps. `losses/predictions.py` says in which form the predictions reach a loss.
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -42,17 +42,19 @@ class HeadOutputs:
             centerness, each by level.
         proposals (list[list[Boxes]]): stage of the box head -> image -> boxes that were pooled.
         predictions (list[(Tensor, Tensor)]): stage of the box head -> logits and deltas.
-        features (dict[str, list[list[Tensor]]]): subnet of a dense head -> convolution -> what its
-            block gave, by level.
+        features (dict[(str, int), list[Tensor]]): subnet of a dense head and number of one of its
+            convolutions -> what its block gave, by level.
     """
 
     detector: Any
     anchors: Dict[str, Sequence[List[Tensor]]] = field(default_factory=dict)
     proposals: List[List[Boxes]] = field(default_factory=list)
     predictions: List[Tuple[Tensor, Tensor]] = field(default_factory=list)
-    features: Dict[str, List[List[Tensor]]] = field(default_factory=dict)
+    features: Dict[Tuple[str, int], List[Tensor]] = field(default_factory=dict)
 
-    def hook_targets(self, kinds: Iterable[str]) -> Iterator[Tuple[str, nn.Module, Callable]]:
+    def hook_targets(
+        self, kinds: Iterable[str], layers: Iterable[int]
+    ) -> Iterator[Tuple[str, nn.Module, Callable]]:
         """Kinds, modules of the detector, and functions that take what these modules give."""
         detector = self.detector
         if "rpn" in kinds:
@@ -62,31 +64,39 @@ class HeadOutputs:
             yield "dense", detector.head, lambda output: self.anchors.update(dense=output)
         for predictor in box_predictors(detector) if "roi" in kinds else ():
             yield "roi", predictor, self.predictions.append
-        for name in SUBNETS if "cross" in kinds else ():
-            subnet = getattr(detector.head, name)
-            blocks = sum(isinstance(x, nn.Conv2d) for x in subnet)
-            self.features[name] = [[] for _ in range(blocks)]
-            for number, levels in enumerate(self.features[name], start=1):
-                yield "cross", split_subnet(subnet, number)[0][-1], levels.append
+        for name, layer in product(SUBNETS, layers) if "cross" in kinds else ():
+            levels = self.features[name, layer] = []
+            block = split_subnet(getattr(detector.head, name), layer)[0][-1]
+            yield "cross", block, levels.append
+
+
+def copied(output: Any) -> Any:
+    """Copies of a tensor, or of those in nested lists and tuples."""
+    return output.clone() if isinstance(output, Tensor) else type(output)(map(copied, output))
 
 
 @contextmanager
 def capture_heads(
-    detector: Any, kinds: Iterable[str], ratio: Optional[GradientRatio] = None
+    detector: Any,
+    kinds: Iterable[str],
+    layers: Iterable[int] = (),
+    ratio: Optional[GradientRatio] = None,
 ) -> Iterator[HeadOutputs]:
     """Keeps what heads of these kinds take and give while the block runs.
 
     Args:
         detector (nn.Module): the student. The hooks are removed after the block.
         kinds (iterable[str]): see `teacher/heads.py`; () registers no hook.
+        layers (iterable[int]): of the kind "cross": convolutions whose features are kept, from 1.
         ratio (GradientRatio or None): measures the two gradients at what the heads give.
     """
     outputs = HeadOutputs(detector)
     with ExitStack() as handles:
-        for kind, module, take in outputs.hook_targets(kinds):
+        for kind, module, take in outputs.hook_targets(kinds, layers):
 
             def hook(module, inputs, output, kind=kind, take=take):
-                kept = output
+                # FCOS's inference changes what its head gave
+                kept = output if detector.training else copied(output)
                 if ratio is not None:
                     output, kept = ratio.split(kind, output)
                 take(kept)
@@ -145,7 +155,7 @@ def pair_predictions(
                 found.deltas *= unit_ratio(outputs.detector, teacher, kind, found.deltas)
             continue
         if "cross" in kinds:
-            taken = [list(map(as_float, outputs.features[name][layer - 1])) for name in SUBNETS]
+            taken = [list(map(as_float, outputs.features[name, layer])) for name in SUBNETS]
             crossed = continue_head(teacher, taken, layer)
             student["cross"] = read_anchors(teacher, kind, crossed, places)
         # a detector that was never trained has no mean

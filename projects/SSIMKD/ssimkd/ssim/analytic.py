@@ -52,7 +52,8 @@ def kernel(
     blur, adjoint = _windows(height, width, *window, str(device), dtype)
     constants = [2 * (options[k] * options["data_range"]) ** 2 for k in ("k1", "k2")]
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    step = min(maps, max(1, CHUNKS[device.type] * threads // (height * width)))
+    cells = CHUNKS.get(device.type, CHUNKS["cuda"]) * threads
+    step = min(maps, max(1, cells // (height * width)))
     # Made once: new pages would cost as much as the arithmetic
     buffers = [affine.new_empty(4 * step * height * width) for _ in range(4)]
     sums = affine.new_zeros(3, maps)

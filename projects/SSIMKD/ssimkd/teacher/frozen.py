@@ -120,9 +120,14 @@ class Teacher:
         height, width = images.shape[-2:]
         return self.network(images), (height, width)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is now."""
+        return next(self.model.parameters()).device
+
     def move(self, device: torch.device) -> None:
         """Moves it to a device, where it is not there yet."""
-        if self.model.pixel_mean.device != device:
+        if self.device != device:
             self.network.runs.clear()  # copies in another precision; they are made again
             self.model.to(device)
 
