@@ -48,7 +48,7 @@ def test_keypoints_of_the_json_are_swapped_in_flips(tmp_path):
 
 
 def test_keypoints_without_a_left_and_a_right_one_are_a_warning(tmp_path, caplog):
-    read(tmp_path, categories=[{"id": 3, "name": "face", "keypoints": ["linkes", "rechtes"]}])
+    read(tmp_path, categories=[{"id": 3, "name": "face", "keypoints": ["port", "starboard"]}])
     assert "a flip exchanges none of them" in caplog.text
 
 
