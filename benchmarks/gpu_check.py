@@ -237,7 +237,7 @@ def kernels(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def check_kernels(args: argparse.Namespace) -> Dict[str, Any]:
-    """The results of :func:`kernels`."""
+    """Runs the checks of the kernels, and times all backends unless --small is given."""
     found: Dict[str, Any] = {}
     scale = (SMALL, 1, args.device) if args.small else (LEVELS, 64, args.device)
     checks = [check_accuracy, check_types, check_padding, check_nan, check_determinism]

@@ -249,5 +249,5 @@ def read_categories(path: str) -> List[Dict[str, Any]]:
 
 
 def categories_in(content: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The same of the content of a checkpoint."""
+    """The categories that the content of a checkpoint names; empty where it names none."""
     return list((content.get("run") or {}).get("categories", ()))

@@ -12,7 +12,7 @@ evaluation of the config. The list is in the format of COCO's results, and an en
 The box is in pixels. Names and ids of classes are those of the annotation file that the detector
 was trained on; its checkpoint holds them. The image_id is that of the config's test data, or the
 file's name if the image is not listed there. An image that cannot be read is left out, and one
-whose format cannot be written is not drawn. It is named at the end, and the exit status is then 1.
+whose format cannot be written is not drawn. Both are named at the end, and the exit status is 1.
 """
 
 import argparse
