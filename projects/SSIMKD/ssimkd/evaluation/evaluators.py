@@ -92,7 +92,7 @@ def number_annotations(evaluator: DatasetEvaluator) -> None:
 
 
 def joined(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
-    """One evaluator for several."""
+    """One evaluator for several, with the numbers of annotations that COCO's metric needs."""
     for evaluator in evaluators:
         number_annotations(evaluator)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
