@@ -98,6 +98,18 @@ def test_results_of_other_data_sets_are_left_out(write, tmp_path):
     assert write("DATASETS.TEST", ("a_val", "other_val")).results == results["other_val"]
 
 
+def test_results_of_a_later_evaluation_on_other_data_are_left_out(write, tmp_path):
+    (tmp_path / "results.json").write_text('{"bbox": {"AP": 1.0}}')
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference/coco_instances_results.json").write_text("[]")
+    for test, expected in (("a", {"bbox": {"AP": 1.0}}), ("b", {}), ("a", {"bbox": {"AP": 1.0}})):
+        with record_run(str(tmp_path), [test]):
+            pass
+        run = write("DATASETS.TEST", ("a",))
+        assert run.results == expected and (run.detections is None) == (not expected)
+        assert any("other data sets" in note for note in run.notes) == (not expected)
+
+
 def test_scalars_of_a_resumed_and_of_a_killed_run(write, tmp_path):
     lines = ['{"iteration": 1, "lr": 1}', '{"iteration": 2, "lr": 2}', '{"iteration": 2, "lr": 5}']
     (tmp_path / "metrics.json").write_text("\n".join([*lines, '{"iteration": 3, "l']))

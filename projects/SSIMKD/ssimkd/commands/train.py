@@ -26,7 +26,7 @@ from ssimkd.engine.run_record import keep_config, record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log
 from ssimkd.utils.config_files import find_config
-from ssimkd.utils.config_keys import key_of, setting
+from ssimkd.utils.config_keys import key_of, names_of, setting
 from ssimkd.utils.known_warnings import silence_known_warnings
 
 
@@ -48,7 +48,7 @@ def _run(args) -> None:
         with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
             default_setup(cfg, args)
         setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
-        with record_run(folder), traceback_in_log():
+        with record_run(folder, names_of(cfg, "TEST")), traceback_in_log():
             drive(cfg, args)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -60,14 +60,15 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Any]:
 
 
 @contextmanager
-def record_run(folder: str) -> Iterator[None]:
-    """Adds a run's command, times, commit, versions and machine to `run.json`.
+def record_run(folder: str, test: Sequence[str] = ()) -> Iterator[None]:
+    """Adds a run's command, data, times, commit, versions and machine to `run.json`.
 
     Resuming or evaluating a run adds another entry. Its "ended" is None and its "outcome" is
     "running" until the process ends; a process that is killed leaves them so.
 
     Args:
         folder (str): the run's folder, which exists. Only the main process writes to it.
+        test (sequence[str]): the data sets that the run evaluates on.
     """
     if not comm.is_main_process():
         yield
@@ -75,6 +76,7 @@ def record_run(folder: str) -> Iterator[None]:
     entry: Dict[str, Any] = {
         "command": command_line(sys.argv),
         "folder": os.getcwd(),
+        "test": list(test),
         "started": now(),
         "ended": None,
         "outcome": "running",

@@ -85,12 +85,20 @@ class Run:
         """
         found = self._json("results.json") or {}
         found = found.get(self.dataset, found)
-        if any(isinstance(value, dict) for task in found.values() for value in task.values()):
+        several = any(isinstance(value, dict) for task in found.values() for value in task.values())
+        if found and (several or not self._evaluated):
             self.notes.append(
                 "results.json is of other data sets than config.yaml and is left out."
             )
             return {}
         return found
+
+    @property
+    def _evaluated(self) -> bool:
+        """Whether the last evaluation in this folder was of the data sets of config.yaml."""
+        names = names_of(self.cfg, "TEST")
+        tests = [e.get("test", names) for e in self.record if e.get("outcome") == "finished"]
+        return not tests or tests[-1] == names
 
     @cached_property
     def scalars(self) -> Dict[str, Series]:
@@ -128,7 +136,7 @@ class Run:
     @cached_property
     def detections(self) -> Optional[List[Dict[str, Any]]]:
         """The detections of the last evaluation in COCO's format; None if there are none."""
-        return self._json("inference", "coco_instances_results.json")
+        return self._json("inference", "coco_instances_results.json") if self._evaluated else None
 
     @cached_property
     def images(self) -> List[Dict[str, Any]]:
