@@ -60,7 +60,7 @@ def table(results: Dict[str, List[Dict[str, float]]]) -> str:
     """A table in Markdown. Several runs are shown by mean and standard deviation."""
     rows = []
     for name, runs in results.items():
-        cells = [mean_and_deviation([r[metric] for r in runs]) for metric in METRICS]
+        cells = [mean_and_deviation([r[metric] or 0.0 for r in runs]) for metric in METRICS]
         rows.append([name, *cells, f"{parameters(name) / 1e6:.2f} M"])
     return markdown(["", *METRICS, "parameters"], rows)
 

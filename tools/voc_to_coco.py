@@ -8,7 +8,8 @@ r"""Writes COCO json for a data set in Pascal VOC's format, which Detectron2 the
 Each split gives one file beside the folders of the data set, such as train.json. A split is a file
 of ImageSets/Main without its ending. `val+test` joins two splits (val_test.json). Boxes are clipped
 to their image, and those without area are left out. The command prints how many it clipped and left
-out.
+out. Corners stay as they are written, also where a data set counts pixels from 1, as Pascal VOC's
+own does.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from xml.etree import ElementTree
 def image_names(folder: Path, split: str) -> List[str]:
     """Names of a split's images, without their ending."""
     lists = [folder / "ImageSets/Main" / f"{part}.txt" for part in split.split("+")]
-    return [line.split()[0] for path in lists for line in path.read_text().splitlines() if line]
+    lines = [line.split() for path in lists for line in path.read_text().splitlines()]
+    return list(dict.fromkeys(words[0] for words in lines if words))
 
 
 def convert(folder: Path, names: Sequence[str], classes: Sequence[str]) -> Dict[str, Any]:

@@ -131,17 +131,19 @@ def test_random_values_are_not_evaluated(tmp_path):
         RunCheckpointer(model_of(0.0), str(tmp_path), require_all=True).resume_or_load("")
 
 
-def test_a_new_run_moves_the_earlier_checkpoints(tmp_path):
+def test_a_new_run_moves_the_earlier_checkpoints_and_results(tmp_path):
     for iteration in (1, 2):
         save(tmp_path, float(iteration), iteration)
     (tmp_path / "model_final.pth").write_text("final")
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "inference").mkdir()
     checkpointer = RunCheckpointer(model_of(0.0), str(tmp_path))
-    checkpointer.move_earlier_checkpoints()
+    checkpointer.move_earlier_run()
     assert not checkpointer.has_checkpoint()
     folder, final = sorted(os.listdir(tmp_path))
     assert final == "model_final.pth" and resume(tmp_path / folder) == 2
-    assert len(os.listdir(tmp_path / folder)) == 3
-    checkpointer.move_earlier_checkpoints()
+    assert len(os.listdir(tmp_path / folder)) == 5
+    checkpointer.move_earlier_run()
     assert sorted(os.listdir(tmp_path)) == [folder, final]
 
 

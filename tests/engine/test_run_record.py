@@ -18,7 +18,7 @@ from ssimkd.engine.run_record import (
 @pytest.mark.parametrize("content", ['[{"comm', "3"])
 def test_an_unreadable_record_is_renamed_and_a_new_one_begins(tmp_path, caplog, content):
     (tmp_path / "run.json").write_text(content)
-    with record_run(str(tmp_path)):
+    with record_run(str(tmp_path), []):
         assert len(read_record(str(tmp_path))) == 1
     assert (tmp_path / "run.json.unreadable").read_text() == content
     assert "run.json cannot be read and is left out" in caplog.text
@@ -28,7 +28,7 @@ def test_a_record_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "run.json.tmp").mkdir()
     with (
         pytest.raises(ConfigError, match="OUTPUT_DIR .* cannot write run.json"),
-        record_run(str(tmp_path)),
+        record_run(str(tmp_path), []),
     ):
         pass
 
@@ -57,6 +57,21 @@ def test_a_command_that_trains_nothing_leaves_the_config_of_the_run(tmp_path, wr
             (tmp_path / written).touch()
         raise ConfigError("a typo")
     assert config.read_text() == ("of the command" if written else "of the run")
+
+
+def test_an_evaluation_during_a_training_leaves_config_and_record_whole(tmp_path):
+    folder, config = str(tmp_path), tmp_path / "config.yaml"
+    config.write_text("of the run")
+    (tmp_path / "model_0000009.pth").touch()
+    with record_run(folder, ["val"]):
+        with keep_config(folder, evaluates=True), record_run(folder, ["test"]):
+            config.write_text("of the evaluation")
+            (tmp_path / "metrics.json").touch()  # by the training
+        assert config.read_text() == "of the run"
+    assert [(e["test"], e["outcome"]) for e in read_record(folder)] == [
+        (["val"], "finished"),
+        (["test"], "finished"),
+    ]
 
 
 def test_without_checkpoints_the_config_is_that_of_the_last_evaluation(tmp_path):

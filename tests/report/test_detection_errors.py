@@ -49,6 +49,12 @@ def test_a_category_may_have_the_id_0():
     assert errors.ap50 == 0 and errors.costs["localisation"] == 100
 
 
+def test_a_class_that_is_missed_as_a_whole_does_not_count_once_it_is_corrected():
+    objects = [object_(BOX), object_(FAR, category=2)]
+    errors = detection_errors(objects, [detection(BOX, 0.9)])
+    assert errors.ap50 == 50 and errors.costs["missed"] == 50
+
+
 def test_a_false_detection_above_a_right_one_costs_half():
     for wrong in (detection(FAR, 0.9), detection(HALF, 0.9, category=2)):
         objects = [object_(BOX), object_(FAR, category=2, image=2)]

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def do(action, name, out, *opts):
     command += ["--eval-only"] * (action is engine.evaluate)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*command, *map(str, opts)])
-        with record_run(str(out)):
+        with record_run(str(out), list(cfg.DATASETS.TEST)):
             action(cfg, False)
 
 
@@ -263,6 +264,43 @@ def test_one_architecture_is_timed_once(report, monkeypatch):
     found = speeds(report.detectors, report.names[:1])
     assert set(timed) == {"student", "teacher"}
     assert found["twin"] == found["student"] and len(found) == 3
+
+
+def test_detectors_that_differ_in_an_evaluation_are_timed_one_by_one(folder, tmp_path, monkeypatch):
+    smaller = copy_run(
+        folder, tmp_path, "twin", config=("DETECTIONS_PER_IMAGE: 20", "DETECTIONS_PER_IMAGE: 9")
+    )
+    monkeypatch.setattr(Detector, "detect", lambda self, name: None)
+    detectors = Report([Run(str(folder / "twin")), smaller]).detectors
+    assert len({d.in_evaluation for d in detectors}) == 2
+    assert len({d.architecture for d in detectors}) == 1
+
+
+@pytest.mark.parametrize("change", [("MAX_ITER: 2", "MAX_ITER: 3"), ("- report_train", "- other")])
+def test_a_twin_was_trained_alike(folder, tmp_path, change):
+    student = Run(str(folder / "student"))
+    assert Report([student, copy_run(folder, tmp_path, "twin", config=change)]).twin is None
+
+
+def test_an_evaluation_of_the_student_is_not_its_twin(folder, tmp_path):
+    again = copy_run(folder, tmp_path, "twin", missing=["metrics.json"])
+    again.record = [{**again.record[-1], "command": "ssimkd eval", "outcome": "finished"}]
+    assert Report([Run(str(folder / "student")), again]).twin is None
+
+
+def test_a_run_that_detected_nothing_counts_as_0(report):
+    found = [SimpleNamespace(results={"bbox": {"AP": x, "APl": x}}) for x in (10.0, None)]
+    assert Detector("two", found).values("bbox", "AP") == [10.0, 0.0]
+    assert Detector("two", found).values("bbox", "APl") == [10.0]
+
+
+def test_an_image_that_cannot_be_read_is_left_out(folder):
+    run = Run(str(folder / "twin"))
+    gone = {**run.images[0], "file_name": "gone.png"}
+    run.images = [gone, *run.images]
+    report = Report([run])
+    assert "gone.png" not in report.names and report.names
+    assert "An image is left out: " in Page(report.html()).text
 
 
 def test_without_a_twin_there_is_no_share_of_the_gap(folder):

@@ -151,11 +151,11 @@ def test_the_training_is_described_with_its_images_without_labels(write, tmp_pat
 
 def test_a_record_has_every_command_with_its_folder_and_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", "a b.yaml"])
-    with record_run(str(tmp_path)):
+    with record_run(str(tmp_path), []):
         (running,) = read_record(str(tmp_path))
         assert running["ended"] is None and "or was killed" in end_of(running)
     for error in (KeyError("x"), SystemExit(75), SystemExit(130), KeyboardInterrupt()):
-        with pytest.raises(type(error)), record_run(str(tmp_path)):
+        with pytest.raises(type(error)), record_run(str(tmp_path), []):
             raise error
     first, second, *stopped, at_once = read_record(str(tmp_path))
     assert first["command"] == "python train_net.py --config-file 'a b.yaml'"

@@ -22,6 +22,7 @@ from .same_run import check_same_run
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"
+RESULTS = {"results.json", "inference"}  # of an evaluation
 NUMBERED = re.compile(r"model_\d{7,}\.pth")  # These names sort by iteration.
 
 
@@ -130,24 +131,28 @@ class RunCheckpointer(CheckpointReader):
             "start anew without --resume"
         )
 
-    def move_earlier_checkpoints(self) -> None:
-        """Moves an earlier run's checkpoints to a new folder, so that no resume finds them.
+    def move_earlier_run(self) -> None:
+        """Moves an earlier run's checkpoints and results to a new folder.
 
-        For a run that starts anew. `model_final.pth` stays until the new run overwrites it.
+        For a run that starts anew: no resume shall find them, and no report take them for its own.
+        `model_final.pth` stays until the new run overwrites it.
 
         Raises:
             ConfigError: they cannot be moved.
         """
         names = {LAST, *checkpoints_in(self.save_dir), *numbered_in(self.save_dir)} - {FINAL}
-        names = {name for name in names if os.path.isfile(os.path.join(self.save_dir, name))}
+        names |= RESULTS
+        names = {name for name in names if os.path.exists(os.path.join(self.save_dir, name))}
         if not names or not self.save_to_disk:
             return
         folder = os.path.join(self.save_dir, f"before-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        with as_output_error(f"move the checkpoints of an earlier run to {folder}"):
+        with as_output_error(f"move the files of an earlier run to {folder}"):
             os.mkdir(folder)
             for name in sorted(names):  # `last_checkpoint` is the first.
                 os.rename(os.path.join(self.save_dir, name), os.path.join(folder, name))
-        logger.warning("Without --resume: the earlier run's checkpoints are now in %s", folder)
+        logger.warning(
+            "Without --resume: checkpoints and results of the earlier run are now in %s", folder
+        )
 
     def _load_model(self, checkpoint):
         if self.resuming:

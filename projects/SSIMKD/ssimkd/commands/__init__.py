@@ -30,13 +30,9 @@ class Trained(NamedTuple):
 
 
 def begin(name: str, words: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The arguments of a command.
-
-    The modules of --import are imported, and those of the run whose checkpoint is given.
-    """
+    """The arguments of a command, once the modules of --import are imported."""
     args = parse(name, words)
     import_user_code(args.imports)
-    import_of_file(getattr(args, "weights", ""))
     return args
 
 
@@ -56,6 +52,7 @@ def load_trained(args: argparse.Namespace, *splits: str) -> Trained:
         weights = setting(read_config(args.config_file, args.opts), "weights")
     if not weights:
         raise ConfigError("--weights: name the detector's checkpoint; its config has none")
+    import_of_file(weights)
     with as_config_error(f"--weights: {weights}", sep=" "):
         categories = read_categories(weights)
     cfg = load_config(args.config_file, args.opts, splits, len(categories))

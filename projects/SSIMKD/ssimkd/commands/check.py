@@ -135,7 +135,7 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
         ])  # fmt: skip
         return cfg
     cfg.dataloader.train.total_batch_size = batch
-    if "unlabeled" in cfg.dataloader:
+    if cfg.dataloader.get("unlabeled"):
         cfg.dataloader.unlabeled.total_batch_size = unlabeled
     cfg.dataloader.pop("evaluator", None)
     cfg.optimizer.lr = 0.0

@@ -44,7 +44,7 @@ def _run(args) -> None:
     args.config_file = find_config(args.config_file)  # Detectron2 prints the file
     folder = setting(cfg, "output")
     quiet = quiet_terminal(folder, comm.get_rank()) if args.quiet else nullcontext()
-    with quiet, keep_config(folder):
+    with quiet, keep_config(folder, args.eval_only):
         with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
             default_setup(cfg, args)
         setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")

@@ -130,7 +130,8 @@ def register_coco(
             if name not in DatasetCatalog:
                 register_coco_instances(name, metadata, json_file, images)
         found = MetadataCatalog.get(name)
-        if (found.get("json_file"), found.get("image_root")) != (json_file, images):
+        known, given = (found.get("json_file"), found.get("image_root")), (json_file, images)
+        if [os.path.normpath(x or "") for x in known] != [os.path.normpath(x or "") for x in given]:
             raise ConfigError(f"{key}: another data set is called {name}: choose another NAME")
 
 
@@ -296,13 +297,16 @@ def categories_of(cfg) -> List[Dict[str, Any]]:
 
 
 def image_ids_of(cfg) -> Dict[str, Any]:
-    """Real path of an image file -> its id, of all test data of a config that is there."""
-    ids = {}
+    """Real path of an image file -> its id, of all test data of a config that is there.
+
+    An image of several data sets has its id in the first of them.
+    """
+    ids: Dict[str, Any] = {}
     for name in names_of(cfg, "TEST"):
         known = MetadataCatalog.get(name) if name in DatasetCatalog else None
         if known and os.path.isfile(known.get("json_file", "")):
             records = DatasetCatalog.get(name)
-            ids.update({os.path.realpath(r["file_name"]): r["image_id"] for r in records})
+            ids = {**{os.path.realpath(r["file_name"]): r["image_id"] for r in records}, **ids}
     return ids
 
 

@@ -53,9 +53,10 @@ class ResumableLoader:
         aspect_ratio_grouping (bool): a batch holds landscape images or portrait images.
         num_workers (int): processes that load images.
         labels (bool): False: what a record says of its image's content is left out.
-        skip_bad_images (bool): the next image of the data set with the same orientation replaces
-            one that cannot be read, for any number of processes and after a resume. More than ten
-            bad images in a row, or bad images in half of the data set, are an error.
+        skip_bad_images (bool): the next image of the data set, if possible with the same
+            orientation, replaces one that cannot be read, for any number of processes and after a
+            resume. More than ten bad images in a row, or bad images in half of the data set, are
+            an error.
         options: further arguments of torch's DataLoader.
 
     Raises:
@@ -102,7 +103,8 @@ class ResumableLoader:
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH"
                 f"{'' if labels else '_UNLABELED'} (.yaml) or total_batch_size (.py)"
             )
-        self.options = dict(collate_fn=trivial_batch_collator, num_workers=num_workers, **options)
+        self.options = {"num_workers": num_workers, **options}
+        self.options["collate_fn"] = options.get("collate_fn") or trivial_batch_collator
         self.batches = 0  # given so far
         self.unlabeled: Optional[ResumableLoader] = None  # its images come after those of a batch
 
@@ -223,11 +225,16 @@ class SeededDataset(Dataset):
         )
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The index of an image, then those of the images that can replace it."""
-        size = len(self.dataset)
-        for candidate in chain(range(index, size), range(index)):
-            if self.landscape is None or self.landscape[candidate] == self.landscape[index]:
-                yield candidate
+        """The index of an image, then those of the images that can replace it.
+
+        Images of the same orientation come first.
+        """
+        order = [range(index, len(self.dataset)), range(index)]
+        if self.landscape is None:
+            return chain(*order)
+        own = self.landscape[index]
+        same = (i for i in chain(*order) if self.landscape[i] == own)
+        return chain(same, (i for i in chain(*order) if self.landscape[i] != own))
 
 
 def group_batches(

@@ -137,7 +137,7 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
     check_classes(student, datasets_of(cfg, "TRAIN", "TEST"))
     prepare(student, loader, settings, resumed=resumed)
     if not resume:
-        checkpointer.move_earlier_checkpoints()
+        checkpointer.move_earlier_run()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
     exporting.raise_failure()
     return results

@@ -60,7 +60,7 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Any]:
 
 
 @contextmanager
-def record_run(folder: str, test: Sequence[str] = ()) -> Iterator[None]:
+def record_run(folder: str, test: Sequence[str]) -> Iterator[None]:
     """Adds a run's command, data, times, commit, versions and machine to `run.json`.
 
     Resuming or evaluating a run adds another entry. Its "ended" is None and its "outcome" is
@@ -85,12 +85,11 @@ def record_run(folder: str, test: Sequence[str] = ()) -> Iterator[None]:
         "machine": machine(),
         "imports": list(IMPORTED),
     }
-    old, path = read_record(folder), os.path.join(folder, FILE)
-    entries = [*old, entry]
+    place, path = len(read_record(folder)), os.path.join(folder, FILE)
     with as_output_error(f"write {FILE} to {folder}"):
-        if not old and os.path.exists(path):  # it could not be read
+        if not place and os.path.exists(path):  # it could not be read
             os.replace(path, f"{path}.unreadable")
-    write(folder, entries)
+    write(folder, place, entry)
     try:
         yield
         entry["outcome"] = "finished"
@@ -105,16 +104,20 @@ def record_run(folder: str, test: Sequence[str] = ()) -> Iterator[None]:
         raise
     finally:
         entry["ended"] = now()
-        write(folder, entries)
+        write(folder, place, entry)
 
 
 @contextmanager
-def keep_config(folder: str) -> Iterator[None]:
+def keep_config(folder: str, evaluates: bool = False) -> Iterator[None]:
     """Puts the `config.yaml` of an earlier run back after a command that trained nothing.
 
     Detectron2 writes the file at the start of every command. It belongs to the checkpoints beside
     it, which an evaluation, or a run that fails at its start, leaves as they are. In a folder
     without checkpoints it belongs to the last evaluation.
+
+    Args:
+        folder (str): the run's folder.
+        evaluates (bool): the command trains nothing, although a training may go on in the folder.
     """
     path = os.path.join(folder, "config.yaml")
     before, earlier = trained_files(folder), ""
@@ -123,7 +126,7 @@ def keep_config(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if earlier and before and trained_files(folder) == before:
+        if earlier and before and (evaluates or trained_files(folder) == before):
             with atomic_write(path, "w") as file:
                 file.write(earlier)
 
@@ -189,8 +192,13 @@ def end_of(entry: Dict[str, Any]) -> str:
     return f"{outcome}, {in_words(entry['ended'])}{hint}"
 
 
-def write(folder: str, entries: List[Dict[str, Any]]) -> None:
-    """Replaces `run.json` as a whole. An interruption leaves the former file."""
+def write(folder: str, place: int, entry: Dict[str, Any]) -> None:
+    """Puts an entry at its place in `run.json`. An interruption leaves the former file.
+
+    The other entries are read anew, because an evaluation may have added one in the meantime.
+    """
+    entries = read_record(folder)
+    entries[place : place + 1] = [entry]
     with (
         as_output_error(f"write {FILE} to {folder}"),
         atomic_write(os.path.join(folder, FILE), "w") as f,

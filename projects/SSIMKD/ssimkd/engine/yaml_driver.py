@@ -302,7 +302,7 @@ def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
         trainer.settings.iterations = planned or trainer.max_iter
         trainer.resume_or_load(resume=resume)
         if not resume:
-            trainer.checkpointer.move_earlier_checkpoints()
+            trainer.checkpointer.move_earlier_run()
         trainer.train()
     trainer.exporting.raise_failure()
     return getattr(trainer, "_last_eval_results", {})

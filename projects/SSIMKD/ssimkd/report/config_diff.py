@@ -1,6 +1,6 @@
 """The settings in which runs differ."""
 
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Tuple
 
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
@@ -10,6 +10,11 @@ from ssimkd.checkpoint.same_run import flatten
 from .run import Run
 
 ABSENT = "-"
+EVALUATION = ("INPUT.", "MODEL.", "TEST.", "model.", "dataloader.test.")
+TRAINING = (  # of those, the ones that matter to a training alone
+    *("MODEL.DISTILL.", "MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS"),
+    *("model.distiller.", "model._target_"),
+)
 OF_A_RUN = ("OUTPUT_DIR", "SEED", "train.output_dir", "train.seed")  # runs may differ in them
 
 
@@ -22,6 +27,15 @@ def settings_of(run: Run) -> Dict[str, str]:
         for key, text in flatten(cfg)
         if key not in OF_A_RUN and not key.startswith(unused)
     }
+
+
+def evaluation_settings(run: Run) -> List[Tuple[str, str]]:
+    """The settings of a run that act in an evaluation, and their values in words."""
+    return [
+        (key, text)
+        for key, text in sorted(settings_of(run).items())
+        if key.startswith(EVALUATION) and not key.startswith(TRAINING)
+    ]
 
 
 def differences(runs: List[Run]) -> List[List[str]]:

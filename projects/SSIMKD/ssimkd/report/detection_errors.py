@@ -36,7 +36,8 @@ class DetectionErrors:
         counts (dict[str, int]): the number of errors of each of KINDS.
         costs (dict[str, float]): the rise of AP in percent if only this kind were corrected. Of the
             classification or localisation errors at one object, the one with the highest score
-            then matches it. Every other error of the kind is removed.
+            then matches it. Every other error of the kind is removed. A class of which neither
+            objects nor detections are left does not count.
     """
 
     ap50: float
@@ -81,12 +82,13 @@ def detection_errors(objects: Sequence[Record], detections: Sequence[Record]) ->
         wrong = kinds == kind
         counts[kind] = int(missed.sum() if kind == "missed" else wrong.sum())
         kept = ~wrong | (corrected >= 0)
+        left = present[~missed] if kind == "missed" else present
         ap = _mean_ap(
             scores[kept],
             np.where(wrong, corrected, classes)[kept],
             ((kinds == "") | wrong)[kept],
-            present[~missed] if kind == "missed" else present,
-            categories,
+            left,
+            np.intersect1d(categories, [*left, *classes]),
         )
         costs[kind] = max(ap - ap50, 0.0)
     return DetectionErrors(ap50, counts, costs)

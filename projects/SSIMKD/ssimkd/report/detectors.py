@@ -16,8 +16,10 @@ from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import image_reader
 from ssimkd.modeling.several_teachers import distillers_of
 
-from .config_diff import settings_of
+from .config_diff import evaluation_settings, settings_of
 from .run import Run
+
+HEAD = ("AP", "AP50", "AP75")  # the metrics in the first table of the page
 
 
 @dataclass
@@ -56,11 +58,23 @@ class Detector:
         """Its parameters by name and shape, without those that only a distillation needs."""
         model = self.model or nn.Module()
         named = ((n, p.shape) for n, p in model.named_parameters() if not n.startswith(PREFIX))
-        return (type(self.read), *sorted(named))
+        return tuple(sorted(named))
+
+    @property
+    def in_evaluation(self) -> Tuple[Any, ...]:
+        """What its speed depends on: equal for detectors that do the same in an evaluation."""
+        settings = evaluation_settings(self.runs[0]) if self.runs else (self.label,)
+        return (*self.architecture, *settings)
 
     def values(self, task: str, metric: str) -> List[float]:
-        """A metric of all runs that have it, in percent."""
-        found = (run.results.get(task, {}).get(metric) for run in self.runs)
+        """A metric of all runs that have it, in percent.
+
+        Detectron2 has no number for a run that detected nothing; its AP is 0.
+        """
+        tasks = (run.results.get(task, {}) for run in self.runs)
+        found = [metrics[metric] for metrics in tasks if metric in metrics]
+        if metric in HEAD:
+            found = [value or 0.0 for value in found]
         return [value for value in found if value is not None]
 
     @torch.no_grad()

@@ -69,12 +69,13 @@ def costs(detector: Detector, file_name: str) -> Dict[str, Optional[float]]:
 def speeds(detectors: List[Detector], file_names: List[str]) -> Dict[str, float]:
     """Label -> images per second, one image at a time. Reading and resizing it is included.
 
-    Detectors of one architecture are measured once.
+    Detectors that do the same in an evaluation are measured once.
     """
     first: Dict[Any, Detector] = {}
+    keys = {d.label: d.in_evaluation for d in detectors if d.model is not None}
     for detector in detectors:
         if detector.model is not None:
-            first.setdefault(detector.architecture, detector)
+            first.setdefault(keys[detector.label], detector)
 
     def run(detector: Detector) -> None:
         for name in file_names:
@@ -82,8 +83,4 @@ def speeds(detectors: List[Detector], file_names: List[str]) -> Dict[str, float]
 
     calls = {key: lambda d=d: run(d) for key, d in first.items()}
     seconds = interleave(calls, REPEATS, time.perf_counter) if file_names else {}
-    return {
-        d.label: len(file_names) / seconds[d.architecture]
-        for d in detectors
-        if d.architecture in seconds
-    }
+    return {label: len(file_names) / seconds[key] for label, key in keys.items() if key in seconds}

@@ -17,12 +17,13 @@ from ssimkd.engine.run_record import end_of, in_words, machine, now
 from ssimkd.errors import ConfigError
 from ssimkd.evaluation.similarity import similarity_maps
 from ssimkd.modeling.several_teachers import distillers_of
+from ssimkd.utils.config_keys import names_of, setting
 from ssimkd.utils.lazy_fields import lazy_fields
 
 from . import charts, images
 from .config_diff import differences
 from .detection_errors import KINDS, DetectionErrors, detection_errors
-from .detectors import Detector, load_detectors
+from .detectors import HEAD, Detector, load_detectors
 from .model_cost import costs, speeds
 from .run import Run
 
@@ -34,7 +35,6 @@ CURVES = {  # heading -> the scalars below it
     "Distillation by level, before its weight": r".*_kd/.*",
     "AP and learning rate": r"lr|(.*/)?(bbox|segm|keypoints)/AP",
 }
-HEAD = ("AP", "AP50", "AP75")  # of boxes, in the first table
 ADAPTER = re.compile(r"distiller\.([^.]+\.)?adapters\.")  # of one teacher, or of several
 
 
@@ -47,7 +47,8 @@ class Report:
 
     Attributes:
         detectors (list[Detector]): the first run's, its vanilla twin, other ones, its teachers.
-        twin (Detector or None): the same student, trained on the same data without a teacher.
+        twin (Detector or None): the same student without a teacher, trained on the same labelled
+            images for as many iterations of as many of them.
         notes (list[str]): sentences that say what is left out and why.
         levels (dict[str, list[float]]): level -> for each image of the sample, the SSIM of student
             and teacher. It is empty if they cannot be compared.
@@ -61,8 +62,7 @@ class Report:
         others.sort(key=lambda d: (d is not self.twin, d.teaches))
         self.detectors = [self.own, *others]
         self.colour = charts.colours([d.label for d in self.detectors])
-        step = max(1, len(run.images) // SAMPLE)
-        self.sample = run.images[::step][:SAMPLE] if self.own.model is not None else []
+        self.sample = self.read_sample() if self.own.model is not None else []
         self.names = [record["file_name"] for record in self.sample]
         self.levels = self.compare_maps()
         if not run.results:
@@ -75,12 +75,34 @@ class Report:
                 )
 
     def find_twin(self, others: List[Detector]) -> Optional[Detector]:
-        """The first other detector of the same architecture that learned without a teacher."""
+        """The first other detector of the same architecture and training without a teacher."""
         if not self.own.distils:
             return None
         found = (d for d in others if d.runs and not d.teaches and not d.distils)
         alike = (d for d in found if d.architecture == self.own.architecture)
-        return next((d for d in alike if d.dataset == self.run.dataset), None)
+        schedule = schedule_of(self.run)
+        return next(
+            (
+                d
+                for d in alike
+                if d.dataset == self.run.dataset
+                and d.runs[0].has_trained
+                and schedule_of(d.runs[0]) == schedule
+            ),
+            None,
+        )
+
+    def read_sample(self) -> List[Dict[str, Any]]:
+        """Records of validation images at equal distances, without those that cannot be read."""
+        step, found = max(1, len(self.run.images) // SAMPLE), []
+        for record in self.run.images[::step][:SAMPLE]:
+            try:
+                self.own.read(record["file_name"])
+            except ConfigError as error:
+                self.notes.append(f"An image is left out: {error}")
+            else:
+                found.append(record)
+        return found
 
     def compare_maps(self) -> Dict[str, List[float]]:
         """Measures :attr:`levels`, or adds a note that says why it cannot."""
@@ -107,7 +129,8 @@ class Report:
     @property
     def comparable(self) -> List[Detector]:
         """The detectors that were evaluated on the same data as the run of this page."""
-        return [d for d in self.detectors if d.runs and d.dataset == self.run.dataset]
+        with_runs = [d for d in self.detectors if d.runs and d.dataset == self.run.dataset]
+        return [d for d in with_runs if not d.runs[0].other_data]
 
     def what(self) -> Dict[str, str]:
         """What was trained, in words."""
@@ -272,6 +295,12 @@ class Report:
             machine=machine(),
             made=in_words(now()),
         )
+
+
+def schedule_of(run: Run) -> Tuple[Any, ...]:
+    """The labelled training images of a run, its batch of them, and its iterations."""
+    batch, iterations = setting(run.cfg, "batch"), setting(run.cfg, "iterations")
+    return sorted(names_of(run.cfg, "TRAIN")), batch, iterations
 
 
 def adapters_in(weights: Mapping[str, Any]) -> Set[Tuple[str, torch.Size]]:

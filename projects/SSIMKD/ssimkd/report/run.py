@@ -38,6 +38,7 @@ class Run:
         cfg (CfgNode or DictConfig): its config.yaml.
         record (list[dict]): the entries of its run.json, oldest first.
         notes (list[str]): a sentence for the page about each file that is broken.
+        other_data (bool): whether the name of its data means other data on this page.
 
     Raises:
         ConfigError: there is no config.yaml, or it cannot be read.
@@ -57,10 +58,12 @@ class Run:
                 self.cfg = LazyConfig.load(path)
         else:
             self.cfg = load_config(path)
+        self.other_data = False
         try:
             use_own_data(self.cfg, ("TEST",))
         except ConfigError as error:  # the data was moved: the page does without its images
             self.notes.append(f"{error}.")
+            self.other_data = self.dataset in DatasetCatalog
         self.record = read_record(self.folder)
 
     def path(self, *parts: str) -> str:
@@ -141,7 +144,7 @@ class Run:
     @cached_property
     def images(self) -> List[Dict[str, Any]]:
         """Detectron2's records of the images that the run evaluates on; empty if they are gone."""
-        if not self.dataset:
+        if not self.dataset or self.other_data:
             return []
         try:
             return DatasetCatalog.get(self.dataset)
@@ -174,13 +177,17 @@ class Run:
                 return self.path(os.path.basename(f.read().strip()))
         if os.path.isfile(self.path("student.pth")):
             return self.path("student.pth")
-        trained = self.training or os.path.isfile(self.path("metrics.json"))
-        return "" if trained else setting(self.cfg, "weights")
+        return "" if self.has_trained else setting(self.cfg, "weights")
 
     @property
     def training(self) -> List[Dict[str, Any]]:
         """The entries of run.json that are trainings, oldest first."""
         return [entry for entry in self.record if not only_evaluates(entry)]
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether the run was a training, also one of Detectron2's own, which has no run.json."""
+        return bool(self.training) or os.path.isfile(self.path("metrics.json"))
 
     @property
     def trained(self) -> str:
