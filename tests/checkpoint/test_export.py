@@ -6,10 +6,13 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.modeling import build_model
-from ssimkd import ConfigError
-from ssimkd.checkpoint.export import export_student, warn_unless_exportable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from ssimkd import ConfigError, DistillMixin, DistillRCNN
+from ssimkd.checkpoint.export import build_detector, export_student, warn_unless_exportable
+from ssimkd.engine import yaml_driver
+from ssimkd.evaluation.predictor import load_detector
 from ssimkd.utils.config_files import load_config
+from ssimkd.utils.config_keys import for_inference
 
 
 def assert_equal(model, expected):
@@ -61,6 +64,41 @@ def test_a_model_that_yaml_cannot_express_has_no_student_yaml(lazy, tmp_path, ca
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2 and all("YAML cannot express" in message for message in messages)
     assert "student.pth will be written, student.yaml will not: " in messages[0]
+
+
+@pytest.fixture
+def own_student():
+    """A student with a method of its own, and one whose detector is not registered."""
+
+    class OwnStudent(DistillRCNN):
+        def preprocess_image(self, batched_inputs):
+            return super().preprocess_image(batched_inputs)
+
+    class OwnDetector(GeneralizedRCNN):
+        pass
+
+    class OtherStudent(DistillMixin, OwnDetector):
+        pass
+
+    for one in (OwnStudent, OtherStudent):
+        META_ARCH_REGISTRY.register(one)
+    yield OwnStudent
+    for one in (OwnStudent, OtherStudent):
+        META_ARCH_REGISTRY._obj_map.pop(one.__name__)
+
+
+def test_methods_of_the_users_own_detect_but_are_not_exported(own_student, tmp_path, caplog):
+    cfg = load_config("configs/shapes/ssimkd.yaml", ["MODEL.META_ARCHITECTURE", "OwnStudent"])
+    path, _ = export_student(cfg, build_detector(for_inference(cfg)).state_dict(), str(tmp_path))
+    assert "lacks these methods of OwnStudent" in caplog.text
+    assert caplog.text.count("preprocess_image") == 1
+    assert type(load_detector(cfg, path)) is own_student
+
+
+def test_a_detector_that_is_not_registered_is_refused_before_the_training(own_student):
+    cfg = load_config("configs/shapes/ssimkd.yaml", ["MODEL.META_ARCHITECTURE", "OtherStudent"])
+    with pytest.raises(ConfigError, match="OwnDetector is not registered, .* above class OwnDet"):
+        yaml_driver.train(cfg, False)
 
 
 def test_weights_of_another_model_are_an_error_and_leave_what_is_there(student, tmp_path):

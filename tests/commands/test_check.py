@@ -5,6 +5,8 @@ import logging
 import pytest
 from conftest import zoo_cfg
 from ssimkd.commands import check
+from ssimkd.teacher.preprocessing import Preprocessing
+from ssimkd.utils.config_files import load_config
 
 YAML, LAZY = "configs/shapes/ssimkd.yaml", "tests/engine/lazy_shapes.py"
 
@@ -108,6 +110,19 @@ def test_what_the_whole_run_costs():
     assert rows["ssim_kd_loss"] == "3, 75.0 % of the total loss"
     assert "ssimkd weight" in rows["shares"]
     assert rows["time"].endswith("0.01 s of it waiting for data: 12:30:00 for 90000 iterations")
+
+
+def test_a_detector_may_prepare_images_in_its_own_way():
+    assert check.prepared(Preprocessing("RGB")) == "RGB, prepared by code of its own"
+    no_padding = Preprocessing("BGR", None, (1.0, 2.0), (3.0, 4.0), (None, None))
+    assert check.prepared(no_padding).endswith("std 3, 4, sides padded to multiples of 1")
+
+
+def test_a_loader_of_the_users_own_gets_no_argument():
+    cfg = load_config("configs/ssimkd_R50.py", ["+dataloader.unlabeled=null"])
+    cfg.dataloader.train = {"_target_": "my.loader", "images": 4}
+    short = check.short_run_config(cfg, "folder", iterations=20, num_gpus=1)
+    assert set(short.dataloader.train) == {"_target_", "images"}
 
 
 def test_one_gpu_of_several_gets_its_share_and_learns_nothing():

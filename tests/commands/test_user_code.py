@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
-from ssimkd.commands import begin, check, export, predict, report, train
+from ssimkd.commands import begin, load_trained, check, export, predict, report, train
 from ssimkd.engine.arguments import load_arguments
 from ssimkd.utils.user_code import IMPORTED
 from ssimkd_cli import parse
@@ -130,7 +130,8 @@ def test_a_command_says_what_is_missing(command, words, run, few_shapes, tmp_pat
 def test_a_checkpoint_in_the_current_folder_imports_it_again(run, monkeypatch):
     monkeypatch.chdir(run / "output")
     monkeypatch.setattr(sys, "path", [str(run), *sys.path])
-    begin("analyze", ["--config-file", "shapes/vanilla.yaml", "--weights", "model_final.pth"])
+    words = ["--config-file", "shapes/vanilla.yaml", "--weights", "model_final.pth"]
+    load_trained(begin("analyze", words))
     assert IMPORTED == [NAME]
 
 

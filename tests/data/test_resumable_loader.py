@@ -6,11 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from ssimkd import ConfigError
-from ssimkd.data.resumable_loader import ResumableLoader
+from ssimkd.data.resumable_loader import ResumableLoader, torch_options
 from ssimkd.utils.random_state import get_random_state
 
 RECORDS = [{"width": 10 + (7 * i) % 5, "height": 12, "index": i} for i in range(23)]
@@ -92,3 +93,20 @@ def test_the_state_has_all_that_a_sampler_drew():
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH"):
         loader(total_batch_size=0)
+
+
+def test_arguments_of_detectron2s_own_loader():
+    options = {"seed": None, "drop_last": True, "prefetch_factor": 2, "collate_fn": None}
+    assert torch_options({**options, "pin_memory": True}, num_workers=0) == {
+        "pin_memory": True,
+        "collate_fn": trivial_batch_collator,
+    }
+    assert torch_options(options, num_workers=1)["prefetch_factor"] == 2
+    for name in ("seed", "single_gpu_batch_size"):
+        with pytest.raises(ConfigError, match=f"leave out {name}: "):
+            torch_options({name: 3}, num_workers=0)
+
+
+def test_a_batch_of_an_own_collate_fn_stays_as_it_is():
+    batch = next(iter(loader(collate_fn=lambda items: {"items": items})))
+    assert [*batch] == ["items"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from loss_cases import CLASSES, COUNTS, SIZES, STRIDES, batch, make_loss, run
 from loss_cases import targets as make_targets
-from ssimkd.losses import ICDLoss
-from ssimkd.losses.icd import Queries
+from ssimkd.losses import Context, ICDLoss
+from ssimkd.losses.icd import Queries, cut, positions_like, sinusoids
 
 CHANNELS, HEADS = 8, 2
 
@@ -263,6 +263,20 @@ def test_the_code_tells_only_the_range_of_a_side():
     boxes = torch.stack([torch.zeros(10), torch.zeros(10), sides, sides], 1)
     queries = Queries(torch.zeros(10).long(), boxes, boxes[:, 2:] / 2, torch.ones(2), 10)
     assert queries.code(3)[:, -5:].argmax(1).tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_a_cell_has_the_position_of_its_place_in_the_image(mask_padding):
+    """Queries are coded by their place in the image, with or without its padding."""
+    sizes, level = [(64, 128), (64, 64)], "p4"
+    context = Context(sizes, {level: 16}, [], mask_padding=mask_padding)
+    maps = torch.zeros(2, CHANNELS, 4, 8)
+    for image, width in enumerate((8, 4)):
+        size = context.image_cells(level, maps)[image]
+        cells = cut(maps, image, level, context)
+        column = positions_like(cells, size).unflatten(0, cells.shape[1:])[0, width - 1]
+        expected = sinusoids(torch.tensor(1.0), CHANNELS // 2)  # the right edge of the image
+        assert torch.allclose(column[CHANNELS // 2 :], expected, atol=1e-5)
 
 
 # --- errors ---

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from copy import deepcopy
 
 import cv2
 import pytest
@@ -163,6 +164,20 @@ def test_without_a_network_the_error_says_where_the_file_goes(monkeypatch, tmp_p
     cut.write_bytes(b"half a download")
     with pytest.raises(ConfigError, match=f"its name says: .*; delete {cut} to fetch it again"):
         TorchvisionBackbone("resnet18", weights="DEFAULT")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_deep_copy_is_in_the_mode_of_its_original(training):
+    """Stochastic depth drops blocks in training."""
+    model = TorchvisionBackbone("efficientnet_b0").train(training)
+    copy = deepcopy(model)
+    assert all(m.training == training for m in copy.modules())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = model(images)["res5"]
+        torch.manual_seed(0)
+        assert torch.equal(copy(images)["res5"], expected)
 
 
 def test_norms_and_frozen_stages():

@@ -8,6 +8,7 @@ import torch
 from conftest import image_batch, shapes_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from ssimkd import ConfigError, DistillMixin
 
 BATCH = image_batch((96, 96), (96, 128))
 KEY = "MODEL.DISTILL"
@@ -17,6 +18,21 @@ def losses_of(model, batch=BATCH):
     torch.manual_seed(5)
     with EventStorage(0) as storage:
         return model(batch), storage
+
+
+class Old(torch.nn.Module):
+    """A detector of one's own in the older style, which is not configurable."""
+
+    def __init__(self, cfg):
+        super().__init__()
+
+
+def test_a_detector_that_is_not_configurable_is_refused_in_one_line():
+    class DistillOld(DistillMixin, Old):
+        pass
+
+    with pytest.raises(ConfigError, match="META_ARCHITECTURE: Old cannot be a student without"):
+        DistillOld(shapes_cfg("ssimkd"))
 
 
 def test_a_loss_beside_the_parents(student):

@@ -497,6 +497,19 @@ def test_what_an_inference_changes_in_place_is_kept_as_the_head_gave_it(files):
         assert torch.equal(kept, value)
 
 
+@pytest.mark.parametrize("log", [0, 1])
+def test_pictures_during_a_training_step_change_no_loss(log, files):
+    """RetinaNet turns the logits of maps of one cell into probabilities in place, for a picture."""
+    batch = rich_batch((96, 96))
+    found = []
+    for period in (0, 1):
+        opts = ("VIS_PERIOD", period, f"{KEY}.LOG_GRADIENTS", log)
+        model = student_of(RETINANET, RETINANET, files(RETINANET), ("kd", "dist"), *opts)
+        losses, *_ = run(model, batch)
+        found.append({name: float(value) for name, value in losses.items()})
+    assert found[0] == found[1]
+
+
 def test_the_gradient_ratio_of_crosskd_is_that_at_its_layer(files):
     """It grows as the weight does, without a limit."""
     ratios = []

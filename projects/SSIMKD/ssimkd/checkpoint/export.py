@@ -52,6 +52,7 @@ def export_student(
     paths = os.path.join(folder, "student.pth"), os.path.join(folder, "student.yaml")
     plain = plain_config(cfg, os.path.basename(paths[0]))
     check_weights(plain, weights)
+    warn_of_own_methods(architecture_of(cfg))
     os.makedirs(folder, exist_ok=True)
     with atomic_write(paths[0]) as file:
         run = {"categories": list(categories)}
@@ -112,23 +113,62 @@ def with_names(node: Any) -> Any:
 
 
 def plain_config(cfg, weights: str):
-    """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`."""
+    """A copy of `cfg` for the plain detector of a student, with a checkpoint `weights`.
+
+    Raises:
+        ConfigError: Detectron2's registry lacks the student's class or the plain detector's.
+    """
     plain = without_pretraining(cfg)
     if isinstance(plain, CfgNode):
-        with as_setting_error("MODEL.META_ARCHITECTURE"):
-            architecture = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)
-        plain.MODEL.META_ARCHITECTURE = parent_of(architecture).__name__
+        name = parent_of(architecture_of(cfg)).__name__
+        if name not in META_ARCH_REGISTRY:
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE: {name} is not registered, so that the student cannot be "
+                f"exported: put @META_ARCH_REGISTRY.register() above class {name}"
+            )
+        plain.MODEL.META_ARCHITECTURE = name
         plain.MODEL.WEIGHTS, plain.OUTPUT_DIR = weights, "./output"  # the export can be moved
         for node, key in OWN_KEYS:
             if not (key in BACKBONE_NODES and plain[node].get(key, {}).get("NAME")):
                 plain[node].pop(key, None)
         return plain
-    plain.model._target_ = parent_of(target_of(plain.model))
+    plain.model._target_ = parent_of(architecture_of(cfg))
     for argument in ("distiller", "log_gradients", "image_format"):  # of DistillMixin
         plain.model.pop(argument, None)
     # The model is enough. Schedules and data can hold functions, which YAML cannot express.
     content = {"model": plain.model, "train": {"init_checkpoint": weights}}
     return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def architecture_of(cfg) -> Any:
+    """The meta-architecture of a config: a class, or what else a LazyConfig calls."""
+    if not isinstance(cfg, CfgNode):
+        return target_of(cfg.model)
+    with as_setting_error("MODEL.META_ARCHITECTURE"):
+        return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+
+
+def warn_of_own_methods(meta_arch: Any) -> None:
+    """Warns if a student's class has methods that its plain detector lacks."""
+    parent = parent_of(meta_arch)
+    if parent is meta_arch:
+        return
+    classes = meta_arch.__mro__[: meta_arch.__mro__.index(parent)]
+    own = {
+        name
+        for one in classes
+        if "plain_architecture" not in vars(one)  # DistillMixin has it
+        for name, value in vars(one).items()
+        if callable(value) and not name.startswith("__")
+    }
+    if own:
+        logger.warning(
+            "The exported student is a %s and lacks these methods of %s, so that it may detect "
+            "something else: %s",
+            parent.__name__,
+            meta_arch.__name__,
+            ", ".join(sorted(own)),
+        )
 
 
 def parent_of(meta_arch: Any) -> Any:
@@ -139,7 +179,7 @@ def parent_of(meta_arch: Any) -> Any:
 
 def check_weights(plain, weights: Dict[str, Tensor]) -> None:
     """Raises ConfigError unless `weights` are the plain detector's, by name and shape."""
-    expected = {k: v.shape for k, v in build_plain(plain).state_dict().items()}
+    expected = {k: v.shape for k, v in build_detector(plain).state_dict().items()}
     found = {k: v.shape for k, v in weights.items()}
     wrong = sorted(k for k in {**expected, **found} if expected.get(k) != found.get(k))
     if wrong:
@@ -149,14 +189,14 @@ def check_weights(plain, weights: Dict[str, Tensor]) -> None:
         )
 
 
-def build_plain(plain) -> nn.Module:
+def build_detector(cfg) -> nn.Module:
     """The detector of a config, on the CPU. The random generator of the CPU is not changed."""
     with torch.random.fork_rng(devices=[]):
-        if not isinstance(plain, CfgNode):
+        if not isinstance(cfg, CfgNode):
             with naming_lazy_fields(), as_setting_error("model"):
-                return instantiate(plain.model)
-        plain = plain.clone()
-        plain.defrost()
-        plain.MODEL.DEVICE = "cpu"
+                return instantiate(cfg.model)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
         with as_setting_error("MODEL"):
-            return build_model(plain)
+            return build_model(cfg)

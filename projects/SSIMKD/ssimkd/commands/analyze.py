@@ -22,12 +22,13 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
-from ssimkd.checkpoint.export import build_plain, plain_config
+from ssimkd.checkpoint.export import build_detector
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.evaluation.predictor import device_of, image_reader, load_detector
 from ssimkd.modeling.several_teachers import distillers_in
 from ssimkd.report.model_cost import flop_counter
+from ssimkd.utils.config_keys import for_inference
 from ssimkd.utils.lazy_fields import naming_lazy_fields
 from ssimkd.utils.measure import clock_of, interleave, markdown
 
@@ -57,7 +58,7 @@ def load_all(cfg, weights: str) -> Dict[str, Detector]:
     if weights:
         student = load_detector(cfg, weights)
     else:
-        student = build_plain(plain_config(cfg, "")).eval().to(device)
+        student = build_detector(for_inference(cfg)).eval().to(device)
     found = {"student": Detector(student, bool(weights))}
     for name, spec in teachers_of(cfg):
         try:

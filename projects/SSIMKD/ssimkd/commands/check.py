@@ -34,7 +34,7 @@ from ssimkd.engine.writers import LOGGERS
 from ssimkd.engine.yaml_driver import DistillTrainer
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.modeling.several_teachers import distillers_of
-from ssimkd.teacher.preprocessing import image_format_of
+from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_batch
 from ssimkd.utils.lazy_fields import naming_lazy_fields
 
@@ -90,13 +90,12 @@ def build(cfg) -> Any:
 
 def pair_rows(model: Any) -> Iterator[Row]:
     """Rows on how images are prepared for each detector, and on which levels are compared."""
-    yield "student sees", prepared(model, image_format_of(model))
+    yield "student sees", prepared(model.preprocessing)
     for name, distiller in distillers_of(model):
         teacher = distiller.teacher
         if teacher is None:  # one of several teachers may have no losses
             continue
-        order = teacher.preprocessing.input_format
-        yield f"teacher {name}".rstrip() + " sees", prepared(teacher.model, order)
+        yield f"teacher {name}".rstrip() + " sees", prepared(teacher.preprocessing)
         for level, other in distiller.teacher_levels.items():
             shape, channels = distiller.student_shapes[level], teacher.shapes[other].channels
             way = " by conv1x1" if level in distiller.adapters else ""
@@ -104,14 +103,13 @@ def pair_rows(model: Any) -> Iterator[Row]:
             yield f"{name} level {level}".lstrip(), text
 
 
-def prepared(detector: Any, image_format: str) -> str:
+def prepared(how: Preprocessing) -> str:
     """Describes how a detector's images are prepared."""
-    mean, std = (
-        ", ".join(f"{value:.4g}" for value in x.flatten().tolist())
-        for x in (detector.pixel_mean, detector.pixel_std)
-    )
-    divisor = detector.backbone.size_divisibility
-    return f"{image_format}, mean {mean}, std {std}, sides padded to multiples of {divisor}"
+    if not how.mean:
+        return f"{how.input_format}, prepared by code of its own"
+    mean, std = (", ".join(f"{value:.4g}" for value in x) for x in (how.mean, how.std))
+    divisor = how.padding[0] or 1
+    return f"{how.input_format}, mean {mean}, std {std}, sides padded to multiples of {divisor}"
 
 
 def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
@@ -134,7 +132,8 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
             "MODEL.DISTILL.COOLDOWN_ITERS", 0, "MODEL.DISTILL.STOP_ITER", 0,
         ])  # fmt: skip
         return cfg
-    cfg.dataloader.train.total_batch_size = batch
+    if batch:  # a loader of the user's own may not have it
+        cfg.dataloader.train.total_batch_size = batch
     if cfg.dataloader.get("unlabeled"):
         cfg.dataloader.unlabeled.total_batch_size = unlabeled
     cfg.dataloader.pop("evaluator", None)

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 from collections import defaultdict
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
@@ -36,6 +36,10 @@ LABELS = ("annotations", "sem_seg_file_name", "pan_seg_file_name", "segments_inf
 SKIPPED = "skipped"  # An item that replaces unreadable images has a line for each under this key.
 # Detectron2's samplers keep in these attributes what they drew at random.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
+OTHERWISE = {  # argument of Detectron2's loader -> what to do in its place
+    "seed": "the images depend on train.seed",
+    "single_gpu_batch_size": "total_batch_size says how many images a step has",
+}
 Position = Tuple[int, int]  # position in this process's stream, index in the data set
 
 
@@ -103,8 +107,7 @@ class ResumableLoader:
                 f"{comm.get_world_size()} processes: change SOLVER.IMS_PER_BATCH"
                 f"{'' if labels else '_UNLABELED'} (.yaml) or total_batch_size (.py)"
             )
-        self.options = {"num_workers": num_workers, **options}
-        self.options["collate_fn"] = options.get("collate_fn") or trivial_batch_collator
+        self.options = {"num_workers": num_workers, **torch_options(options, num_workers)}
         self.batches = 0  # given so far
         self.unlabeled: Optional[ResumableLoader] = None  # its images come after those of a batch
 
@@ -112,13 +115,14 @@ class ResumableLoader:
         with preserve_random_state():
             positions: Any = self._positions()
             loader = iter(DataLoader(self._seeded(), batch_sampler=positions, **self.options))
-        more = iter(self.unlabeled or repeat([]))
+        more = iter(self.unlabeled or ())
         while True:
             with preserve_random_state():
                 batch = next(loader)
-            for item in batch:
+            for item in batch if isinstance(batch, list) else ():
                 self._count_skipped(item)
-            batch = [*batch, *next(more)]
+            if self.unlabeled is not None:
+                batch = [*batch, *next(more)]
             self.batches += 1
             yield batch
 
@@ -170,6 +174,20 @@ class ResumableLoader:
                 self.unlabeled.load_state_dict(state["unlabeled"])
             else:
                 logger.warning("The images without labels start anew: this resume is not exact")
+
+
+def torch_options(options: Dict[str, Any], num_workers: int) -> Dict[str, Any]:
+    """Those arguments of Detectron2's training loader that torch's DataLoader has.
+
+    Raises:
+        ConfigError: an argument cannot be followed.
+    """
+    for name, instead in OTHERWISE.items():
+        if options.get(name) is not None:
+            raise ConfigError(f"leave out {name}: {instead}")
+    left_out = {*OTHERWISE, "drop_last"} | (set() if num_workers else {"prefetch_factor"})
+    kept = {name: value for name, value in options.items() if name not in left_out}
+    return {**kept, "collate_fn": kept.get("collate_fn") or trivial_batch_collator}
 
 
 class Unlabeled:

@@ -37,6 +37,7 @@ from ssimkd.teacher.preprocessing import image_format_of
 from ssimkd.utils.compat import create_ddp_model
 from ssimkd.utils.config_keys import (
     datasets_of,
+    for_inference,
     names_of,
     setting,
     target_of,
@@ -219,9 +220,7 @@ def check_image_format(cfg, model: Any, *splits: str) -> None:
 @naming_lazy_fields()
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `train.init_checkpoint` (or the last checkpoint); no teacher is built."""
-    cfg = without_pretraining(cfg)
-    if "distiller" in cfg.model:
-        cfg.model.distiller = None
+    cfg = for_inference(cfg)
     model = build_model(cfg)
     check_image_format(cfg, model, "test")
     check_classes(model, datasets_of(cfg, "TEST"))

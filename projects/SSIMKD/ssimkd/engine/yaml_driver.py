@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
-from ssimkd.checkpoint.export import export_student
+from ssimkd.checkpoint.export import export_student, plain_config
 from ssimkd.checkpoint.reader import categories_in
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
@@ -34,7 +34,12 @@ from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
 from ssimkd.utils.compat import create_ddp_model, unwrap
-from ssimkd.utils.config_keys import datasets_of, unlabeled_batch, without_pretraining
+from ssimkd.utils.config_keys import (
+    datasets_of,
+    for_inference,
+    unlabeled_batch,
+    without_pretraining,
+)
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
@@ -175,6 +180,11 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         """Evaluates. The random state of a training stays as it is."""
+        if cfg.TEST.AUG.ENABLED:
+            logger.warning(
+                "TEST.AUG.ENABLED: this evaluation is without test-time augmentation. Detectron2's "
+                "tools/train_net.py has it; give it student.yaml"
+            )
         with preserve_random_state():
             results = super().test(cfg, model, evaluators)
         save_results(results, cfg.OUTPUT_DIR)
@@ -297,6 +307,7 @@ def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
+    plain_config(cfg, "")  # an error comes now, and not when the student is exported
     with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
         trainer = DistillTrainer(cfg, resume)
         trainer.settings.iterations = planned or trainer.max_iter
@@ -310,8 +321,7 @@ def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
 
 def evaluate(cfg, resume: bool) -> Dict[str, Any]:
     """Evaluates `MODEL.WEIGHTS` (or the last checkpoint) of a YAML config; no teacher is built."""
-    cfg = without_pretraining(cfg)
-    cfg.MODEL.DISTILL.LOSSES, cfg.MODEL.DISTILL.TEACHERS = (), []
+    cfg = for_inference(cfg)
     with as_setting_error("MODEL"):
         model = build_model(cfg)
     check_classes(model, datasets_of(cfg, "TEST"))

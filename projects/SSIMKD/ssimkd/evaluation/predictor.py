@@ -15,18 +15,18 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from torch import nn
 
 from ssimkd.checkpoint.coverage import load_detector_weights
-from ssimkd.checkpoint.export import build_plain, plain_config
+from ssimkd.checkpoint.export import build_detector
 from ssimkd.data.bad_images import UNREADABLE
 from ssimkd.data.datasets import build_mapper
 from ssimkd.errors import ConfigError, as_config_error
-from ssimkd.utils.config_keys import names_of, setting
+from ssimkd.utils.config_keys import for_inference, names_of, setting
 from ssimkd.utils.random_state import preserve_random_state
 
 READABLE = 480  # pixels. In smaller images the labels cover the objects.
 
 
 def load_detector(cfg, weights: str) -> nn.Module:
-    """The plain detector of a config with weights, in evaluation mode. No teacher is built.
+    """The detector of a config with weights, in evaluation mode. No teacher is built.
 
     Args:
         cfg (CfgNode or DictConfig): of a student or of a plain detector.
@@ -38,7 +38,7 @@ def load_detector(cfg, weights: str) -> nn.Module:
     Raises:
         ConfigError: the checkpoint cannot be read, or it lacks a tensor.
     """
-    model = build_plain(plain_config(cfg, weights))
+    model = build_detector(for_inference(cfg))
     absent = load_detector_weights(model, weights, "--weights")
     if absent:
         raise ConfigError(f"--weights: {weights} does not hold {absent[0]} in this config's shape")

@@ -65,10 +65,13 @@ class Context:
         Returns:
             list[(int, int)]: at most (H, W) each; (H, W) for every image without `mask_padding`.
         """
-        height, width = maps.shape[-2:]
         if not self.mask_padding:
-            return [(height, width)] * len(self.image_sizes)
-        stride = self.strides[level]
+            return [(maps.shape[-2], maps.shape[-1])] * len(self.image_sizes)
+        return self.image_cells(level, maps)
+
+    def image_cells(self, level: str, maps: Tensor) -> List[Tuple[int, int]]:
+        """Height and width of each image in cells, without its padding; see :meth:`cells`."""
+        (height, width), stride = maps.shape[-2:], self.strides[level]
         return [
             (min(height, math.ceil(h / stride)), min(width, math.ceil(w / stride)))
             for h, w in self.image_sizes

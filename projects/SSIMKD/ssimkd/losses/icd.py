@@ -245,7 +245,8 @@ class ICDLoss(KDLoss):
         logits, labels, box_errors, instances = [], [], [], 0
         for image, target in enumerate(targets):
             cells = {lv: cut(maps, image, lv, context) for lv, maps in teacher.items()}
-            grid = torch.cat([positions_like(x) for x in cells.values()])  # (L, C)
+            sizes = (context.image_cells(lv, maps)[image] for lv, maps in teacher.items())
+            grid = torch.cat(list(map(positions_like, cells.values(), sizes)))  # (L, C)
             queries = self.draw_queries(target, context.image_sizes[image]).to(grid)
             flat = [x.flatten(1).T for x in cells.values()]  # (l, C) for each level
             outputs, attention, values = self.decoder(
@@ -328,11 +329,14 @@ def cut(maps: Tensor, image: int, level: str, context: Context) -> Tensor:
     return maps[image, :, :h, :w]
 
 
-def positions_like(cells: Tensor) -> Tensor:
-    """P of a (C, h, w) map: (h w, C), C / 2 sinusoids of a cell's row and C / 2 of its column."""
+def positions_like(cells: Tensor, size: Tuple[int, int]) -> Tensor:
+    """P of a (C, h, w) map: (h w, C), C / 2 sinusoids of a cell's row and C / 2 of its column.
+
+    Both are shares of the image, whose height and width in cells are `size`.
+    """
     c, h, w = cells.shape
-    rows = torch.arange(1, h + 1, device=cells.device, dtype=cells.dtype) / h
-    columns = torch.arange(1, w + 1, device=cells.device, dtype=cells.dtype) / w
+    rows = torch.arange(1, h + 1, device=cells.device, dtype=cells.dtype) / size[0]
+    columns = torch.arange(1, w + 1, device=cells.device, dtype=cells.dtype) / size[1]
     y = sinusoids(rows, c // 2)[:, None].expand(h, w, c // 2)
     x = sinusoids(columns, c // 2)[None].expand(h, w, c // 2)
     return torch.cat([y, x], -1).flatten(0, 1)

@@ -106,6 +106,11 @@ class TorchvisionBackbone(Backbone):
         elif norm == "SyncBN":
             self.body = self.synchronize_norms(self.body)
 
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Gives a deep copy its original's mode: torchvision puts copies into training mode."""
+        super().__setstate__(state)
+        self.body.train(self.training)
+
     def build(self, name: str, weights: str) -> Tuple[nn.Module, Dict[str, int]]:
         """The network, which returns a dict of `features`, and their channels.
 

@@ -19,9 +19,10 @@ class GradientRatio:
     Detector and distiller get views of what a backbone returns, and of what a head predicts if a
     loss compares its predictions. After the backward pass the event storage gets "gradient_ratio",
     the Euclidean norm of the distillation's gradient, with its weights, divided by the norm of the
-    detector's, over all maps together, or over all predictions if no loss compares maps. It also
-    gets "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for each that both reach. At
-    the maps, the gradient of a loss that compares predictions counts as the detector's.
+    detector's, over the maps that the distillation reaches, or over the predictions if no loss
+    compares maps. It also gets "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for
+    each that both reach. A ratio to a gradient of 0 is left out. At the maps, the gradient of a
+    loss that compares predictions counts as the detector's.
 
     Args:
         log (bool): put the values into the event storage.
@@ -64,12 +65,11 @@ class GradientRatio:
         # a loss of weight 0 sends a gradient of 0
         reached = {name for name, square in distiller.items() if square > 0}
         names = self.maps & reached or reached or set(distiller)
-        total = sum(distiller[name] for name in names)
-        total = total / sum(detector[name] for name in names & set(detector))
-        values = {"gradient_ratio": float(total**0.5)}
+        sums = (sum(side.get(name, 0.0) for name in names) for side in (distiller, detector))
+        squares = {"gradient_ratio": [float(x) for x in sums]}
         for name in detector.keys() & distiller.keys():
-            ratio = float((distiller[name] / detector[name]) ** 0.5)
-            values[f"gradient_ratio/{name}"] = ratio
+            squares[f"gradient_ratio/{name}"] = [float(distiller[name]), float(detector[name])]
+        values = {key: (kd / own) ** 0.5 for key, (kd, own) in squares.items() if own > 0}
         if self.storage is not None:
             self.storage.put_scalars(smoothing_hint=True, **values)
         if self.report is not None:

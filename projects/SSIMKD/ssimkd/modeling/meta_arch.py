@@ -85,12 +85,18 @@ class DistillMixin:
         """The detector's own arguments, and those of this class from `cfg.MODEL.DISTILL`.
 
         Raises:
-            ConfigError: the number of classes is to be taken from the data, and was not.
+            ConfigError: the number of classes is to be taken from the data, and was not, or the
+                detector's class is not configurable.
         """
         if cfg.DATASETS.get("NUM_CLASSES_FROM_DATA"):
             raise ConfigError(
                 "DATASETS.NUM_CLASSES_FROM_DATA is True, and build_model(cfg) cannot count them: "
                 f"{OWN_LOOP}"
+            )
+        if not hasattr(super(), "from_config"):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE: {cls.plain_architecture().__name__} cannot be a student "
+                "without a @configurable constructor and its from_config"
             )
         ret = super().from_config(cfg)  # type: ignore[misc]
         ret["distiller"] = build_distiller(cfg)

@@ -91,15 +91,17 @@ def capture_heads(
         ratio (GradientRatio or None): measures the two gradients at what the heads give.
     """
     outputs = HeadOutputs(detector)
+    # An inference of RetinaNet or FCOS writes into what the head gave. One with VIS_PERIOD draws
+    # pictures during a training step.
+    changed_later = not detector.training or getattr(detector, "vis_period", 0) > 0
     with ExitStack() as handles:
         for kind, module, take in outputs.hook_targets(kinds, layers):
 
             def hook(module, inputs, output, kind=kind, take=take):
-                # FCOS's inference changes what its head gave
-                kept = output if detector.training else copied(output)
+                kept = output
                 if ratio is not None:
                     output, kept = ratio.split(kind, output)
-                take(kept)
+                take(copied(kept) if changed_later else kept)
                 return output
 
             handles.callback(module.register_forward_hook(hook).remove)

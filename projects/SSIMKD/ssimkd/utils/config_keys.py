@@ -71,7 +71,7 @@ def target_of(node: Any) -> Any:
 def without_pretraining(cfg: Any) -> Any:
     """A copy of a config whose backbone of torchvision or timm starts with random weights.
 
-    For a detector that gets all of its weights from a checkpoint: nothing is downloaded in vain.
+    For a model that gets all of its weights from a checkpoint: nothing is downloaded in vain.
 
     Args:
         cfg (CfgNode or DictConfig): of either kind; with `model` in a DictConfig.
@@ -93,4 +93,15 @@ def without_pretraining(cfg: Any) -> Any:
         if getattr(target, "__name__", str(target)).endswith(BACKBONES):
             node.weights = ""
         nodes += [item for item in node.values() if OmegaConf.is_config(item)]
+    return cfg
+
+
+def for_inference(cfg: Any) -> Any:
+    """A copy of a config whose student has no teacher; see also :func:`without_pretraining`."""
+    cfg = without_pretraining(cfg)
+    if not isinstance(cfg, CfgNode):
+        if "distiller" in cfg.model:
+            cfg.model.distiller = None
+    elif "DISTILL" in cfg.MODEL:
+        cfg.MODEL.DISTILL.LOSSES, cfg.MODEL.DISTILL.TEACHERS = (), []
     return cfg
