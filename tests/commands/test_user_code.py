@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
-from ssimkd.commands import begin, load_trained, check, export, predict, report, train
+from ssimkd.commands import begin, check, export, load_trained, predict, report, train
 from ssimkd.engine.arguments import load_arguments
 from ssimkd.utils.user_code import IMPORTED
 from ssimkd_cli import parse

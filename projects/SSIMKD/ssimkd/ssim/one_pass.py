@@ -12,7 +12,7 @@ statistics behind offset and scale, and the gradient through them.
     affine      level, scale, shift of x, of y   (6, M)
 
 A kernel is called as kernel(x, y, affine, options, gradient, factor). `options` are those of
-:func:`ssim_map`. It returns (3, M), sums over each map of 1 - SSIM, of its gradient by z and of
+:func:`ssim_map`. It returns (3, M), means over each map of 1 - SSIM, of its gradient by z and of
 that times x'; the last two only if `gradient` is not None. It fills `gradient`, (M, h, w), with the
 gradient by x, times `factor`. Cells of a row lie side by side in x, y and `gradient`.
 """
