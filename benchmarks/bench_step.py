@@ -14,7 +14,7 @@ from memory import peak_of
 from ssimkd.data.datasets import classes_in
 from ssimkd.engine.arguments import load_config
 from ssimkd.losses import KD_LOSS_REGISTRY
-from ssimkd.modeling.distiller import Distiller
+from ssimkd.modeling.distiller import Captured, Distiller
 from ssimkd.utils.measure import Call, clock_of, interleave, markdown
 from torch import Tensor
 
@@ -110,9 +110,9 @@ class Bench:
     def pair(self, loss: str) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
         """Maps of student and teacher as a loss gets them. The student's require gradient."""
         images = self.model.preprocess_image(self.batch).tensor
-        maps, preprocessing = self.model.backbone(images), self.model.preprocessing
-        distiller = self.distillers[loss]
-        student, teacher, *_ = distiller.match(self.batch, maps, images, preprocessing)
+        maps = self.model.backbone(images)
+        batch = Captured(self.batch, maps, images, self.model.preprocessing)
+        student, teacher, *_ = self.distillers[loss].match(batch)
         return {level: m.requires_grad_() for level, m in student.items()}, teacher
 
     def compare(self, loss: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:

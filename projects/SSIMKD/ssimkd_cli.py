@@ -10,22 +10,8 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Callable, Dict, NoReturn, Optional, Sequence
+from typing import Callable, NamedTuple, NoReturn, Optional, Sequence
 
-COMMANDS = {
-    "train": "train a detector, with a teacher or without",
-    "eval": "measure a detector's AP",
-    "check": "check teacher and student before a long run",
-    "weight": "propose a weight for the distillation losses",
-    "predict": "draw and list the objects that a detector finds in images",
-    "export": "write a student for plain Detectron2, TorchScript or ONNX",
-    "report": "write a page about runs",
-    "analyze": "count parameters and FLOPs of student and teacher, and time them",
-}
-HELP = "\n".join(
-    ["usage: ssimkd COMMAND [ARGUMENTS]; ssimkd COMMAND --help shows the arguments\n"]
-    + [f"  {name:<9}{text}" for name, text in COMMANDS.items()]
-)
 ITERATIONS = {"check": 5, "weight": 20}  # the fewest iterations that can be measured
 Add = Callable[..., object]
 
@@ -62,7 +48,7 @@ def parse(name: str, words: Optional[Sequence[str]] = None) -> argparse.Namespac
         help="a module of your own to import first, such as one that registers a backbone; "
         "may be given several times",
     )
-    ARGUMENTS[name](add)
+    COMMANDS[name].arguments(add)
     args = parser.parse_args(words)
     for word in getattr(args, "opts", ()):
         if word.startswith("--"):
@@ -161,16 +147,27 @@ def analyze(add: Add) -> None:
     add_overrides(add)
 
 
-ARGUMENTS: Dict[str, Callable[[Add], None]] = {
-    "train": train,
-    "eval": train,
-    "check": check,
-    "weight": weight,
-    "predict": predict,
-    "export": export,
-    "report": report,
-    "analyze": analyze,
+class Command(NamedTuple):
+    """What the help says of a command, and the function that adds its arguments to a parser."""
+
+    text: str
+    arguments: Callable[[Add], None]
+
+
+COMMANDS = {
+    "train": Command("train a detector, with a teacher or without", train),
+    "eval": Command("measure a detector's AP", train),
+    "check": Command("check teacher and student before a long run", check),
+    "weight": Command("propose a weight for the distillation losses", weight),
+    "predict": Command("draw and list the objects that a detector finds in images", predict),
+    "export": Command("write a student for plain Detectron2, TorchScript or ONNX", export),
+    "report": Command("write a page about runs", report),
+    "analyze": Command("count parameters and FLOPs of student and teacher, and time them", analyze),
 }
+HELP = "\n".join(
+    ["usage: ssimkd COMMAND [ARGUMENTS]; ssimkd COMMAND --help shows the arguments\n"]
+    + [f"  {name:<9}{command.text}" for name, command in COMMANDS.items()]
+)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -24,7 +24,7 @@ def test_help_names_every_module_of_the_folder(words, capsys):
     folder = ROOT / "projects/SSIMKD/ssimkd/commands"
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert set(main.COMMANDS) == modules
-    assert all(f"\n  {name:<9}{text}" in said for name, text in main.COMMANDS.items())
+    assert all(f"\n  {k:<9}{c.text}" in said for k, c in main.COMMANDS.items())
 
 
 def test_a_command_gets_the_words_behind_its_name(monkeypatch):

@@ -80,7 +80,10 @@ CASES = [
     # Detectron2 raises an error; the line names the key
     ([YAML, "SOLVER.LR_SCHEDULER_NAME", "X"], "SOLVER: ValueError: Unknown LR scheduler: X (trace"),
     ([YAML, "DATALOADER.SAMPLER_TRAIN", "X"], "DATALOADER or INPUT: ValueError: Unknown training"),
-    ([YAML, "MODEL.META_ARCHITECTURE", "X"], "MODEL: KeyError: \"No object named 'X' found"),
+    (
+        [YAML, "MODEL.META_ARCHITECTURE", "X"],
+        "META_ARCHITECTURE: KeyError: \"No object named 'X' found",
+    ),
     # the teacher and the weights
     ([YAML, f"{TEACHER}.CONFIG", "nowhere"], f"{TEACHER}.CONFIG"),
     ([YAML, f"{TEACHER}.WEIGHTS", "no.pth"], f"{TEACHER}.WEIGHTS: there is no file no.pth"),

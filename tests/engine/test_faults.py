@@ -226,7 +226,7 @@ class NanTeacher:
 
         def spoiled(*args):
             student, teacher, *predictions = match(*args)
-            labeled = "instances" in args[1][0]
+            labeled = "instances" in args[1].records[0]
             steps.extend([1] * (labeled and student["p3"].requires_grad))
             if labeled and len(steps) in (2, 5):
                 teacher["p3"][0, 0, 0, 0] = float("nan")

@@ -16,6 +16,7 @@ from ssimkd.evaluation.similarity import (
     scales,
     similarity_maps,
 )
+from ssimkd.modeling.distiller import Captured
 
 SIZE = (100, 125)  # Only the rows of p2 are whole cells.
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
@@ -26,7 +27,7 @@ def test_their_mean_over_the_cells_is_the_loss(student, opts):
     model, batch = student(*opts).eval(), image_batch(SIZE)
     images = model.preprocess_image(batch).tensor
     with torch.no_grad(), EventStorage() as storage:
-        model.distiller(batch, model.backbone(images), images, model.preprocessing)
+        model.distiller(Captured(batch, model.backbone(images), images, model.preprocessing))
         expected = storage.latest()
     pairs = dict(normalized_pairs(model, batch[0]))
     assert list(pairs) == list(STRIDES)

@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller
 from ssimkd.checkpoint.export import export_student
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
+from ssimkd.modeling.distiller import Captured
 from ssimkd.modeling.meta_arch import capture_backbone
 from ssimkd.modeling.paired_maps import paired_outputs
 from ssimkd.modeling.predictions import at_cells, capture_heads, common_places
@@ -195,9 +196,8 @@ def test_a_student_that_is_its_teacher_learns_nothing(name, loss, files):
 def test_the_proposals_are_those_of_the_detectors_own_loss(files):
     model = student_of(FASTER, FASTER, files(FASTER), ("dkd",))
     losses, outputs, _ = run(model)
-    student = model.distiller.match(BATCH, *backbone_of(model), model.preprocessing, outputs)[2][
-        "roi"
-    ][0]
+    batch = Captured(BATCH, *backbone_of(model), model.preprocessing)
+    student = model.distiller.match(batch, outputs)[2]["roi"][0]
     labels = student.labels([x["instances"] for x in BATCH])
     assert (labels < 80).any() and (labels == 80).any()
     torch.testing.assert_close(F.cross_entropy(student.logits, labels), losses["loss_cls"])

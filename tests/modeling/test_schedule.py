@@ -36,4 +36,4 @@ def test_it_has_ended_where_the_factor_is_0(stop):
 )
 def test_numbers_that_make_no_schedule_are_refused(phases, message):
     with pytest.raises(ConfigError, match=message):
-        Schedule(**phases).check()
+        Schedule(**phases)

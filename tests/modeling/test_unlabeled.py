@@ -5,7 +5,6 @@ import torch
 from conftest import image_batch
 from detectron2.utils.events import EventStorage
 from ssimkd import KD_LOSS_REGISTRY, ConfigError
-from ssimkd.modeling.distiller import learns_without_labels
 from ssimkd.modeling.nonfinite import explain_nonfinite
 from ssimkd.modeling.several_teachers import takes_unlabeled
 from test_students import BATCH, pair, rich_batch, save_teacher, zoo_cfg
@@ -44,7 +43,7 @@ def test_the_detector_sees_the_labeled_images_alone_and_the_teacher_all(name, pl
 
 
 def test_which_losses_learn_from_images_without_labels(student):
-    known = {name for name, cls in KD_LOSS_REGISTRY if learns_without_labels(cls())}
+    known = {name for name, cls in KD_LOSS_REGISTRY if cls().learns_without_labels}
     heads = {name for name, cls in KD_LOSS_REGISTRY if "maps" not in cls().compares}
     assert known.isdisjoint({"fgd", "defeat", "icd"} | heads)
     names = [name for name, cls in KD_LOSS_REGISTRY if {"maps", "roi"} & set(cls().compares)]

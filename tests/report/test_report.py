@@ -22,6 +22,7 @@ from ssimkd.data.shapes import FOLDER
 from ssimkd.engine import yaml_driver as engine
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import end_of, record_run
+from ssimkd.modeling.distiller import Captured
 from ssimkd.report import images
 from ssimkd.report.config_diff import differences
 from ssimkd.report.detection_errors import KINDS, detection_errors
@@ -179,7 +180,7 @@ def check_levels(report, levels):
         images = model.preprocess_image([x])
         with torch.no_grad(), EventStorage() as storage:
             maps = model.backbone(images.tensor)
-            model.distiller([x], maps, images.tensor, model.preprocessing)
+            model.distiller(Captured([x], maps, images.tensor, model.preprocessing))
             for level in values:
                 values[level].append(1 - 2 * storage.latest()[f"ssim_kd/{level}"][0])
     assert {key.split("/")[0] for key in levels} == set(values)

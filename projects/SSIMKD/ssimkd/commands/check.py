@@ -19,11 +19,12 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, MutableMapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
+from omegaconf import OmegaConf
 from ssimkd_cli import parse
 
 from ssimkd.data.datasets import check_classes
@@ -39,6 +40,7 @@ from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_b
 from ssimkd.utils.lazy_fields import naming_lazy_fields
 
 from . import begin
+from .weight import delays_in
 
 Row = Tuple[str, str]
 
@@ -128,8 +130,8 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
             "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", batch, "DATASETS.TEST", (),
             "SOLVER.REFERENCE_WORLD_SIZE", 0, "TEST.PRECISE_BN.ENABLED", False,
             "SOLVER.IMS_PER_BATCH_UNLABELED", unlabeled,
-            "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "", "MODEL.DISTILL.WARMUP_ITERS", 0,
-            "MODEL.DISTILL.COOLDOWN_ITERS", 0, "MODEL.DISTILL.STOP_ITER", 0,
+            "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "",
+            *(word for key in delays_in(cfg) for word in (key, 0)),
         ])  # fmt: skip
         return cfg
     if batch:  # a loader of the user's own may not have it
@@ -142,10 +144,8 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
     cfg.train.wandb_project = ""
     if "vis_period" in cfg.model:
         cfg.model.vis_period = 0
-    for node in (cfg.model.distiller, *cfg.model.distiller.values()):  # one teacher, or several
-        for name in ("warmup_iters", "cooldown_iters", "stop_iter"):
-            if isinstance(node, MutableMapping) and name in node:
-                node[name] = 0
+    for key in delays_in(cfg):
+        OmegaConf.update(cfg, key, 0, force_add=True)
     return cfg
 
 
@@ -154,9 +154,8 @@ def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float
 
     A metric that was put into the event storage in an earlier iteration has a line of its own.
     """
-    planned = setting(cfg, "iterations")
     short = short_run_config(cfg, folder, iterations, num_gpus)
-    driver_of(cfg).train(short, resume=False, planned=planned)
+    driver_of(cfg).train(short, resume=False)
     lines = (Path(folder) / "metrics.json").read_text().splitlines()
     return next(row for row in map(json.loads, reversed(lines)) if "time" in row)
 

@@ -80,20 +80,23 @@ def clips(cfg) -> bool:
     return isinstance(cfg, CfgNode) and cfg.SOLVER.CLIP_GRADIENTS.ENABLED
 
 
+def delays_in(cfg) -> List[str]:
+    """The keys of all first iterations, warm-ups, cool-downs and ends of a config's losses."""
+    keys = [key_in(node, loss.starts_after) for loss, node in losses_in(cfg) if loss.starts_after]
+    for teacher, _ in [("", None)] if isinstance(cfg, CfgNode) else distillers_in(cfg):
+        node = "MODEL.DISTILL" if isinstance(cfg, CfgNode) else f"model.distiller.{teacher}"
+        phases = ("warmup_iters", "cooldown_iters", "stop_iter")
+        keys += [key_in(node.rstrip("."), phase) for phase in phases]
+    return keys
+
+
 def logging_gradients(cfg) -> List[str]:
     """Overrides that log the gradients of :func:`weights_of`, without any warm-up or delay."""
-    yaml, measured = isinstance(cfg, CfgNode), weights_of(cfg)
-    settings: Dict[str, Any] = {}
-    for loss, node in losses_in(cfg):
-        if key_in(node, "weight") not in measured:
-            settings[key_in(node, "weight")] = 0.0
-        if loss.starts_after:
-            settings[key_in(node, loss.starts_after)] = 0
-    nodes = [f"model.distiller.{teacher}".rstrip(".") for teacher, _ in distillers_in(cfg)]
-    for phase in ("warmup_iters", "cooldown_iters", "stop_iter"):
-        keys = [f"MODEL.DISTILL.{phase.upper()}"] if yaml else [f"{n}.{phase}" for n in nodes]
-        settings.update(dict.fromkeys(keys, 0))
-    if yaml:
+    measured = weights_of(cfg)
+    weights = [key_in(node, "weight") for _, node in losses_in(cfg)]
+    settings: Dict[str, Any] = dict.fromkeys((k for k in weights if k not in measured), 0.0)
+    settings.update(dict.fromkeys(delays_in(cfg), 0))
+    if isinstance(cfg, CfgNode):
         settings["MODEL.DISTILL.LOG_GRADIENTS"] = PERIOD
         words = [word for key, value in settings.items() for word in (key, str(value))]
         return [*words, "MODEL.DISTILL.WANDB_PROJECT", ""]

@@ -17,21 +17,16 @@ from ssimkd.utils.user_code import import_user_code
 from .run_record import import_of_file, import_recorded
 
 SPLITS = ("TRAIN", "TEST", "UNLABELED")
-SKIP = (
-    ["DATALOADER.SKIP_BAD_IMAGES", "True"],
-    ["+dataloader.train.skip_bad_images=True"],  # of a LazyConfig
-)
 
 
 def load_arguments(args: argparse.Namespace):
     """The config that the command line of `ssimkd train` names; see :func:`load_config`."""
     import_user_code(args.imports)
-    overrides = list(args.opts)
-    if args.skip_bad_images:
-        with as_config_error("--config-file"):
-            lazy = config_files.find_config(args.config_file).endswith(".py")
-        overrides += SKIP[lazy]
-    cfg = read_config(args.config_file, overrides)
+    cfg = read_config(args.config_file, args.opts)
+    if args.skip_bad_images and isinstance(cfg, CfgNode):
+        cfg.DATALOADER.SKIP_BAD_IMAGES = True
+    elif args.skip_bad_images:
+        cfg.dataloader.train.skip_bad_images = True
     if args.resume:
         import_recorded(setting(cfg, "output"))
     if args.eval_only:

@@ -9,9 +9,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
+from ssimkd.checkpoint.export import export_student
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
+from ssimkd.data.datasets import categories_of
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import describe_error, is_user_error
+from ssimkd.errors import as_output_error, describe_error, is_user_error
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.teacher.heads import NAMES
@@ -193,6 +195,24 @@ class WarnOnGradientRatio(HookBase):
                 self.trainer.iter,
                 100 * ratio / (1 + ratio),
             )
+
+
+def build_export(cfg, model: nn.Module, checkpointer: RunCheckpointer) -> "CallAfterTraining":
+    """The hook that completes the checkpoints and writes the student for stock Detectron2.
+
+    Args:
+        cfg (CfgNode or DictConfig): the run's config, as the user gave it.
+        model (nn.Module): without DistributedDataParallel around it.
+        checkpointer (RunCheckpointer): of the run.
+    """
+    folder = checkpointer.save_dir
+
+    def export() -> None:
+        with as_output_error(f"write the student to {folder}"):
+            checkpointer.write_final()
+            export_student(cfg, model.state_dict(), folder, categories_of(cfg))
+
+    return CallAfterTraining(export)
 
 
 class CallAfterTraining(HookBase):

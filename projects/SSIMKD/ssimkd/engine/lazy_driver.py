@@ -18,18 +18,17 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ssimkd.checkpoint.export import export_student, warn_unless_exportable
+from ssimkd.checkpoint.export import warn_unless_exportable
 from ssimkd.checkpoint.reader import categories_in
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import (
-    categories_of,
     check_classes,
     check_trained_order,
     training_classes,
 )
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, as_config_error, as_output_error, as_setting_error
+from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.evaluation.evaluators import build_lazy_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
@@ -48,7 +47,7 @@ from ssimkd.utils.lazy_fields import naming_lazy_fields
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
-from .hooks import CallAfterTraining, build_hooks
+from .hooks import build_export, build_hooks
 from .preemption import ignore_cluster_signals
 from .preflight import prepare
 from .run_record import describe_run
@@ -60,25 +59,23 @@ logger = logging.getLogger(__name__)
 
 
 @naming_lazy_fields()
-def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
+def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a LazyConfig.
 
     Args:
         cfg (DictConfig): the config.
         resume (bool): go on from the last checkpoint in `cfg.train.output_dir`.
-        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
     """
     with wandb_run(read_settings(cfg).wandb_project, cfg.train.output_dir):
-        return _train(cfg, resume, planned)
+        return _train(cfg, resume)
 
 
-def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
+def _train(cfg, resume: bool) -> Dict[str, Any]:
     original, cfg = cfg, copy.deepcopy(cfg)
     folder, settings = cfg.train.output_dir, read_settings(cfg)
-    settings.iterations = planned or settings.iterations
     resumed = resume and bool(checkpoints_in(folder))
     student = build_with_teachers(cfg, resumed)
     if comm.is_main_process():
@@ -107,12 +104,7 @@ def _train(cfg, resume: bool, planned: int) -> Dict[str, Any]:
         results.update(test_model(cfg, model))
         return results
 
-    def export() -> None:
-        with as_output_error(f"write the student to {folder}"):
-            checkpointer.write_final()
-            export_student(original, student.state_dict(), folder, categories_of(cfg))
-
-    exporting = CallAfterTraining(export)
+    exporting = build_export(original, student, checkpointer)
     with as_config_error("train.checkpointer", TypeError):  # it names an unknown argument
         checkpoints = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
     trainer.register_hooks(

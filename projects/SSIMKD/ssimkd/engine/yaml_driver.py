@@ -17,19 +17,18 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
-from ssimkd.checkpoint.export import export_student, plain_config
+from ssimkd.checkpoint.export import plain_config
 from ssimkd.checkpoint.reader import categories_in
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer, checkpoints_in
 from ssimkd.data.bad_images import NamingMapper
 from ssimkd.data.datasets import (
     build_mapper,
-    categories_of,
     check_classes,
     check_trained_order,
     training_classes,
 )
 from ssimkd.data.resumable_loader import ResumableLoader
-from ssimkd.errors import ConfigError, as_output_error, as_setting_error
+from ssimkd.errors import ConfigError, as_setting_error
 from ssimkd.evaluation.evaluators import build_evaluator, save_results
 from ssimkd.modeling.meta_arch import DistillMixin
 from ssimkd.modeling.several_teachers import build_teachers, takes_unlabeled
@@ -43,7 +42,7 @@ from ssimkd.utils.config_keys import (
 from ssimkd.utils.random_state import preserve_random_state
 
 from .finite_steps import build_step_trainer
-from .hooks import CallAfterTraining, build_hooks
+from .hooks import build_export, build_hooks
 from .preemption import ignore_cluster_signals
 from .preflight import prepare
 from .run_record import describe_run
@@ -85,7 +84,7 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = RunCheckpointer(
             model, cfg.OUTPUT_DIR, key="MODEL.WEIGHTS", run=run, trainer=weakref.proxy(self)
         )
-        self.exporting = CallAfterTraining(self.export)
+        self.exporting = build_export(cfg, unwrap(model), self.checkpointer)
         self.register_hooks(self.build_hooks())
 
     @staticmethod
@@ -236,14 +235,6 @@ class DistillTrainer(DefaultTrainer):
         check_classes(model, datasets_of(self.cfg, "TRAIN", "TEST"))
         prepare(model, self.data_loader, self.settings, resumed=resumed)
 
-    def export(self):
-        """Completes the checkpoints and writes the student for stock Detectron2."""
-        folder = self.cfg.OUTPUT_DIR
-        with as_output_error(f"write the student to {folder}"):
-            self.checkpointer.write_final()
-            state = unwrap(self.model).state_dict()
-            export_student(self.cfg, state, folder, categories_of(self.cfg))
-
     def state_dict(self):
         """Adds the optimizer and loss scale, which Detectron2 up to v0.6 leaves out."""
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
@@ -296,13 +287,12 @@ def build_with_teachers(cfg) -> Any:
     return DistillTrainer.build_model(cfg)
 
 
-def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
+def train(cfg, resume: bool) -> Dict[str, Any]:
     """Trains a YAML config.
 
     Args:
         cfg (CfgNode): the config, with `MODEL.DISTILL`.
         resume (bool): go on from the last checkpoint in `cfg.OUTPUT_DIR`.
-        planned (int): iterations of the run that this short one stands for; 0: it is no such run.
 
     Returns:
         dict: metrics of the last evaluation, on the main process.
@@ -310,7 +300,6 @@ def train(cfg, resume: bool, planned: int = 0) -> Dict[str, Any]:
     plain_config(cfg, "")  # an error comes now, and not when the student is exported
     with wandb_run(cfg.MODEL.DISTILL.WANDB_PROJECT, cfg.OUTPUT_DIR):
         trainer = DistillTrainer(cfg, resume)
-        trainer.settings.iterations = planned or trainer.max_iter
         trainer.resume_or_load(resume=resume)
         if not resume:
             trainer.checkpointer.move_earlier_run()

@@ -35,7 +35,6 @@ class KDLoss(nn.Module):
 
     name: str  # set by `register_loss`
     compares: Tuple[str, ...] = ("maps",)  # or the kinds of heads that the loss can compare
-    # Images without labels take part in a loss of maps alone that does not need boxes
     needs_boxes: bool = False
     layer: int = 0  # for the kind "cross": see `crosskd.py`
     starts_after: str = ""  # option that counts first iterations without a gradient for the student
@@ -49,6 +48,11 @@ class KDLoss(nn.Module):
     def of_maps(self) -> bool:
         """Whether it compares maps, and not the predictions of heads."""
         return self.compares == ("maps",)
+
+    @property
+    def learns_without_labels(self) -> bool:
+        """Whether it takes images without labels."""
+        return self.of_maps and not self.needs_boxes
 
     @property
     def first_iteration(self) -> int:

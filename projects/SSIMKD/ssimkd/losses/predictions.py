@@ -96,8 +96,8 @@ def binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 def softmax_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """(R,) KL divergence of the probabilities of two logits (R, K); 0 where they are equal."""
-    log_p, log_q = teacher.log_softmax(dim=1), student.log_softmax(dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    log_q, log_p = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
 def by_stage(
@@ -111,7 +111,7 @@ def by_stage(
 
 def binary_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     """Binary cross-entropy of logits with the teacher's probability as target, of any shape."""
-    return F.softplus(student) - teacher.sigmoid() * student
+    return F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
 
 
 def giou_cost(student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ The values in the order in which they are computed:
 
 import logging
 from contextlib import nullcontext, suppress
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.config import configurable
@@ -26,7 +26,6 @@ from ssimkd.teacher.heads import (
     NAMES,
     Facts,
     box_predictors,
-    check_class_names,
     check_has,
     check_heads,
     describe_heads,
@@ -48,7 +47,22 @@ OPTIONS = (
 )
 Maps = Dict[str, Tensor]
 Terms = Dict[str, Dict[str, Tensor]]
-Unlabeled = Tuple[List[Dict], Maps, Tensor]  # records, what the backbone returned, and was given
+
+
+class Captured(NamedTuple):
+    """A batch on which a student's backbone has run.
+
+    Attributes:
+        records (list[dict]): what the student was given.
+        maps (dict[str, Tensor]): level -> (N, C, H, W), what its backbone returned.
+        images (Tensor): (N, 3, H, W), what its backbone was given.
+        preprocessing (Preprocessing): how the student made `images` of `records`.
+    """
+
+    records: List[Dict]
+    maps: Maps
+    images: Tensor
+    preprocessing: Preprocessing
 
 
 class Distiller(nn.Module):
@@ -90,7 +104,6 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = Schedule(warmup_iters, cooldown_iters, stop_iter)
-        self.schedule.check()
         check_coefficients(**{"MODEL.DISTILL.TEACHER.LOSS_WEIGHT": loss_weight})
         if adapter not in ("none", "conv1x1"):
             raise ConfigError(f"MODEL.DISTILL.ADAPTER must be none or conv1x1, got {adapter!r}")
@@ -153,7 +166,7 @@ class Distiller(nn.Module):
     @property
     def takes_unlabeled(self) -> bool:
         """Whether a loss compares the maps of images without labels."""
-        return any(learns_without_labels(loss) for loss in self.losses.values())
+        return any(loss.learns_without_labels for loss in self.losses.values())
 
     @property
     def kinds(self) -> List[str]:
@@ -226,7 +239,6 @@ class Distiller(nn.Module):
             kinds = [kind for kind in loss.compares if kind in self.student_heads]
             names = class_names, teacher.class_names
             check_heads(loss.name, kinds, self.student_heads, teacher.heads, names)
-            check_class_names(loss.name, kinds, self.student_heads, names)
         with nullcontext() if self.compares_maps else suppress(ConfigError):
             self.teacher_levels = self._match_levels(teacher)
         self.teacher = teacher
@@ -245,24 +257,18 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        batched_inputs: List[Dict],
-        student_maps: Maps,
-        images: Tensor,
-        preprocessing: Preprocessing,
+        labeled: Captured,
         outputs: Optional[HeadOutputs] = None,
-        unlabeled: Optional[Unlabeled] = None,
+        unlabeled: Optional[Captured] = None,
     ) -> Dict[str, Tensor]:
         """The weighted losses of one batch. Their values by level go to the event storage, later if
         a GPU computes them; see :class:`LateLog`.
 
         Args:
-            batched_inputs (list[dict]): what the student was given.
-            student_maps (dict[str, Tensor]): level -> (N, C, H, W), what its backbone returned.
-            images (Tensor): (N, 3, H, W), what its backbone was given.
-            preprocessing (Preprocessing): how the student made `images` of `batched_inputs`.
-            outputs (HeadOutputs or None): of its heads, for the losses that compare them.
-            unlabeled (tuple or None): the same first three arguments of images without labels.
-                Each image counts the same in the losses of maps that need no boxes.
+            labeled (Captured): the images from which the detector learns.
+            outputs (HeadOutputs or None): of its heads for them, for the losses that compare heads.
+            unlabeled (Captured or None): images without labels. Each image counts the same in the
+                losses of maps that need no boxes.
 
         Returns:
             dict[str, Tensor]: "<loss>_kd_loss" -> scalar; 0 from `stop_iter` on, when the teacher
@@ -275,16 +281,13 @@ class Distiller(nn.Module):
         if not self.active(iteration):
             if iteration == self.schedule.stop:
                 logger.info("The distillation has ended (STOP_ITER): its losses are 0 from now on")
-            return self._ended(images.device)
-        student, teacher, *predictions = self.match(
-            batched_inputs, student_maps, images, preprocessing, outputs
-        )
-        terms = self.compare(student, teacher, batched_inputs, iteration, predictions)
-        if unlabeled is not None:
-            records = unlabeled[0]
-            student, teacher, *_ = self.match(*unlabeled, preprocessing)
-            more = self.compare(student, teacher, records, iteration, labeled=False)
-            terms = average_terms((terms, len(batched_inputs)), (more, len(records)))
+            return self._ended(labeled.images.device)
+        student, teacher, *predictions = self.match(labeled, outputs)
+        terms = self.compare(student, teacher, labeled.records, iteration, predictions)
+        if unlabeled is not None and self.takes_unlabeled:
+            student, teacher, *_ = self.match(unlabeled)
+            more = self.compare(student, teacher, unlabeled.records, iteration, labeled=False)
+            terms = average_terms((terms, len(labeled.records)), (more, len(unlabeled.records)))
         self.log.put(
             {f"{name}_kd/{level}": x for name, by in terms.items() for level, x in by.items()}
         )
@@ -305,14 +308,13 @@ class Distiller(nn.Module):
         return {f"{loss.name}_kd_loss": zero for loss in self.losses.values()}
 
     def match(
-        self,
-        batched_inputs: List[Dict],
-        student_maps: Maps,
-        images: Tensor,
-        preprocessing: Preprocessing,
-        outputs: Optional[HeadOutputs] = None,
+        self, batch: Captured, outputs: Optional[HeadOutputs] = None
     ) -> Tuple[Maps, Maps, Predictions, Predictions]:
-        """Runs the teacher and the adapters; the arguments are those of :meth:`forward`.
+        """Runs the teacher and the adapters.
+
+        Args:
+            batch (Captured): images with labels or without.
+            outputs (HeadOutputs or None): see :meth:`forward`.
 
         Returns:
             (dict, dict): the maps of student and teacher, level of the student -> (N, C, H, W), of
@@ -322,10 +324,11 @@ class Distiller(nn.Module):
         Raises:
             ConfigError: a map does not have one cell per stride.
         """
+        records, student_maps, images, preprocessing = batch
         if self.teacher is None:
             self.build_teacher(images.device)
         assert self.teacher is not None
-        teacher_maps, teacher_size = self.teacher(batched_inputs, images, preprocessing)
+        teacher_maps, teacher_size = self.teacher(records, images, preprocessing)
         height, width = images.shape[-2:]
         student, teacher = {}, {}
         predictions: Tuple[Predictions, Predictions] = {}, {}
@@ -338,7 +341,7 @@ class Distiller(nn.Module):
             if level in self.adapters:
                 student[level] = self.adapters[level](student[level])
         if outputs is not None and self.kinds:
-            context = self.context(batched_inputs)
+            context = self.context(records)
             maps = {name: as_float(x) for name, x in teacher_maps.items()}  # as its heads are
             with torch.autocast(images.device.type, enabled=False):
                 predictions = pair_predictions(
@@ -382,18 +385,13 @@ class Distiller(nn.Module):
         terms = {}
         with torch.autocast(self.teacher.device.type, enabled=False):
             for loss in self.losses.values():
-                if not (labeled or learns_without_labels(loss)):
+                if not (labeled or loss.learns_without_labels):
                     continue
                 if loss.of_maps:
                     terms[loss.name] = loss(student, teacher, context)
                 elif predictions:
                     terms[loss.name] = loss(*predictions, context)
         return terms
-
-
-def learns_without_labels(loss: KDLoss) -> bool:
-    """Whether a loss takes images without labels: it compares maps, and needs no boxes."""
-    return loss.of_maps and not loss.needs_boxes
 
 
 def average_terms(*batches: Tuple[Terms, int]) -> Terms:

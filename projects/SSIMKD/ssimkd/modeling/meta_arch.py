@@ -26,7 +26,7 @@ from ssimkd.errors import ConfigError
 from ssimkd.teacher.preprocessing import Preprocessing, image_format_of, preprocessing_of
 from ssimkd.utils.compat import FCOS
 
-from .distiller import Distiller
+from .distiller import Captured, Distiller
 from .gradient_ratio import GradientRatio
 from .predictions import capture_heads
 from .several_teachers import Distillers, build_distiller, build_teachers, distillers_of
@@ -153,11 +153,9 @@ class DistillMixin:
         if unlabeled and any(one.takes_unlabeled for one in active):
             with capture_backbone(self.backbone, ratio) as alone:
                 self.backbone(self.preprocess_image(unlabeled).tensor)
-            more = unlabeled, alone["maps"], alone["images"]
-        kd_losses = distiller(
-            labeled, captured["maps"], captured["images"], self.preprocessing, outputs, more
-        )
-        return {**losses, **kd_losses}
+            more = Captured(unlabeled, **alone, preprocessing=self.preprocessing)
+        batch = Captured(labeled, **captured, preprocessing=self.preprocessing)
+        return {**losses, **distiller(batch, outputs, more)}
 
     def _build_missing_teachers(self, active: List[Distiller]) -> None:
         if any(one.teacher is None for one in active):

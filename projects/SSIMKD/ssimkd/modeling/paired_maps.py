@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from .distiller import Distiller
+from .distiller import Captured, Distiller
 from .meta_arch import capture_backbone
 from .predictions import Predictions, capture_heads
 
@@ -36,8 +36,8 @@ def paired_outputs(
         heads = capture_heads(model, distiller.kinds, [distiller.layer])
         with capture_backbone(model.backbone) as captured, heads as outputs:
             model(batch)
-        maps, images = captured["maps"], captured["images"]
-        return distiller.match(batch, maps, images, model.preprocessing, outputs)
+        taken = Captured(batch, **captured, preprocessing=model.preprocessing)
+        return distiller.match(taken, outputs)
 
 
 @contextmanager

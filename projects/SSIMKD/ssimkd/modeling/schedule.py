@@ -1,28 +1,31 @@
 """The factor of all distillation weights, by iteration."""
 
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
 
 from ssimkd.errors import ConfigError
 from ssimkd.utils.validate import check_integers
 
 
-class Schedule(NamedTuple):
+@dataclass(frozen=True)
+class Schedule:
     """The factor grows linearly over the first `warmup` iterations, stays at 1, and falls linearly
     to 0 over the last `cooldown` iterations before `stop`.
 
     Attributes:
         warmup, cooldown (int): numbers of iterations; 0: there is no such phase.
         stop (int): the first iteration in which the factor is 0; 0: there is none.
+
+    Raises:
+        ConfigError: a number is out of its range.
     """
 
     warmup: int = 0
     cooldown: int = 0
     stop: int = 0
 
-    def check(self) -> None:
-        """Raises ConfigError if a number is out of its range."""
+    def __post_init__(self) -> None:
         keys = ("WARMUP_ITERS", "COOLDOWN_ITERS", "STOP_ITER")
-        check_integers(**{f"MODEL.DISTILL.{key}": value for key, value in zip(keys, self)})
+        check_integers(**{f"MODEL.DISTILL.{key}": value for key, value in zip(keys, astuple(self))})
         if self.cooldown > self.stop:
             raise ConfigError(
                 f"MODEL.DISTILL.COOLDOWN_ITERS is {self.cooldown} and STOP_ITER is {self.stop}: "

@@ -1,13 +1,11 @@
 """The Distillers of a student: one, or one for each of several teachers."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import (
     Any,
     ContextManager,
     Dict,
     Iterable,
-    Iterator,
     List,
     Mapping,
     Optional,
@@ -23,12 +21,11 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ssimkd.errors import ConfigError, as_config_error
-from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.utils.config_files import merge_overrides
 from ssimkd.utils.lazy_fields import naming_lazy_fields
 
 from .backbones import check_pixels
-from .distiller import Distiller, Unlabeled
+from .distiller import Captured, Distiller
 from .predictions import HeadOutputs
 
 # What an entry of MODEL.DISTILL.TEACHERS may hold besides the keys of TEACHER and NAME.
@@ -77,22 +74,16 @@ class Distillers(nn.ModuleDict):
 
     def forward(
         self,
-        batched_inputs: List[Dict],
-        student_maps: Dict[str, Tensor],
-        images: Tensor,
-        preprocessing: Preprocessing,
+        labeled: Captured,
         outputs: Optional[HeadOutputs] = None,
-        unlabeled: Optional[Unlabeled] = None,
+        unlabeled: Optional[Captured] = None,
     ) -> Dict[str, Tensor]:
         """See :meth:`Distiller.forward`; "<loss>_kd_loss_<name>" -> scalar."""
         losses = {}
         for name, distiller in self.named():
             if distiller.enabled:
                 with naming_teacher(name), get_event_storage().name_scope(name):
-                    more = unlabeled if distiller.takes_unlabeled else None
-                    own = distiller(
-                        batched_inputs, student_maps, images, preprocessing, outputs, more
-                    )
+                    own = distiller(labeled, outputs, unlabeled)
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 
@@ -101,21 +92,24 @@ class Distillers(nn.ModuleDict):
         return cast(Iterable[Tuple[str, Distiller]], self.items())
 
 
-def distillers_of(model: Any) -> Iterator[Tuple[str, Distiller]]:
-    """The name of each teacher of a student, and its Distiller; the name of a single one is ""."""
-    distiller = getattr(model, "distiller", None)
+def named(distiller: Any) -> List[Tuple[str, Distiller]]:
+    """Each Distiller and the name of its teacher; the name of a single one is ""."""
     if isinstance(distiller, Distillers):
-        yield from distiller.named()
-    elif isinstance(distiller, Distiller):
-        yield "", distiller
+        return list(distiller.named())
+    return [("", distiller)] if isinstance(distiller, Distiller) else []
 
 
-def distillers_in(cfg) -> Iterator[Tuple[str, Distiller]]:
-    """As :func:`distillers_of`, for the student of a config, which is not built."""
-    lazy = not isinstance(cfg, CfgNode)
-    with naming_lazy_fields(lazy):
-        distiller: Any = instantiate(cfg.model.get("distiller")) if lazy else build_distiller(cfg)
-    return distillers_of(SimpleNamespace(distiller=distiller))
+def distillers_of(model: Any) -> List[Tuple[str, Distiller]]:
+    """See :func:`named`, for a student; [] for any other model."""
+    return named(getattr(model, "distiller", None))
+
+
+def distillers_in(cfg) -> List[Tuple[str, Distiller]]:
+    """See :func:`named`, for the student of a config, which is not built."""
+    if isinstance(cfg, CfgNode):
+        return named(build_distiller(cfg))
+    with naming_lazy_fields():
+        return named(instantiate(cfg.model.get("distiller")))
 
 
 def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:

@@ -1,11 +1,12 @@
 """The settings in which runs differ."""
 
-from typing import Dict, List, Mapping, Tuple
+from typing import Dict, List, Tuple
 
 from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 
 from ssimkd.checkpoint.same_run import flatten
+from ssimkd.losses import KD_LOSS_REGISTRY
 
 from .run import Run
 
@@ -56,7 +57,7 @@ def differences(runs: List[Run]) -> List[List[str]]:
 def unused_losses(run: Run) -> List[str]:
     """The nodes of MODEL.DISTILL of the losses that a YAML run does not use."""
     node = run.cfg.MODEL.DISTILL
-    entries = node.TEACHERS or [node.TEACHER if node.TEACHER.CONFIG else {"LOSSES": ()}]
-    used = {str(name).upper() for e in entries for name in e.get("LOSSES", node.LOSSES)}
-    losses = [key for key, value in node.items() if isinstance(value, Mapping) and key != "TEACHER"]
-    return [key for key in losses if key not in used]
+    used = set(node.LOSSES) if node.TEACHER.CONFIG and not node.TEACHERS else set()
+    for entry in node.TEACHERS:
+        used |= set(entry.get("LOSSES", node.LOSSES))
+    return [name.upper() for name, _ in KD_LOSS_REGISTRY if name not in used]

@@ -117,20 +117,15 @@ def _combine(mu_x, mu_y, var_sum, cov_xy, var_product, c1, c2, exponents) -> Ten
     alpha, beta, gamma = exponents
     luminance = (2 * mu_x * mu_y + c1) / (mu_x * mu_x + mu_y * mu_y + c1)
     if beta == gamma:
-        cov_xy = _clamp(cov_xy, var_sum / 2)
+        cov_xy = cov_xy.clamp(-var_sum / 2, var_sum / 2)  # it lies there but for rounding
         contrast_structure = (2 * cov_xy + c2) / (var_sum + c2)
         return _signed_power(luminance, alpha) * _signed_power(contrast_structure, beta)
     sd_product = _root(var_product)
-    cov_xy = _clamp(cov_xy, sd_product)
+    cov_xy = cov_xy.clamp(-sd_product, sd_product)
     contrast = (2 * sd_product + c2) / (var_sum + c2)
     structure = (cov_xy + c2 / 2) / (sd_product + c2 / 2)
     contrast_structure = _signed_power(contrast, beta) * _signed_power(structure, gamma)
     return _signed_power(luminance, alpha) * contrast_structure
-
-
-def _clamp(x: Tensor, bound: Tensor) -> Tensor:
-    """x within [-bound, bound], where it lies but for rounding; so SSIM stays within [-1, 1]."""
-    return torch.maximum(torch.minimum(x, bound), -bound)
 
 
 def _root(x: Tensor) -> Tensor:

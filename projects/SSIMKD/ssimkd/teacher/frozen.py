@@ -98,27 +98,38 @@ class Teacher:
         self.move(images.device)
         if preprocessing != self.preprocessing:
             given = [x["image"] for x in batched_inputs]
-            if preprocessing.is_own and preprocessing.mean:
-                # it may flip images or change their colours, so the teacher sees its results
-                undone = undo(images, given, preprocessing)
-                if not self.checked:
-                    check_undone(undone, given, preprocessing)
-                if not self.checked_padding and any(
-                    x.shape[-2:] != images.shape[-2:] for x in given
-                ):
-                    check_padding(images, given, preprocessing)
-                    self.checked_padding = True
-                given, self.checked = undone, True
-            elif preprocessing.is_own and not self.checked:
-                self.checked = True
+            if preprocessing.is_own:
+                given = self.as_student_sees(given, images, preprocessing)
+            images = self.preprocess(given, preprocessing)
+        height, width = images.shape[-2:]
+        return self.network(images), (height, width)
+
+    def as_student_sees(
+        self, given: List[Tensor], images: Tensor, preprocessing: Preprocessing
+    ) -> List[Tensor]:
+        """The mapper's images with what the student's own code, such as a flip, did to them.
+
+        Raises:
+            ConfigError: they cannot be had from the student's images, at the first call.
+        """
+        if not preprocessing.mean:
+            if not self.checked:
                 logger.warning(
                     "%s is your own, and the model has no pixel_mean and pixel_std: the teacher "
                     "sees the images of the mapper, without what it does to them",
                     preprocessing.function.__qualname__,
                 )
-            images = self.preprocess(given, preprocessing)
-        height, width = images.shape[-2:]
-        return self.network(images), (height, width)
+            self.checked = True
+            return given
+        undone = undo(images, given, preprocessing)
+        if not self.checked:
+            check_undone(undone, given, preprocessing)
+        padded = any(x.shape[-2:] != images.shape[-2:] for x in given)
+        if padded and not self.checked_padding:
+            check_padding(images, given, preprocessing)
+            self.checked_padding = True
+        self.checked = True
+        return undone
 
     @property
     def device(self) -> torch.device:

@@ -95,15 +95,17 @@ def box_predictors(detector: Any) -> List[FastRCNNOutputLayers]:
 
 def check_heads(
     loss: str,
-    kinds: Iterable[str],
+    kinds: Sequence[str],
     student: Dict[str, Facts],
     teacher: Dict[str, Facts],
     names: Sequence[Sequence[str]] = ((), ()),
 ) -> None:
     """Raises ConfigError unless a teacher has these kinds of heads, and they fit the student's.
 
+    Their classes must also have the same names, where these are known.
+
     Args:
-        loss (str), kinds (iterable[str]): what the loss compares.
+        loss (str), kinds (sequence[str]): what the loss compares.
         student, teacher (dict[str, dict]): their heads.
         names (sequence[sequence[str]]): see :func:`check_class_names`.
     """
@@ -122,6 +124,7 @@ def check_heads(
                     f"MODEL.DISTILL.LOSSES: {loss} cannot compare {NAMES[kind]} of student and "
                     f"teacher: {fact} is {own} in the student and {other} in the teacher{more}"
                 )
+    check_class_names(loss, kinds, student, names)
 
 
 def head_modules(detector: nn.Module, kind: str, stages: int) -> List[str]:
