@@ -13,13 +13,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-import matplotlib
-from ssimkd.utils import measure
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from compare_methods import PLAIN, REFERENCE
+from matplotlib.figure import Figure
 from scipy.stats import t
+from ssimkd.utils import measure
 
 Row = Dict[str, Any]
 METRICS = ("AP", "AP50", "AP75")
@@ -57,9 +54,8 @@ def costs(solo: Sequence[Row]) -> Dict[str, Row]:
         medians[method] = {key: statistics.median(row[key] for row in rows) for key in COSTS}
     plain = medians.get(PLAIN)
     if plain:
-        ratios = {key: {m: cost[key] / plain[key] for m, cost in medians.items()} for key in COSTS}
-        for method, cost in medians.items():
-            cost.update({f"{key}_ratio": ratios[key][method] for key in COSTS})
+        for cost in medians.values():
+            cost.update({f"{key}_ratio": cost[key] / plain[key] for key in COSTS})
     return medians
 
 
@@ -145,7 +141,8 @@ def plot(runs: Sequence[Row], path: Path) -> None:
         {method for method, _ in samples},
         key=lambda method: [means.get((method, budget), -1.0) for budget in reversed(budgets)],
     )
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(methods)), layout="constrained")
+    axes = figure.subplots()
     for (method, budget), values in samples.items():
         index = budgets.index(budget)
         height = methods.index(method) + 0.3 * (index - (len(budgets) - 1) / 2)
@@ -158,4 +155,3 @@ def plot(runs: Sequence[Row], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

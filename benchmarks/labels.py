@@ -26,17 +26,14 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import compare_report as report
-import matplotlib
 from compare import metrics_of, origin_of
 from compare_methods import ROOT
 from compare_runs import Run, Runner, gather, restore, schedule
 from detectron2.data import DatasetCatalog
+from matplotlib.figure import Figure
 from ssimkd.engine.arguments import load_config
 from ssimkd.errors import ConfigError, exit_in_one_line
 from ssimkd.utils.measure import markdown, mean_and_deviation
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 METHODS = VANILLA, SSIM, SSIM_ON_ALL = ("vanilla", "ssim", "ssim on all images")
 # folder of the two configs, name of the training images, the dataset of the results
@@ -97,7 +94,8 @@ def table(samples: Samples) -> str:
 
 def plot(samples: Samples, path: Path) -> None:
     """Draws a dot for each seed and a line through the means."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for index, method in enumerate(METHODS):
         found = {p: [*samples[p, m].values()] for p, m in sorted(samples) if m == method}
         for percent, values in found.items():
@@ -109,7 +107,6 @@ def plot(samples: Samples, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -188,7 +188,7 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             cfg = load_config(args.config_file, args.opts)
-            check_config(cfg, parse("train", []))
+            check_config(cfg, parse("train", []))  # as one process on this machine
             if isinstance(cfg, CfgNode):  # as SOLVER.REFERENCE_WORLD_SIZE demands in the long run
                 cfg = DistillTrainer.auto_scale_workers(cfg, args.num_gpus)
             rows += pair_rows(build(cfg))

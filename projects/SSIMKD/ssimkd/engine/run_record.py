@@ -173,7 +173,10 @@ def import_recorded(folder: str) -> None:
 
 
 def import_of_file(path: str) -> None:
-    """Does the same for the folder of a config or checkpoint; nothing for "" or a URL."""
+    """Imports the modules of the run in whose folder this config or checkpoint lies.
+
+    Nothing is imported for "" or a URL.
+    """
     if path and "://" not in path:
         import_recorded(os.path.dirname(os.path.abspath(path)))
 

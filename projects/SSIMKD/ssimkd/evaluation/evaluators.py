@@ -69,7 +69,7 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
         )
     if kind == "coco_panoptic_seg" and has_panopticapi():
         kinds[kind].append(partial(COCOPanopticEvaluator, output_dir=folder))
-    return joined([build(dataset_name) for build in kinds[kind]])
+    return prepared([build(dataset_name) for build in kinds[kind]])
 
 
 def number_annotations(evaluator: DatasetEvaluator) -> None:
@@ -91,8 +91,8 @@ def number_annotations(evaluator: DatasetEvaluator) -> None:
             coco.createIndex()
 
 
-def joined(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
-    """One evaluator for several, with the numbers of annotations that COCO's metric needs."""
+def prepared(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
+    """Joins evaluators into one, and numbers annotations anew where COCO's metric needs it."""
     for evaluator in evaluators:
         number_annotations(evaluator)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
@@ -114,7 +114,7 @@ def build_lazy_evaluator(node, folder: str) -> DatasetEvaluator:
             each.setdefault("output_dir", folder)
         if target is not COCOPanopticEvaluator or has_panopticapi():
             evaluators.append(instantiate(each))
-    return joined(evaluators)
+    return prepared(evaluators)
 
 
 def has_panopticapi() -> bool:

@@ -176,7 +176,9 @@ class Distiller(nn.Module):
 
     @property
     def layer(self) -> int:
-        """After which convolution of the student's head its features go into the teacher's."""
+        """Number of the convolution of the student's head behind which its features enter the
+        teacher's head; 0: no loss needs this.
+        """
         return max((loss.layer for loss in self.losses.values()), default=0)
 
     def attach(

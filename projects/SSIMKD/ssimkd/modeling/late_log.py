@@ -51,10 +51,10 @@ class LateLog:
         self.write(wait=False)
 
     def write(self, wait: bool = True) -> None:
-        """Puts what is kept into its event storage where it is finite.
+        """Writes the kept values to their event storage. NaN and infinity are left out.
 
         Args:
-            wait (bool): for what a GPU has not copied yet; otherwise that is kept.
+            wait (bool): wait for values that a GPU has not copied yet; otherwise they stay kept.
         """
         while self.kept and (wait or self.kept[0].copied is None or self.kept[0].copied.query()):
             storage, iteration, names, numbers, copied = self.kept.pop(0)

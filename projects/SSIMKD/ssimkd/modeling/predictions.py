@@ -55,7 +55,7 @@ class HeadOutputs:
     def hook_targets(
         self, kinds: Iterable[str], layers: Iterable[int]
     ) -> Iterator[Tuple[str, nn.Module, Callable]]:
-        """Kinds, modules of the detector, and functions that take what these modules give."""
+        """For each module to hook: its kind of head, the module, and what stores its output."""
         detector = self.detector
         if "rpn" in kinds:
             head = detector.proposal_generator.rpn_head

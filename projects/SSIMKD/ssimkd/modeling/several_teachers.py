@@ -113,9 +113,9 @@ def distillers_in(cfg) -> List[Tuple[str, Distiller]]:
 
 
 def build_teachers(model: Any, class_names: Sequence[str] = ()) -> None:
-    """Builds every teacher of a student, so that a failure comes before the first step.
+    """Builds every teacher of a student before the first step, so that a failure comes early.
 
-    It also checks that the student's pretrained backbone gets the images that it needs.
+    First it checks that a pretrained backbone of the student gets the images that it needs.
 
     Args:
         model (nn.Module): the student, or any other model.

@@ -158,7 +158,10 @@ def _about_level(stacks, offset, scale) -> Tensor:
 
 
 def _rows_that_hold(by_row: Tensor, end: Tensor) -> tuple:
-    """Index of the rows whose extreme is their map's; of all rows where picking would wait."""
+    """Index of the rows that hold their map's extreme.
+
+    On a GPU it is that of all rows, because the host would wait for the number of selected rows.
+    """
     return (slice(None),) * 2 if by_row.is_cuda else (by_row == end).nonzero(as_tuple=True)
 
 
