@@ -15,6 +15,7 @@ from ssimkd.data.datasets import (
     categories_of,
     check_classes,
     count_classes,
+    image_ids_of,
     register_coco,
     use_own_data,
 )
@@ -42,7 +43,8 @@ def own(tmp_path):
 
 def test_the_json_names_the_classes(own):
     register_coco([own], ["own_train"])
-    register_coco([own], ["own_train"])  # The second call changes nothing.
+    again = {**own, "IMAGES": f"{own['IMAGES']}/."}  # the same folder in other words
+    register_coco([again], ["own_train"])  # The second call changes nothing.
     assert MetadataCatalog.get("own_train").thing_classes == CLASSES
     (record,) = DatasetCatalog.get("own_train")
     assert [a["category_id"] for a in record["annotations"]] == [0, 1]
@@ -122,6 +124,18 @@ def test_stuff_classes_are_checked_as_well():
         check_classes(build_model(cfg), {"DATASETS.TRAIN": [name]})
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
     check_classes(build_model(cfg), {"DATASETS.TRAIN": [name]})
+
+
+def test_an_image_of_several_test_sets_has_its_id_in_the_first(own, tmp_path):
+    images = [{"id": 5, "file_name": "a.jpg", "height": 96, "width": 96}]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({**json.loads(open(own["JSON"]).read()), "images": images}))
+    other = {**own, "NAME": "own_val", "JSON": str(path)}
+    opts = [KEY, str([own, other]), "DATASETS.TEST", "('own_train', 'own_val')"]
+    cfg = load_config("configs/shapes/vanilla.yaml", opts, ("TEST",))
+    assert image_ids_of(cfg) == {str(tmp_path / "a.jpg"): 1}
+    DatasetCatalog.remove("own_val")
+    MetadataCatalog.remove("own_val")
 
 
 def test_a_lazy_config_without_roi_heads_has_its_classes_counted():

@@ -110,3 +110,10 @@ def test_arguments_of_detectron2s_own_loader():
 def test_a_batch_of_an_own_collate_fn_stays_as_it_is():
     batch = next(iter(loader(collate_fn=lambda items: {"items": items})))
     assert [*batch] == ["items"]
+
+
+def test_an_own_collate_fn_beside_images_without_labels_is_refused():
+    stream = loader(collate_fn=lambda items: {"items": items})
+    stream.unlabeled = loader(labels=False)
+    with pytest.raises(ConfigError, match="collate_fn: .* must return a list of records, got dict"):
+        next(iter(stream))

@@ -271,10 +271,10 @@ def test_detectors_that_differ_in_an_evaluation_are_timed_one_by_one(folder, tmp
     smaller = copy_run(
         folder, tmp_path, "twin", config=("DETECTIONS_PER_IMAGE: 20", "DETECTIONS_PER_IMAGE: 9")
     )
-    monkeypatch.setattr(Detector, "detect", lambda self, name: None)
-    detectors = Report([Run(str(folder / "twin")), smaller]).detectors
-    assert len({d.in_evaluation for d in detectors}) == 2
-    assert len({d.architecture for d in detectors}) == 1
+    report, timed = Report([Run(str(folder / "twin")), smaller]), set()
+    monkeypatch.setattr(Detector, "detect", lambda self, name: timed.add(self.label))
+    assert set(speeds(report.detectors, report.names[:1])) == timed and len(timed) == 2
+    assert len({d.architecture for d in report.detectors}) == 1
 
 
 @pytest.mark.parametrize("change", [("MAX_ITER: 2", "MAX_ITER: 3"), ("- report_train", "- other")])
@@ -283,7 +283,16 @@ def test_a_twin_was_trained_alike(folder, tmp_path, change):
     assert Report([student, copy_run(folder, tmp_path, "twin", config=change)]).twin is None
 
 
-def test_an_evaluation_of_the_student_is_not_its_twin(folder, tmp_path):
+def test_a_run_on_other_data_of_the_same_name_is_not_compared(folder, tmp_path):
+    other = copy_run(
+        folder, tmp_path, "twin", config=("instances_val.json", "instances_train.json")
+    )
+    report = Report([Run(str(folder / "student")), other])
+    assert report.twin is None and other.images == [] and len(report.comparable) == 1
+    assert "was evaluated on other data called report_val" in Page(report.html()).text
+
+
+def test_an_evaluation_alone_is_no_twin(folder, tmp_path):
     again = copy_run(folder, tmp_path, "twin", missing=["metrics.json"])
     again.record = [{**again.record[-1], "command": "ssimkd eval", "outcome": "finished"}]
     assert Report([Run(str(folder / "student")), again]).twin is None

@@ -139,6 +139,16 @@ def test_a_scalar_of_an_earlier_iteration_takes_nothing_away(write, tmp_path):
     assert write().scalars == expected
 
 
+def test_an_evaluation_beside_the_training_does_not_hide_its_results(write, tmp_path):
+    (tmp_path / "results.json").write_text('{"bbox": {"AP": 1.0}}')
+    record = [
+        {"command": "ssimkd train", "test": ["a"], "outcome": "finished", "ended": "2026-01-02"},
+        {"command": "ssimkd eval", "test": ["b"], "outcome": "finished", "ended": "2026-01-01"},
+    ]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert write("DATASETS.TEST", ("a",)).results == {"bbox": {"AP": 1.0}}
+
+
 def test_the_training_is_described_with_its_images_without_labels(write, tmp_path):
     logged = {"iteration": 9, "total_loss": 1, "ssim_kd_loss": 1}
     (tmp_path / "metrics.json").write_text(json.dumps(logged))

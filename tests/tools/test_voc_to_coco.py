@@ -54,10 +54,9 @@ def test_boxes_are_clipped_and_classes_keep_their_order(folder):
         (2, 1, 1, [60, 40, 4, 8], 32),
     ]
     both = COCO(folder / "val_train.json")
+    # an image of both splits is listed once
     assert [image["file_name"] for image in both.dataset["images"]] == ["a.jpg", "b.jpg"]
-    assert (
-        sorted(both.imgs) == [1, 2] and len(both.getAnnIds(imgIds=[2])) == 2
-    )  # an image of both is listed once
+    assert sorted(both.imgs) == [1, 2] and len(both.getAnnIds(imgIds=[2])) == 2
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ class RunCheckpointer(CheckpointReader):
         folder = os.path.join(self.save_dir, f"before-{datetime.now():%Y%m%d-%H%M%S-%f}")
         with as_output_error(f"move the files of an earlier run to {folder}"):
             os.mkdir(folder)
-            for name in sorted(names):  # `last_checkpoint` is the first.
+            for name in sorted(names):  # `last_checkpoint` comes before the checkpoints
                 os.rename(os.path.join(self.save_dir, name), os.path.join(folder, name))
         logger.warning(
             "Without --resume: checkpoints and results of the earlier run are now in %s", folder

@@ -122,6 +122,11 @@ class ResumableLoader:
             for item in batch if isinstance(batch, list) else ():
                 self._count_skipped(item)
             if self.unlabeled is not None:
+                if not isinstance(batch, list):
+                    raise ConfigError(
+                        "dataloader.train.collate_fn: beside images without labels it must return "
+                        f"a list of records, got {type(batch).__name__}"
+                    )
                 batch = [*batch, *next(more)]
             self.batches += 1
             yield batch

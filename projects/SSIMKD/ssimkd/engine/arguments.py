@@ -6,6 +6,7 @@ from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
+from omegaconf import OmegaConf
 
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
 from ssimkd.data.datasets import check_datasets, use_own_data
@@ -26,7 +27,7 @@ def load_arguments(args: argparse.Namespace):
     if args.skip_bad_images and isinstance(cfg, CfgNode):
         cfg.DATALOADER.SKIP_BAD_IMAGES = True
     elif args.skip_bad_images:
-        cfg.dataloader.train.skip_bad_images = True
+        OmegaConf.update(cfg, "dataloader.train.skip_bad_images", True, force_add=True)
     if args.resume:
         import_recorded(setting(cfg, "output"))
     if args.eval_only:

@@ -201,7 +201,7 @@ def build_export(cfg, model: nn.Module, checkpointer: RunCheckpointer) -> "CallA
     """The hook that completes the checkpoints and writes the student for stock Detectron2.
 
     Args:
-        cfg (CfgNode or DictConfig): the run's config, as the user gave it.
+        cfg (CfgNode or DictConfig): the run's config.
         model (nn.Module): without DistributedDataParallel around it.
         checkpointer (RunCheckpointer): of the run.
     """

@@ -47,7 +47,7 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
     Raises:
         ConfigError: a module cannot be inherited, or maps do not agree cell by cell.
     """
-    distillers = list(distillers_of(model))
+    distillers = distillers_of(model)
     inherits: Dict[str, List[str]] = {} if resumed else settings.inherit
     if not any(distiller.enabled for _, distiller in distillers):
         for number, (name, _) in enumerate(distillers):

@@ -27,7 +27,7 @@ class DriverSettings:
         skip_nonfinite_steps (int): steps with NaN or infinity that a run leaves out before it
             stops, see `finite_steps.py`.
         wandb_project (str): project in Weights & Biases; "" leaves it out.
-        iterations (int): of the run, or of the run that a short one stands for.
+        iterations (int): of the run.
     """
 
     inherit: Dict[str, List[str]]

@@ -179,7 +179,7 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         """Evaluates. The random state of a training stays as it is."""
-        if cfg.TEST.AUG.ENABLED:
+        if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
             logger.warning(
                 "TEST.AUG.ENABLED: this evaluation is without test-time augmentation. Detectron2's "
                 "tools/train_net.py has it; give it student.yaml"

@@ -19,10 +19,10 @@ class GradientRatio:
     Detector and distiller get views of what a backbone returns, and of what a head predicts if a
     loss compares its predictions. After the backward pass the event storage gets "gradient_ratio",
     the Euclidean norm of the distillation's gradient, with its weights, divided by the norm of the
-    detector's, over the maps that the distillation reaches, or over the predictions if no loss
-    compares maps. It also gets "gradient_ratio/<level>" and "gradient_ratio/<kind of head>" for
-    each that both reach. A ratio to a gradient of 0 is left out. At the maps, the gradient of a
-    loss that compares predictions counts as the detector's.
+    detector's. Both norms are taken over the maps that the distillation reaches, or over the
+    predictions if no loss compares maps. The storage also gets "gradient_ratio/<level>" and
+    "gradient_ratio/<kind of head>" for each that both reach. A ratio to a gradient of 0 is left
+    out. At the maps, the gradient of a loss that compares predictions counts as the detector's.
 
     Args:
         log (bool): put the values into the event storage.

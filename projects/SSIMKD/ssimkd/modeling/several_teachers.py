@@ -5,7 +5,6 @@ from typing import (
     Any,
     ContextManager,
     Dict,
-    Iterable,
     List,
     Mapping,
     Optional,
@@ -87,15 +86,15 @@ class Distillers(nn.ModuleDict):
                 losses.update({f"{key}_{name}": value for key, value in own.items()})
         return losses
 
-    def named(self) -> Iterable[Tuple[str, Distiller]]:
+    def named(self) -> List[Tuple[str, Distiller]]:
         """The names of the teachers and their Distillers."""
-        return cast(Iterable[Tuple[str, Distiller]], self.items())
+        return cast(List[Tuple[str, Distiller]], [*self.items()])
 
 
 def named(distiller: Any) -> List[Tuple[str, Distiller]]:
     """Each Distiller and the name of its teacher; the name of a single one is ""."""
     if isinstance(distiller, Distillers):
-        return list(distiller.named())
+        return distiller.named()
     return [("", distiller)] if isinstance(distiller, Distiller) else []
 
 

@@ -13,8 +13,8 @@ from .run import Run
 ABSENT = "-"
 EVALUATION = ("INPUT.", "MODEL.", "TEST.", "model.", "dataloader.test.")
 TRAINING = (  # of those, the ones that matter to a training alone
-    *("MODEL.DISTILL.", "MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS"),
-    *("model.distiller.", "model._target_"),
+    *("MODEL.DISTILL.", "MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS", "INPUT.MIN_SIZE_TRAIN"),
+    *("model.distiller", "model._target_", "model.log_gradients"),
 )
 OF_A_RUN = ("OUTPUT_DIR", "SEED", "train.output_dir", "train.seed")  # runs may differ in them
 

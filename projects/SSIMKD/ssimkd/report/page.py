@@ -47,8 +47,8 @@ class Report:
 
     Attributes:
         detectors (list[Detector]): the first run's, its vanilla twin, other ones, its teachers.
-        twin (Detector or None): the same student without a teacher, trained on the same labelled
-            images for as many iterations of as many of them.
+        twin (Detector or None): the same student, trained without a teacher on the same labelled
+            images, with the same batch and number of iterations.
         notes (list[str]): sentences that say what is left out and why.
         levels (dict[str, list[float]]): level -> for each image of the sample, the SSIM of student
             and teacher. It is empty if they cannot be compared.
@@ -69,8 +69,9 @@ class Report:
             self.notes.append("This run was not evaluated, or its results.json is not complete.")
         for d in others:
             if d.runs and d not in self.comparable:
+                data = f"other data called {d.dataset}" if d.runs[0].other_data else d.dataset
                 self.notes.append(
-                    f"{d.label} was evaluated on {d.dataset or 'nothing'}, not on {run.dataset}: "
+                    f"{d.label} was evaluated on {data or 'nothing'}, not on {run.dataset}: "
                     "its AP and its errors are not compared."
                 )
 
@@ -86,6 +87,7 @@ class Report:
                 d
                 for d in alike
                 if d.dataset == self.run.dataset
+                and not d.runs[0].other_data
                 and d.runs[0].has_trained
                 and schedule_of(d.runs[0]) == schedule
             ),

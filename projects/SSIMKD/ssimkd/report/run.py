@@ -38,7 +38,7 @@ class Run:
         cfg (CfgNode or DictConfig): its config.yaml.
         record (list[dict]): the entries of its run.json, oldest first.
         notes (list[str]): a sentence for the page about each file that is broken.
-        other_data (bool): whether the name of its data means other data on this page.
+        failed (bool): whether its data could not be registered.
 
     Raises:
         ConfigError: there is no config.yaml, or it cannot be read.
@@ -58,12 +58,12 @@ class Run:
                 self.cfg = LazyConfig.load(path)
         else:
             self.cfg = load_config(path)
-        self.other_data = False
+        self.failed = False
         try:
             use_own_data(self.cfg, ("TEST",))
         except ConfigError as error:  # the data was moved: the page does without its images
             self.notes.append(f"{error}.")
-            self.other_data = self.dataset in DatasetCatalog
+            self.failed = True
         self.record = read_record(self.folder)
 
     def path(self, *parts: str) -> str:
@@ -79,6 +79,11 @@ class Run:
     def dataset(self) -> str:
         """The last data set that the run evaluates on, or "" if there is none."""
         return ["", *names_of(self.cfg, "TEST")][-1]
+
+    @property
+    def other_data(self) -> bool:
+        """Whether the name of its data is that of other data, which another run registered."""
+        return self.failed and self.dataset in DatasetCatalog
 
     @cached_property
     def results(self) -> Dict[str, Dict[str, Optional[float]]]:
@@ -100,7 +105,8 @@ class Run:
     def _evaluated(self) -> bool:
         """Whether the last evaluation in this folder was of the data sets of config.yaml."""
         names = names_of(self.cfg, "TEST")
-        tests = [e.get("test", names) for e in self.record if e.get("outcome") == "finished"]
+        ended = sorted(self.record, key=lambda entry: entry.get("ended") or "")
+        tests = [e.get("test", names) for e in ended if e.get("outcome") == "finished"]
         return not tests or tests[-1] == names
 
     @cached_property

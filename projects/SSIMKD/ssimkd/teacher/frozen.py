@@ -110,7 +110,8 @@ class Teacher:
         """The mapper's images with what the student's own code, such as a flip, did to them.
 
         Raises:
-            ConfigError: they cannot be had from the student's images, at the first call.
+            ConfigError: the student's images do not show what its code did. This is checked at the
+                first call and for the first padded batch.
         """
         if not preprocessing.mean:
             if not self.checked:
