@@ -100,6 +100,41 @@ def test_a_step_left_out_is_as_if_its_images_were_not_there(wrong, _, clip):
     assert torch.equal(*momenta)
 
 
+class Normalized(Model):
+    """A batch norm sees what becomes NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, batch):
+        (x,) = batch
+        self.norm(torch.rand(4, 2) * x["value"])
+        return super().forward(batch)
+
+
+def test_a_step_left_out_does_not_change_the_statistics_of_batch_norms():
+    def run(values):
+        torch.manual_seed(0)
+        model = Normalized()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        batches = [batch(0, value=value) for value in values]
+        FiniteSimpleTrainer(model, batches, optimizer, skip=1).train(0, len(batches))
+        return model.norm
+
+    found, expected = run([1.0, math.nan]), run([1.0])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_a_fused_optimizer_leaves_out_steps_with_mixed_precision():
+    trainer = build([batch(0), batch(1, value=math.nan), batch(2)], 1, ScaledTrainer)
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.01, fused=True)
+    trainer.optimizer.register_step_pre_hook(trainer._check_gradients)
+    trainer.train(0, 3)
+    assert trainer.skipped == 1 and trainer.model.weight.isfinite().all()
+
+
 def test_the_limit_of_left_out_steps_holds_across_a_resume():
     batches = [batch(0), batch(1, root=0.0), batch(2), batch(3, value=math.nan)]
     trainer = train(batches, allowed=1)

@@ -140,6 +140,7 @@ class RunCheckpointer(CheckpointReader):
         Raises:
             ConfigError: they cannot be moved.
         """
+        comm.synchronize()  # another process may still be reading one of the files
         names = {LAST, *checkpoints_in(self.save_dir), *numbered_in(self.save_dir)} - {FINAL}
         names |= RESULTS
         names = {name for name in names if os.path.exists(os.path.join(self.save_dir, name))}

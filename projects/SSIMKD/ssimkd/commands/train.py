@@ -22,7 +22,7 @@ from ssimkd.engine import launch
 from ssimkd.engine.arguments import check_config, load_arguments
 from ssimkd.engine.driver import driver_of
 from ssimkd.engine.preemption import INTERRUPTED
-from ssimkd.engine.run_record import keep_config, record_run
+from ssimkd.engine.run_record import STOPPED, keep_config, record_run
 from ssimkd.engine.writers import quiet_terminal
 from ssimkd.errors import as_config_error, traceback_in_log
 from ssimkd.utils.config_files import find_config
@@ -36,6 +36,10 @@ def run(args) -> None:
         _run(args)
     except KeyboardInterrupt:  # torch would end a process that it has started with status 0
         sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code in STOPPED:
+            comm.synchronize()  # torch ends all other processes as soon as one has ended
+        raise
 
 
 def _run(args) -> None:

@@ -55,6 +55,7 @@ class FiniteSteps:
         super().__init__(model, data_loader, optimizer)  # type: ignore[call-arg]
         self.allowed, self.skipped, self.overflows = skip, 0, 0
         self.batch: List[Dict[str, Any]] = []
+        self.statistics: List[Tuple[Tensor, Tensor]] = []  # of batch norms, and as they were before
         self.losses: Dict[str, Tensor] = {}  # this step's, after its forward
         self.kept: List[Tuple[int, Dict[str, Tensor], float]] = []  # iteration, losses, data_time
         self.stepped = False
@@ -81,6 +82,8 @@ class FiniteSteps:
     def _keep_batch(self, model: nn.Module, inputs: Any) -> None:
         if model.training:
             self.batch = inputs[0]
+            statistics = statistics_of(model) if self.allowed else []
+            self.statistics = [(buffer, buffer.clone()) for buffer in statistics]
 
     def _write_metrics(
         self, loss_dict: Mapping[str, Tensor], data_time: float, *args: Any, **kwargs: Any
@@ -122,6 +125,9 @@ class FiniteSteps:
         """
         if self.stepped:  # Detectron2's clipping optimizer calls this hook a second time
             return
+        overflow = getattr(optimizer, "found_inf", None)
+        if isinstance(overflow, Tensor) and overflow.item():
+            return  # a fused optimizer is called all the same, and makes no step
         self.stepped = True
         values = list(self.losses.values())
         scaler = getattr(self, "grad_scaler", None)
@@ -152,6 +158,8 @@ class FiniteSteps:
 
     def _leave_out(self) -> None:
         """Every process calls this."""
+        for buffer, before in self.statistics:  # NaN would stay in a running mean
+            buffer.copy_(before)
         own = self._wrong_losses()
         others = [f"in another process: {text}" for text in comm.all_gather(own) if text]
         text = self._explain(own or next(iter(others), ""))
@@ -191,6 +199,12 @@ class FiniteSteps:
         """Takes a checkpoint of Detectron2's own trainers as well."""
         super().load_state_dict(state_dict)  # type: ignore[misc]
         self.skipped = state_dict.get("skipped_steps", 0)
+
+
+def statistics_of(model: nn.Module) -> List[Tensor]:
+    """The buffers of the batch norms that a training changes."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms if norm.training for buffer in norm.buffers()]
 
 
 def all_finite(values: List[Tensor]) -> bool:

@@ -275,6 +275,8 @@ class ReadMetrics(HookBase):
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
             self.read()
+        if not comm.is_main_process():  # no writer takes the pictures of VIS_PERIOD there
+            self.trainer.storage.clear_images()
 
     def after_train(self) -> None:
         """Reads those of a run that failed, unless it would wait for processes that have ended."""

@@ -56,7 +56,7 @@ def start(main: Callable[[Any], None], check: Callable[[Any], str], args: Any) -
 
 def start_processes(main: Callable[[Any], None], args: Any) -> None:
     """Starts a process for each GPU. Exits with the status of the first one that fails."""
-    if args.num_gpus > 1:
+    if args.num_gpus * args.num_machines > 1:  # Detectron2 then starts processes
         forward_to_children()
     try:
         engine.launch(
