@@ -21,10 +21,9 @@ from typing import Dict
 import torch
 from bench_growth import bench_growth, growth_table
 from bench_loss import LOSSES, OWN, STRIDES, bench_loss, loss_table
-from bench_step import bench_step, step_table
+from bench_step import OF_MAPS, bench_step, step_table
 from ssimkd.engine.run_record import machine
 from ssimkd.errors import exit_in_one_line
-from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.utils.measure import positive
 
 
@@ -52,7 +51,6 @@ def parse(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    known = sorted(name for name, _ in KD_LOSS_REGISTRY)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, default=1, help="CPU threads of torch")
     add("--size", type=positive, nargs=2, default=(800, 1333), help="height and width in pixels")
@@ -66,7 +64,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--repeats", type=positive, default=5, help="repeats of --loss (5)")
     add("--step", action="store_true", help="measure a training step with each loss and without")
     add("--config", default="configs/ssimkd_R50.yaml", help="config of --step and --growth")
-    add("--losses", nargs="+", choices=known, help="losses of --step (all)")
+    add("--losses", nargs="+", choices=OF_MAPS, help="losses of --step (all of maps)")
     add("--step-images", type=positive, default=1, help="images of a batch of --step")
     add("--step-repeats", type=positive, default=3, help="repeats of --step and --growth (3)")
     add("--growth", action="store_true", help="measure how loss and step grow")

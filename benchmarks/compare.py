@@ -35,6 +35,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 import sys
 from itertools import chain
 from pathlib import Path
@@ -194,6 +195,9 @@ class Comparison:
             for turn in range(1, self.args.timing_rounds + 1)
             for method, weight in weights.items()
         }
+        if any(run.record() is None for run in runs.values()):  # then they all take turns again
+            for run in runs.values():
+                shutil.rmtree(run.folder, ignore_errors=True)
         self.runner.finish(runs.values(), "costs", jobs=1)
         rows = []
         for (turn, method), run in runs.items():
