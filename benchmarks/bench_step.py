@@ -145,8 +145,9 @@ def bench_step(args: argparse.Namespace) -> Dict:
         calls[f"distilled, {loss}"] = partial(bench.step, loss)
     peaks = {}
     for name, call in calls.items():
-        # a CPU's memory depends on what earlier calls have left
-        peaks[name] = peak_of(call, args.device) if args.device != "cpu" else call()
+        peaks[name] = peak_of(call, args.device)
+        if args.device == "cpu":  # it depends on what earlier calls have left
+            peaks[name] = None
         print(f"{name}: done once", flush=True)
     maps = bench.pair(losses[0])
     for loss in losses:

@@ -127,9 +127,14 @@ def test_stuff_classes_are_checked_as_well():
 
 
 def test_an_image_of_several_test_sets_has_its_id_in_the_first(own, tmp_path):
-    images = [{"id": 5, "file_name": "a.jpg", "height": 96, "width": 96}]
+    content = json.loads(open(own["JSON"]).read())
+    for entry, key in (
+        (content["images"][0], "id"),
+        *((a, "image_id") for a in content["annotations"]),
+    ):
+        entry[key] = 5
     path = tmp_path / "other.json"
-    path.write_text(json.dumps({**json.loads(open(own["JSON"]).read()), "images": images}))
+    path.write_text(json.dumps(content))
     other = {**own, "NAME": "own_val", "JSON": str(path)}
     opts = [KEY, str([own, other]), "DATASETS.TEST", "('own_train', 'own_val')"]
     cfg = load_config("configs/shapes/vanilla.yaml", opts, ("TEST",))
