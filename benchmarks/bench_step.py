@@ -4,7 +4,7 @@ import argparse
 import os
 import tempfile
 from functools import partial
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.modeling import build_model
@@ -143,11 +143,11 @@ def bench_step(args: argparse.Namespace) -> Dict:
     calls: Dict[str, Call] = {STUDENT: bench.step, TEACHER: bench.teach}
     for loss in losses:
         calls[f"distilled, {loss}"] = partial(bench.step, loss)
-    peaks = {}
+    peaks: Dict[str, Optional[int]] = {}
     for name, call in calls.items():
-        peaks[name] = peak_of(call, args.device)
-        if args.device == "cpu":  # it depends on what earlier calls have left
-            peaks[name] = None
+        peak = peak_of(call, args.device)
+        # on a CPU it depends on what earlier calls have left
+        peaks[name] = peak if args.device == "cuda" else None
         print(f"{name}: done once", flush=True)
     maps = bench.pair(losses[0])
     for loss in losses:
