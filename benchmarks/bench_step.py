@@ -41,7 +41,10 @@ def make_batch(size: Sequence[int], images: int, classes: int) -> List[Dict[str,
 
 
 def damp(model: nn.Module) -> None:
-    """Lets each residual block add little: with random weights, maps grow beyond float16 else."""
+    """Lets each residual block add little.
+
+    Without this the maps of a network with random weights are too large for float16.
+    """
     for block in model.modules():
         if isinstance(block, BottleneckBlock) and block.conv3.norm is not None:
             block.conv3.norm.weight.data.fill_(0.1)
