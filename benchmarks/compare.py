@@ -89,6 +89,10 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.runner, self.on = args, Runner(), EXPERIMENTS[args.on]
+        taken = r"SEED|SOLVER\.(MAX_ITER|STEPS|WARMUP_ITERS)|MODEL\.DISTILL\.(LOSSES|\w+\.WEIGHT)"
+        for key in args.opts[::2]:
+            if re.fullmatch(taken, key):
+                raise ConfigError(f"{key} cannot be overridden, because this script sets it")
         self.found: Dict[str, float] = {}  # name of a method -> the weight that its search chose
 
     def plan(
@@ -195,7 +199,7 @@ class Comparison:
             for turn in range(1, self.args.timing_rounds + 1)
             for method, weight in weights.items()
         }
-        if any(run.record() is None for run in runs.values()):  # then they all take turns again
+        if not all(run.has_finished() for run in runs.values()):  # then all take turns again
             for run in runs.values():
                 shutil.rmtree(run.folder, ignore_errors=True)
         self.runner.finish(runs.values(), "costs", jobs=1)

@@ -22,7 +22,8 @@ Row = Dict[str, Any]
 METRICS = ("AP", "AP50", "AP75")
 COSTS = ("seconds", "peak_mib")
 HEAD = (
-    "method", "weight", "seeds", *METRICS, "AP less {reference}'s: mean, standard error, 95 %",
+    "method", "weight", "seeds", *METRICS,
+    "AP minus {reference}'s: mean, standard error [95 % interval]",
     "s/iteration", f"of {PLAIN}'s", "peak MiB", f"of {PLAIN}'s",
 )  # fmt: skip
 

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from compare_methods import ROOT
 from detectron2.config import CfgNode
+from ssimkd.checkpoint.reader import sha256
 from ssimkd.commands.weight import medians, read_rows
 from ssimkd.engine.arguments import load_config
 from ssimkd.engine.run_record import commit, machine
@@ -44,11 +47,17 @@ class Run(NamedTuple):
         """The settings that its record must have."""
         return {"settings": [self.config, *self.opts], "config": digest(self.config)}
 
+    def has_finished(self) -> bool:
+        """Whether its folder has the record of these settings."""
+        with suppress(ConfigError):
+            return self.record() is not None
+        return False
+
     def record(self) -> Optional[Dict[str, Any]]:
         """The record of the run, or None if it has not finished.
 
         Raises:
-            ConfigError: the folder holds a run with other settings.
+            ConfigError: the folder holds a run with other settings or of another teacher.
         """
         path = self.folder / RECORD
         if not path.exists():
@@ -60,6 +69,12 @@ class Run(NamedTuple):
                     f"--out: {self.folder} holds a run of other settings, {record['settings']}, "
                     f"or of another {self.config}. Choose another folder."
                 )
+        teacher = teacher_of(self.config, self.opts)
+        if record.get("teacher", teacher) != teacher:
+            raise ConfigError(
+                f"--out: {self.folder} holds a run with another teacher. Choose another folder, "
+                "and leave out --records if they have the run."
+            )
         return record
 
 
@@ -82,10 +97,10 @@ class Runner:
             running = {pool.submit(execute, run): run for run in todo}
             try:
                 for future in as_completed(running):
-                    complaint, folder = future.result(), running[future].folder
-                    if complaint:
-                        self.failed[folder] = complaint
-                        bar.write(f"failed: {folder}: {complaint}", file=sys.stderr)
+                    failure, folder = future.result(), running[future].folder
+                    if failure:
+                        self.failed[folder] = failure
+                        bar.write(f"failed: {folder}: {failure}", file=sys.stderr)
                     bar.update()
             finally:  # an interruption starts no more runs
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -117,6 +132,13 @@ def digest(config: str) -> str:
     """Hash of the values in a config and its bases, without comments and defaults."""
     values = CfgNode.load_yaml_with_base(str(ROOT / config))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def teacher_of(config: str, opts: Tuple[str, ...]) -> Optional[str]:
+    """The SHA-256 of the file with the weights of a run's teacher; None of a run without one."""
+    teacher = load_config(str(ROOT / config), opts, splits=()).MODEL.DISTILL.TEACHER
+    return sha256(str(ROOT / teacher.WEIGHTS)) if teacher.CONFIG else None
 
 
 def restore(records: Path, out: Path) -> None:
@@ -159,7 +181,7 @@ def execute(run: Run) -> str:
     draft.chmod(0o755)
     command = [sys.executable, "train_net.py", "--config-file", run.config]
     command += [*run.opts, "OUTPUT_DIR", str(draft)]
-    record = run.settings()
+    record = {**run.settings(), "teacher": teacher_of(run.config, run.opts)}
     record.update(commit=commit() or "unknown", machine=f"{machine()}, torch {torch.__version__}")
     with open(draft / "output.txt", "w") as stream:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,11 +190,11 @@ def execute(run: Run) -> str:
         )
         _, status, usage = os.wait4(process.pid, 0)  # usage has the peak memory of the process
         process.returncode = os.waitstatus_to_exitcode(status)
-    complaint = ""
+    failure = ""
     if process.returncode:
         lines = (draft / "output.txt").read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no output")
-        complaint = f"exit status {process.returncode}: {last.strip()}"
+        failure = f"exit status {process.returncode}: {last.strip()}"
     else:
         results = draft / "results.json"
         found = json.loads(results.read_text()) if results.exists() else {"bbox": {}}
@@ -185,9 +207,12 @@ def execute(run: Run) -> str:
         record["gradient_ratio"] = medians(rows).get("gradient_ratio")
         record["peak_mib"] = peak_mib(draft / "log.txt", usage.ru_maxrss)
         (draft / RECORD).write_text(json.dumps(record, indent=2))
+    if run.has_finished():  # in another process
+        shutil.rmtree(draft)
+        return ""
     shutil.rmtree(run.folder, ignore_errors=True)  # left by a run that failed
     draft.rename(run.folder)
-    return complaint
+    return failure
 
 
 def seconds_per_iteration(rows: List[Dict[str, Any]]) -> float:

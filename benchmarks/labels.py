@@ -89,7 +89,15 @@ def table(samples: Samples) -> str:
             seeds = f" ({len(values)} of {most} seeds)" if len(values) < most else ""
             cells.append(f"{mean_and_deviation(values)}{seeds}" if values else "-")
         rows.append(cells)
-    return markdown(["box AP", *(f"{percent} % of the labels" for percent in shares)], rows)
+    head = ["box AP", *(f"{percent} % of the labels" for percent in shares)]
+    gains = [gain(samples, percent) for percent in shares]
+    return markdown(head, [*rows, [f"{SSIM_ON_ALL} minus {SSIM}", *gains]])
+
+
+def gain(samples: Samples, percent: int) -> str:
+    """What the images without labels add: the mean and its 95 % interval, paired by seed."""
+    found = report.paired(samples.get((percent, SSIM_ON_ALL), {}), samples.get((percent, SSIM), {}))
+    return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]" if found else "-"
 
 
 def plot(samples: Samples, path: Path) -> None:

@@ -293,6 +293,19 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(tmp_path, executed):
     assert len(again.compare(weights)) == 6 and len(calls) == 8 and not again.runner.failed
 
 
+def test_an_override_of_what_the_script_sets_is_refused(tmp_path):
+    for key in ("SEED", "SOLVER.MAX_ITER", "MODEL.DISTILL.SSIM.WEIGHT"):
+        with pytest.raises(ConfigError, match=f"{key} cannot be overridden"):
+            comparison(tmp_path, "--", key, "7")
+
+
+def test_runs_of_another_teacher_are_not_mixed(tmp_path, executed):
+    executed(lambda run: 10.0, teacher="of another file")
+    first = comparison(tmp_path, "--seeds", "1")
+    with pytest.raises(ConfigError, match="holds a run with another teacher"):
+        first.compare({parse_method("l1"): 4.0})
+
+
 def test_published_runs_are_taken_over(tmp_path, executed):
     calls = executed(lambda run: 10.0)
     weights = {parse_method("vanilla"): 0.0, parse_method("l1"): 4.0}

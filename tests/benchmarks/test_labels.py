@@ -32,6 +32,7 @@ def test_a_row_per_method_and_a_column_per_share(tmp_path):
         "| vanilla | 10.0 (1 of 2 seeds) | 32.0 +- 2.8 |",
         "| ssim | - | - |",
         "| ssim on all images | 21.0 +- 1.4 | - |",
+        "| ssim on all images minus ssim | - | - |",
     ]
     labels.plot(samples, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
