@@ -22,7 +22,7 @@ import torch
 from bench_growth import bench_growth, growth_table
 from bench_loss import LOSSES, OWN, STRIDES, bench_loss, loss_table
 from bench_step import OF_MAPS, bench_step, step_table
-from ssimkd.engine.run_record import machine
+from ssimkd.engine.run_record import commit, machine
 from ssimkd.errors import exit_in_one_line
 from ssimkd.utils.measure import positive
 
@@ -77,7 +77,7 @@ def parse(argv=None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     if not args.config.endswith((".yaml", ".yml")):
-        parser.error(f"--config: {args.config} is no .yaml")
+        parser.error(f"--config: {args.config} is not a .yaml file")
     return args
 
 
@@ -90,7 +90,7 @@ def bench(args: argparse.Namespace) -> None:
         results = measure(args)
         about = conditions(args.threads)
         settings = {k: v for k, v in vars(args).items() if k not in (*PARTS, "out")}
-        record = {"machine": about, "settings": settings, "results": results}
+        record = {"commit": commit(), "machine": about, "settings": settings, "results": results}
         (args.out / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
         text = f"{table(results)}\n\n{'; '.join(about.values())}\n"
         (args.out / f"{part}.md").write_text(text)

@@ -65,22 +65,8 @@ def normalised() -> Loss:
     return lambda x, y: loss(*normalize_maps(x, y, "minmax", "channel", None))
 
 
-def frame_analytics() -> Loss:
-    """Leaves out the border. Only its forward without gradient is compiled."""
-    from frame_analytics import ssim
-
-    return lambda x, y: (1 - ssim(x, y, data_range=1.0)) / 2
-
-
-def fused_ssim() -> Loss:
-    """A CUDA kernel with zeros around the map. It runs only on a GPU."""
-    from fused_ssim import fused_ssim as ssim
-
-    return lambda x, y: (1 - cast(Tensor, ssim(x, y))) / 2
-
-
 def fussim() -> Loss:
-    """A CUDA kernel like fused-ssim's, with a backward that it prepares in the forward."""
+    """A CUDA kernel with zeros around the map, which forms the gradient in the forward."""
     from fussim import fused_ssim as ssim
 
     return lambda x, y: (1 - cast(Tensor, ssim(x, y))) / 2
@@ -97,11 +83,9 @@ LOSSES: Dict[str, Callable[[], Loss]] = {
     "kornia": kornia,
     "piq": piq,
     "torchmetrics": torchmetrics,
-    "frame-analytics": frame_analytics,
-    "fused-ssim": fused_ssim,
     "fussim": fussim,
 }
-ON_GPU = ("fused-ssim", "fussim")  # kernels for float32 alone, with border "zero"
+ON_GPU = ("fussim",)  # kernels for float32 alone, with border "zero"
 
 
 def installed(device: str, wanted: Optional[List[str]]) -> Dict[str, Loss]:
@@ -165,7 +149,7 @@ def deviation(name: str, loss: Loss, student: Tensor, teacher: Tensor) -> float:
 def extra_memory(name: str, maps: tuple, threads: int) -> Optional[float]:
     """Peak memory of a step on all levels beyond the maps, in multiples of the maps' memory.
 
-    The kernel reports it for a whole process, so this function needs a process of its own.
+    The operating system reports the peak of a whole process, so this needs a process of its own.
     """
     torch.set_num_threads(threads)
     loss = LOSSES[name]()
@@ -213,7 +197,7 @@ def bench_loss(args: argparse.Namespace) -> Dict:
     for name, result in results.items():
         result["seconds"]["sum"] = sum(result["seconds"].values())
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            result["sets"] = pool.apply(extra_memory, (name, maps, args.threads))
+            result["extra_memory"] = pool.apply(extra_memory, (name, maps, args.threads))
     return results
 
 
@@ -236,8 +220,8 @@ def loss_table(results: Dict) -> str:
     rows = []
     for name, result in results.items():
         cells = [f"{base[c] / result['seconds'][c]:.2f}" for c in columns]
-        sets = "-" if result["sets"] is None else f"{result['sets']:.1f}"
+        memory = "-" if result["extra_memory"] is None else f"{result['extra_memory']:.1f}"
         cells.append(f"{base_forward / result['forward']:.2f}")
-        cells += [f"{1000 * result['seconds']['sum']:.0f}", sets, f"{result['deviation']:.0e}"]
+        cells += [f"{1000 * result['seconds']['sum']:.0f}", memory, f"{result['deviation']:.0e}"]
         rows.append([name, *cells])
     return markdown(["", *head], rows)

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from memory import peak_of
 from ssimkd.data.datasets import classes_in
 from ssimkd.engine.arguments import load_config
+from ssimkd.errors import ConfigError
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.modeling.distiller import Captured, Distiller
 from ssimkd.utils.config_keys import without_pretraining
@@ -72,12 +73,16 @@ class Bench:
     ) -> None:
         overrides = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", *opts]
         self.cfg = without_pretraining(load_config(config, overrides, splits=()))
+        architecture = self.cfg.MODEL.META_ARCHITECTURE
         torch.manual_seed(0)
         self.device = torch.device(device)
+        if self.cfg.MODEL.MASK_ON or self.cfg.MODEL.KEYPOINT_ON or "Panoptic" in architecture:
+            raise ConfigError(f"--config: {config}: the images of this benchmark have boxes alone")
         self.model = build_model(self.cfg).train()
         damp(self.model)
         self.run = self.model  # bench_growth.py wraps it for several processes
-        self.batch = make_batch(size, images, self.cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        self.classes = classes_in(getattr(self.model, "roi_heads", self.model))
+        self.batch = make_batch(size, images, self.classes)
         self.distillers = self._distillers(losses)
         own = [p for n, p in self.model.named_parameters() if not n.startswith("distiller.")]
         # With a learning rate of 0 every repeat starts from the same weights.
@@ -95,8 +100,7 @@ class Bench:
             for name in losses:
                 node.LOSSES = (name,)
                 distiller = Distiller(self.cfg).to(self.device)
-                classes = classes_in(getattr(self.model, "roi_heads", self.model))
-                distiller.attach(self.model.backbone.output_shape(), classes, self.model)
+                distiller.attach(self.model.backbone.output_shape(), self.classes, self.model)
                 if found:  # all losses share one teacher
                     first = next(iter(found.values()))
                     distiller.teacher = first.teacher

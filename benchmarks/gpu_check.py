@@ -1,4 +1,4 @@
-"""Checks and times what runs on a GPU: kernels, losses, training step. Eight minutes are planned.
+"""Checks and times what runs on a GPU: kernels, losses, training step. Reserve eight minutes.
 
     python benchmarks/gpu_check.py                        # writes output/gpu_check.json and .md
     compute-sanitizer --tool memcheck python benchmarks/gpu_check.py --small --parts kernels
@@ -31,6 +31,7 @@ from unittest.mock import patch
 import torch
 from bench_step import Bench
 from memory import peak_of
+from ssimkd.engine.run_record import commit
 from ssimkd.errors import one_line
 from ssimkd.losses import KD_LOSS_REGISTRY
 from ssimkd.ssim import gpu, ssim_loss
@@ -357,7 +358,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cpu" and not args.small:
         sys.exit("error: there is no GPU; --small checks without one, and TRITON_INTERPRET=1")
-    found: Dict[str, Any] = {"torch": torch.__version__, "device": args.device}
+    found: Dict[str, Any] = {"torch": torch.__version__, "device": args.device, "commit": commit()}
     if args.device == "cuda":
         found["device"] = torch.cuda.get_device_name()
     failed = []

@@ -40,7 +40,7 @@ def test_implementations_take_turns_and_the_first_call_does_not_count():
 def test_the_table_divides_by_the_baseline():
     def result(seconds, sets):
         times = {"p5": seconds, "p6": seconds / 2, "sum": 1.5 * seconds}
-        return {"seconds": times, "forward": seconds / 4, "deviation": 2e-7, "sets": sets}
+        return {"seconds": times, "forward": seconds / 4, "deviation": 2e-7, "extra_memory": sets}
 
     results = {"ssimkd": result(0.1, 1.25), "pytorch-msssim": result(0.4, None)}
     head, _, own, baseline = loss_table(results).splitlines()
@@ -69,7 +69,7 @@ def test_a_wrong_argument_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--device", "cpu"])
     assert "choose a part: --loss, --step, --growth" in capsys.readouterr().err
-    arguments = [*SMALL, "--implementations", "fused-ssim", "--out", str(tmp_path)]
+    arguments = [*SMALL, "--implementations", "fussim", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="^error: --implementations: none of them is installed"):
         bench.main(arguments)
 
