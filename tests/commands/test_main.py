@@ -47,7 +47,7 @@ def test_ctrl_c_ends_any_command_with_its_status(monkeypatch):
 
 def test_ctrl_c_ends_a_process_of_a_run_with_its_status():
     def interrupted(number, args):
-        patch.setattr(train, "load_arguments", raise_interrupt)
+        patch.setattr(train, "read_arguments", raise_interrupt)
         train.run(args)
 
     def raise_interrupt(args):

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
+from ssimkd import KD_LOSS_REGISTRY
 from ssimkd.commands import begin, check, export, load_trained, predict, report, train
-from ssimkd.engine.arguments import load_arguments
+from ssimkd.engine.arguments import load_arguments, read_arguments
 from ssimkd.utils.user_code import IMPORTED
 from ssimkd_cli import parse
 
@@ -141,6 +142,26 @@ def test_a_resumed_run_imports_it_again_before_its_data_is_read(run, monkeypatch
     words += ["DATASETS.TRAIN", "('own_data',)", "DATASETS.NUM_CLASSES_FROM_DATA", "True"]
     cfg = load_arguments(parse("train", words))
     assert IMPORTED == [NAME] and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--eval-only", "MODEL.WEIGHTS", "run/x.pth"]])
+def test_a_loss_of_the_users_own_is_imported_before_its_keys_are_read(words, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('[{"imports": ["own_parts"]}]')
+    (tmp_path / "own_parts.py").write_text(
+        "from ssimkd.losses import L1Loss, register_loss\n"
+        "register_loss('own_l1')(type('OwnL1', (L1Loss,), {}))\n"
+    )
+    (tmp_path / "base.yaml").write_text("_BASE_: shapes/ssimkd.yaml\nOUTPUT_DIR: run\n")
+    node = "MODEL: {DISTILL: {LOSSES: ['own_l1'], OWN_L1: {WEIGHT: 2.0}}}"
+    (tmp_path / "own.yaml").write_text(f"_BASE_: base.yaml\n{node}\n")
+    monkeypatch.chdir(tmp_path)
+    flag, *overrides = words
+    try:
+        cfg = read_arguments(parse("train", ["--config-file", "own.yaml", flag, *overrides]))
+        assert cfg.MODEL.DISTILL.OWN_L1.WEIGHT == 2.0
+    finally:
+        KD_LOSS_REGISTRY._obj_map.pop("own_l1", None)
 
 
 def test_an_exported_student_that_was_moved_asks_for_it(run, few_shapes, tmp_path, monkeypatch):

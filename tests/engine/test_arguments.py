@@ -115,7 +115,10 @@ CASES = [
     ([LAZY, "+model.distiller.teacher.weight=x"], "model.distiller.teacher: "),
     ([LAZY, "+train.check_images=1.5"], "train: check_images must be an integer >= 0, got 1.5"),
     ([LAZY, "+train.inherit=neck"], "train.inherit must be a list of names of modules, got"),
-    ([LAZY, "+train.inherit={a: [neck]}"], "train.inherit: 'a' is no teacher"),
+    (
+        [LAZY, "+train.inherit={a: [neck]}"],
+        "train.inherit: 'a' is not the name of a teacher; there is one teacher",
+    ),
     ([LAZY, "+optimizer.heft=1"], "optimizer: TypeError: "),
     ([LAZY, "+train.checkpointer.x=1"], "train.checkpointer: TypeError: "),
 ]

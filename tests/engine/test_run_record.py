@@ -9,7 +9,6 @@ from ssimkd.engine import run_record
 from ssimkd.engine.run_record import (
     command_line,
     keep_config,
-    only_evaluates,
     read_record,
     record_run,
 )
@@ -34,16 +33,15 @@ def test_a_record_that_cannot_be_written_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "command", "evaluates"),
+    ("words", "command"),
     [
-        (["/bin/ssimkd", "eval", "KEY", "a b"], "ssimkd eval KEY 'a b'", True),
-        (["/x/ssimkd/__main__.py", "train"], "ssimkd train", False),
-        (["train_net.py", "--eval-only"], "python train_net.py --eval-only", True),
+        (["/bin/ssimkd", "eval", "KEY", "a b"], "ssimkd eval KEY 'a b'"),
+        (["/x/ssimkd/__main__.py", "train"], "ssimkd train"),
+        (["train_net.py", "--eval-only"], "python train_net.py --eval-only"),
     ],
 )
-def test_the_command_is_what_a_user_types(words, command, evaluates):
+def test_the_command_is_what_a_user_types(words, command):
     assert command_line(words) == command
-    assert only_evaluates({"command": command}) == evaluates
 
 
 @pytest.mark.parametrize("written", [None, "metrics.json", "model_0000009.pth"])
@@ -64,13 +62,14 @@ def test_an_evaluation_during_a_training_leaves_config_and_record_whole(tmp_path
     config.write_text("of the run")
     (tmp_path / "model_0000009.pth").touch()
     with record_run(folder, ["val"]):
-        with keep_config(folder, evaluates=True), record_run(folder, ["test"]):
+        with keep_config(folder, evaluates=True), record_run(folder, ["test"], evaluates=True):
             config.write_text("of the evaluation")
             (tmp_path / "metrics.json").touch()  # by the training
         assert config.read_text() == "of the run"
-    assert [(e["test"], e["outcome"]) for e in read_record(folder)] == [
-        (["val"], "finished"),
-        (["test"], "finished"),
+    keys = ("test", "outcome", "evaluates", "processes")
+    assert [tuple(entry[key] for key in keys) for entry in read_record(folder)] == [
+        (["val"], "finished", False, 1),
+        (["test"], "finished", True, 1),
     ]
 
 

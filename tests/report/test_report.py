@@ -88,7 +88,7 @@ def do(action, name, out, *opts):
     command += ["--eval-only"] * (action is engine.evaluate)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*command, *map(str, opts)])
-        with record_run(str(out), list(cfg.DATASETS.TEST)):
+        with record_run(str(out), list(cfg.DATASETS.TEST), action is engine.evaluate):
             action(cfg, False)
 
 
@@ -294,7 +294,7 @@ def test_a_run_on_other_data_of_the_same_name_is_not_compared(folder, tmp_path):
 
 def test_an_evaluation_alone_is_no_twin(folder, tmp_path):
     again = copy_run(folder, tmp_path, "twin", missing=["metrics.json"])
-    again.record = [{**again.record[-1], "command": "ssimkd eval", "outcome": "finished"}]
+    again.record = [{**again.record[-1], "evaluates": True}]
     assert Report([Run(str(folder / "student")), again]).twin is None
 
 
@@ -404,9 +404,10 @@ def test_the_command(folder, tmp_path, capsys):
 def test_a_later_evaluation_does_not_change_the_end(folder, tmp_path):
     run = copy_run(folder, tmp_path, "student")
     entries = read(folder / "student/run.json")
-    later = {"command": "python train_net.py --eval-only", "ended": "2099-01-01T00:00:00+00:00"}
+    later = {"command": "eval x", "evaluates": True, "ended": "2099-01-01T00:00:00+00:00"}
     run.record = [*entries, {**entries[0], **later}]
-    assert run.ended == end_of(entries[0])
+    assert run.ended == end_of(entries[0]) and run.results
+    assert run.notes == [f"AP and errors of {run.folder} are those that eval x found."]
     assert Run(str(folder / "taught")).trained == "nothing: the run was only evaluated"
 
 
@@ -415,6 +416,28 @@ def test_ap_of_other_data_is_named_and_not_compared(folder, tmp_path):
     report = Report([Run(str(folder / "student")), other])
     assert list(report.tasks()["bbox"]["AP"][0]) == list(report.errors()) == ["student"]
     assert any("twin was evaluated on report_train" in note for note in report.notes)
+
+
+def test_a_teacher_of_other_classes_has_no_pictures(folder):
+    report = Report([Run(str(folder / "student"))])
+    teacher = next(d for d in report.detectors if d.teaches)
+    assert "teacher" in report.images()[0]["pictures"]
+    teacher.classes = ["person", "car"]
+    assert "teacher" not in report.images()[0]["pictures"]
+    assert report.notes[-1].startswith("Pictures of teacher are left out: its classes are not")
+
+
+def test_a_detector_that_cannot_run_here_is_left_out(folder, monkeypatch):
+    def fail(detector, name):
+        if detector.teaches:
+            raise ImportError("no _C")
+        return detect(detector, name)
+
+    detect = Detector.detect
+    monkeypatch.setattr(Detector, "detect", fail)
+    report = Report([Run(str(folder / "student"))])
+    assert "teacher" not in report.images()[0]["pictures"]
+    assert any("an operator that Detectron2 compiles is missing" in note for note in report.notes)
 
 
 def test_settings_that_differ_are_listed(folder):

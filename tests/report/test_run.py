@@ -34,14 +34,14 @@ def save(path):
 
 def test_weights_that_a_run_started_from_are_not_those_it_trained(write, tmp_path):
     state = save(tmp_path / "start.pth")
-    record = {"command": "ssimkd eval --config-file a.yaml", "ended": None}
+    record = {"command": "ssimkd eval", "evaluates": True, "ended": None}
     (tmp_path / "run.json").write_text(json.dumps([record]))
     run = write("MODEL.WEIGHTS", str(tmp_path / "start.pth"))
     found = run.build()
     assert not found.training
     assert all(torch.equal(x, state[name]) for name, x in found.state_dict().items())
     (tmp_path / "metrics.json").touch()  # it trained, but was killed before its first checkpoint
-    (tmp_path / "run.json").write_text(json.dumps([{**record, "command": "train_net.py"}]))
+    (tmp_path / "run.json").write_text(json.dumps([{**record, "evaluates": False}]))
     with pytest.raises(ConfigError, match="there is no checkpoint"):
         Run(str(tmp_path)).build()
     (tmp_path / "run.json").unlink()
@@ -145,6 +145,7 @@ def test_an_evaluation_beside_the_training_does_not_hide_its_results(write, tmp_
         {"command": "ssimkd train", "test": ["a"], "outcome": "finished", "ended": "2026-01-02"},
         {"command": "ssimkd eval", "test": ["b"], "outcome": "finished", "ended": "2026-01-01"},
     ]
+    record[1]["evaluates"] = True
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert write("DATASETS.TEST", ("a",)).results == {"bbox": {"AP": 1.0}}
 

@@ -44,6 +44,25 @@ def test_a_base_may_be_named_from_any_folder(tmp_path, base):
     assert load_config(str(tmp_path / "mine.yaml")) == expected
 
 
+def test_a_base_that_does_not_exist_is_not_replaced_by_another_file(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "common.yaml").write_text("OUTPUT_DIR: of_the_current_folder\n")
+    monkeypatch.chdir(tmp_path)
+    for base in ("common.yaml", "../bases/ssimkd_R50.yaml"):
+        (tmp_path / "own/mine.yaml").write_text(f"_BASE_: '{base}'\n")
+        with pytest.raises(ConfigError, match=f"FileNotFoundError.*{base[-11:]}"):
+            load_config("own/mine.yaml")
+
+
+def test_an_exported_student_has_its_own_weights(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.pth").touch()
+    (tmp_path / "a/student.yaml").write_text("MODEL: {WEIGHTS: student.pth}\n")
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_config("../a/student.yaml").MODEL.WEIGHTS == "../a/student.pth"
+
+
 @pytest.mark.parametrize("name", ["", "nowhere.yaml", "configs", "shapes", "../configs"])
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(ConfigError, match=r"is neither a \.yaml or \.py file, nor the name of a"):

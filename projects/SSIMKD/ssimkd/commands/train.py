@@ -13,21 +13,24 @@ import sys
 from contextlib import nullcontext
 from typing import Optional, Sequence
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from ssimkd_cli import parse
 
 from ssimkd.engine import launch
-from ssimkd.engine.arguments import check_config, load_arguments
+from ssimkd.engine.arguments import add_data, check_config, load_arguments, read_arguments
 from ssimkd.engine.driver import driver_of
 from ssimkd.engine.preemption import INTERRUPTED
 from ssimkd.engine.run_record import STOPPED, keep_config, record_run
 from ssimkd.engine.writers import quiet_terminal
+from ssimkd.engine.yaml_driver import DistillTrainer
 from ssimkd.errors import as_config_error, traceback_in_log
 from ssimkd.utils.config_files import find_config
 from ssimkd.utils.config_keys import key_of, names_of, setting
 from ssimkd.utils.known_warnings import silence_known_warnings
+from ssimkd.utils.log_files import without_warnings
 
 
 def run(args) -> None:
@@ -44,15 +47,20 @@ def run(args) -> None:
 
 def _run(args) -> None:
     silence_known_warnings()
-    cfg = load_arguments(args)
+    cfg = read_arguments(args)
     args.config_file = find_config(args.config_file)  # Detectron2 prints the file
     folder = setting(cfg, "output")
+    unwritable = f"{key_of(cfg, 'output')}: cannot write to {folder}"
     quiet = quiet_terminal(folder, comm.get_rank()) if args.quiet else nullcontext()
     with quiet, keep_config(folder, args.eval_only):
-        with as_config_error(f"{key_of(cfg, 'output')}: cannot write to {folder}", OSError):
+        with as_config_error(unwritable, OSError):
+            setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+        cfg = add_data(cfg, args)  # log.txt gets its warnings
+        if isinstance(cfg, CfgNode) and not args.eval_only:  # config.yaml is that of the run
+            cfg = DistillTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        with as_config_error(unwritable, OSError):
             default_setup(cfg, args)
-        setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
-        with record_run(folder, names_of(cfg, "TEST")), traceback_in_log():
+        with record_run(folder, names_of(cfg, "TEST"), args.eval_only), traceback_in_log():
             drive(cfg, args)
 
 
@@ -67,7 +75,8 @@ def drive(cfg, args) -> None:
 
 def check(args) -> str:
     """Raises ConfigError for what cannot run, before any folder is made; returns the device."""
-    return check_config(load_arguments(args), args)
+    with without_warnings("ssimkd"):  # the run logs them
+        return check_config(load_arguments(args), args)
 
 
 def main(words: Optional[Sequence[str]] = None) -> None:

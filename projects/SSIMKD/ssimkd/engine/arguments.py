@@ -5,7 +5,7 @@ import os
 from typing import Sequence
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from omegaconf import OmegaConf
 
 from ssimkd.checkpoint.run_checkpointer import checkpoints_in
@@ -22,17 +22,40 @@ SPLITS = ("TRAIN", "TEST", "UNLABELED")
 
 def load_arguments(args: argparse.Namespace):
     """The config that the command line of `ssimkd train` names; see :func:`load_config`."""
+    return add_data(read_arguments(args), args)
+
+
+def add_data(cfg, args: argparse.Namespace):
+    """The config of :func:`read_arguments`, once the data that the run uses is registered."""
+    return with_own_data(cfg, ("TEST",) if args.eval_only else SPLITS)
+
+
+def read_arguments(args: argparse.Namespace):
+    """The config that the command line of `ssimkd train` names, without the user's data.
+
+    A run that is resumed or evaluated imports its modules first: the config may have keys of a loss
+    that one of them registers.
+    """
     import_user_code(args.imports)
+    if args.resume:
+        import_recorded(setting_before_imports(args, "output"))
+    if args.eval_only:
+        import_of_file(setting_before_imports(args, "weights"))
     cfg = read_config(args.config_file, args.opts)
     if args.skip_bad_images and isinstance(cfg, CfgNode):
         cfg.DATALOADER.SKIP_BAD_IMAGES = True
     elif args.skip_bad_images:
         OmegaConf.update(cfg, "dataloader.train.skip_bad_images", True, force_add=True)
-    if args.resume:
-        import_recorded(setting(cfg, "output"))
-    if args.eval_only:
-        import_of_file(str(setting(cfg, "weights") or ""))
-    return with_own_data(cfg, ("TEST",) if args.eval_only else SPLITS)
+    return cfg
+
+
+def setting_before_imports(args: argparse.Namespace, name: str) -> str:
+    """A setting of KEYS as text, "" if it is not set; keys that do not exist are no error."""
+    path = args.config_file and config_files.find_config(args.config_file)
+    if path.endswith(".py"):
+        return str(setting(read_config(path, args.opts), name) or "")
+    default = get_cfg()
+    return config_files.read_unchecked(path, args.opts, key_of(default, name)) if path else ""
 
 
 def load_config(
@@ -141,8 +164,8 @@ def check_processes(args: argparse.Namespace, device: str, device_key: str) -> N
     cuda, gpus = device.startswith("cuda"), torch.cuda.device_count()
     if args.num_gpus > 1 and not cuda:
         raise ConfigError(
-            f"--num-gpus is {args.num_gpus} and the device is {device}: leave one of them out "
-            "(torchrun starts several processes on a CPU)"
+            f"--num-gpus is {args.num_gpus} and the device is {device}: it starts a process for "
+            "each GPU; torchrun starts several processes on a CPU"
         )
     if cuda and max(args.num_gpus, 1) > gpus:
         raise ConfigError(

@@ -60,7 +60,7 @@ def describe_run(cfg, model: nn.Module) -> Dict[str, Any]:
 
 
 @contextmanager
-def record_run(folder: str, test: Sequence[str]) -> Iterator[None]:
+def record_run(folder: str, test: Sequence[str], evaluates: bool = False) -> Iterator[None]:
     """Adds a run's command, data, times, commit, versions and machine to `run.json`.
 
     Resuming or evaluating a run adds another entry. Its "ended" is None and its "outcome" is
@@ -69,6 +69,7 @@ def record_run(folder: str, test: Sequence[str]) -> Iterator[None]:
     Args:
         folder (str): the run's folder, which exists. Only the main process writes to it.
         test (sequence[str]): the data sets that the run evaluates on.
+        evaluates (bool): the run trains nothing.
     """
     if not comm.is_main_process():
         yield
@@ -76,7 +77,9 @@ def record_run(folder: str, test: Sequence[str]) -> Iterator[None]:
     entry: Dict[str, Any] = {
         "command": command_line(sys.argv),
         "folder": os.getcwd(),
+        "processes": comm.get_world_size(),
         "test": list(test),
+        "evaluates": evaluates,
         "started": now(),
         "ended": None,
         "outcome": "running",
@@ -147,7 +150,7 @@ def read_record(folder: str) -> List[Dict[str, Any]]:
             entries = json.load(f)
         if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
             return entries
-        reason = "it is no list of entries"
+        reason = "it is not a list of entries"
     except (OSError, ValueError) as error:
         reason = one_line(error)
     logger.warning("%s cannot be read and is left out: %s", path, reason)
@@ -158,12 +161,6 @@ def command_line(words: List[str]) -> str:
     """What a user types to run this process again, in the same folder."""
     own = os.path.basename(words[0]) in ("ssimkd", "__main__.py")  # python -m ssimkd
     return shlex.join(["ssimkd", *words[1:]] if own else ["python", *words])
-
-
-def only_evaluates(entry: Dict[str, Any]) -> bool:
-    """Whether an entry is that of an evaluation."""
-    words = shlex.split(entry["command"])
-    return "--eval-only" in words or words[:2] == ["ssimkd", "eval"]
 
 
 def import_recorded(folder: str) -> None:

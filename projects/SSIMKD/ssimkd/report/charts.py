@@ -2,16 +2,15 @@
 
 import io
 from itertools import cycle
-from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
+from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Readable on white and on black.
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#84cc16")
-INK = "#010203"  # `chart` replaces it by the page's text colour
+INK = "#010203"  # `lines` replaces it by the page's text colour
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE: Dict[Any, Any] = {
     **dict.fromkeys((*INKED, "grid.color"), INK),
@@ -40,36 +39,25 @@ def lines(
     series: Mapping[str, Sequence[Tuple[Sequence[float], Sequence[float]]]],
     colour: Mapping[str, str],
 ) -> str:
-    """Curves over iterations.
+    """Curves over iterations, as an <svg> element.
 
     Args:
         title (str): what the values are.
         series (mapping): label -> iterations and values of each of its runs.
         colour (mapping): label -> colour.
     """
-
-    def draw(axes: Axes) -> None:
+    out = io.StringIO()
+    # the title salts the ids inside the element: two charts on one page must not share ids
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(3.8, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
         for label, (x, y) in ((label, curve) for label, run in series.items() for curve in run):
             marker = "o" if len(x) < 12 else None
             axes.plot(x, y, color=colour[label], linewidth=1.2, marker=marker, markersize=3)
         axes.set_xlabel("iteration")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-    return chart(title, draw)
-
-
-def chart(title: str, draw: Callable[[Axes], None]) -> str:
-    """An <svg> element whose axes `draw` fills.
-
-    The title also salts the ids inside the element. Two charts on one page must not share ids.
-    """
-    out = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(3.8, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(title)
-        draw(axes)
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")

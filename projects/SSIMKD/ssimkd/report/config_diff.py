@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from ssimkd.checkpoint.same_run import flatten
 from ssimkd.losses import KD_LOSS_REGISTRY
+from ssimkd.modeling.several_teachers import parse_teacher_entry
 
 from .run import Run
 
@@ -58,6 +59,6 @@ def unused_losses(run: Run) -> List[str]:
     """The nodes of MODEL.DISTILL of the losses that a YAML run does not use."""
     node = run.cfg.MODEL.DISTILL
     used = set(node.LOSSES) if node.TEACHER.CONFIG and not node.TEACHERS else set()
-    for entry in node.TEACHERS:
-        used |= set(entry.get("LOSSES", node.LOSSES))
+    for number, entry in enumerate(node.TEACHERS, start=1):
+        used |= {*parse_teacher_entry(run.cfg, entry, number)[1].MODEL.DISTILL.LOSSES}
     return [name.upper() for name, _ in KD_LOSS_REGISTRY if name not in used]

@@ -12,6 +12,7 @@ from torch import nn
 
 from ssimkd.checkpoint.export import PREFIX
 from ssimkd.checkpoint.reader import sha256
+from ssimkd.data.datasets import classes_in, classes_of, training_classes
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import image_reader
 from ssimkd.modeling.several_teachers import distillers_of
@@ -32,7 +33,8 @@ class Detector:
             evaluated.
         model (nn.Module or None): in evaluation mode; None if it cannot be loaded.
         read (callable): an image file -> the input of the model.
-        file (str): the file of its weights.
+        file (str): the file of a teacher's weights.
+        classes (list[str]): the names of its classes, as far as they are known.
         teaches (bool): whether it is a teacher of the run that is reported.
     """
 
@@ -41,6 +43,7 @@ class Detector:
     model: Optional[nn.Module] = None
     read: Any = None
     file: str = ""
+    classes: List[str] = field(default_factory=list)
     teaches: bool = False
 
     @property
@@ -65,6 +68,11 @@ class Detector:
         """What its speed depends on: equal for detectors that do the same in an evaluation."""
         settings = evaluation_settings(self.runs[0]) if self.runs else (self.label,)
         return (*self.architecture, *settings)
+
+    def has_classes(self, names: List[str]) -> bool:
+        """Whether its classes are these; where their names are not known, whether so many."""
+        count = classes_in(getattr(self.model, "roi_heads", self.model))
+        return self.classes == names if self.classes else count in (0, len(names))
 
     def values(self, task: str, metric: str) -> List[float]:
         """A metric of all runs that have it, in percent.
@@ -138,8 +146,7 @@ def labels_of(groups: List[List[str]]) -> List[str]:
 def load_run(runs: List[Run], label: str, notes: List[str]) -> Detector:
     """The detector that runs trained or evaluated; the model is that of the first one."""
     run = runs[0]
-    exported = run.path("student.pth")
-    found = Detector(label, runs, file=exported if os.path.isfile(exported) else run.weights)
+    found = Detector(label, runs, classes=classes_of(run.dataset) if run.dataset else [])
     try:
         with as_config_error("its images cannot be prepared", Exception):
             found.read = image_reader(run.cfg)
@@ -163,6 +170,10 @@ def load_teachers(model: nn.Module, notes: List[str]) -> List[Detector]:
             notes.append(f"The {label} could not be loaded: {error}")
             continue
         if absent:
-            notes.append(f"The {label} detects nothing here: its checkpoint lacks {absent[0]}.")
-        found.append(Detector(label, [], None if absent else detector, read, path, True))
+            notes.append(
+                f"Pictures and measurements of the {label} are left out: its checkpoint lacks "
+                f"{absent[0]}."
+            )
+        whole = None if absent else detector
+        found.append(Detector(label, [], whole, read, path, training_classes(cfg), True))
     return found

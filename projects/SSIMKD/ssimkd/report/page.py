@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 
 from ssimkd.checkpoint.reader import fetch, read_weights
 from ssimkd.engine.run_record import end_of, in_words, machine, now
-from ssimkd.errors import ConfigError
+from ssimkd.errors import ConfigError, one_line
 from ssimkd.evaluation.similarity import similarity_maps
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.utils.config_keys import names_of, setting
@@ -64,6 +64,8 @@ class Report:
         self.colour = charts.colours([d.label for d in self.detectors])
         self.sample = self.read_sample() if self.own.model is not None else []
         self.names = [record["file_name"] for record in self.sample]
+        for detector in self.detectors:
+            self.leave_out_unless_runnable(detector)
         self.levels = self.compare_maps()
         if not run.results:
             self.notes.append("This run was not evaluated, or its results.json is not complete.")
@@ -106,6 +108,18 @@ class Report:
                 found.append(record)
         return found
 
+    def leave_out_unless_runnable(self, detector: Detector) -> None:
+        """Takes away the model of a detector that needs an operator that is missing here."""
+        try:
+            if detector.model is not None and self.names:
+                detector.detect(self.names[0])
+        except (ImportError, NotImplementedError) as error:
+            self.notes.append(
+                f"Pictures and measurements of {detector.label} are left out, because an operator "
+                f"that Detectron2 compiles is missing: {one_line(error)}"
+            )
+            detector.model = None
+
     def compare_maps(self) -> Dict[str, List[float]]:
         """Measures :attr:`levels`, or adds a note that says why it cannot."""
         if self.own.model is None:
@@ -123,8 +137,8 @@ class Report:
                 maps = similarity_maps(self.own.model, self.own.read(name))
                 for level, by_name in maps.items():
                     levels[level].append(float(np.nanmean(by_name["SSIM"])))
-        except ConfigError as error:
-            self.notes.append(f"Maps are not compared: {error}")
+        except (ConfigError, ImportError, NotImplementedError) as error:
+            self.notes.append(f"Maps are not compared: {one_line(error)}")
             return {}
         return levels
 
@@ -209,12 +223,20 @@ class Report:
         """The pictures of each image that is shown: of the truth, vanilla, student, teacher."""
         found = []
         shown = sorted(self.detectors, key=lambda d: (d.teaches, d is self.own, d is not self.twin))
+        shown = [d for d in shown if d.model is not None]
+        names = list(self.classes())
+        for d in [d for d in shown if self.sample and not d.has_classes(names)]:
+            shown.remove(d)
+            self.notes.append(
+                f"Pictures of {d.label} are left out: its classes are not those of "
+                f"{self.run.dataset}."
+            )
         for index, remark in self.chosen().items():
             record, name = self.sample[index], self.names[index]
-            seen = {d.label: d.detect(name) for d in shown if d.model is not None}
+            seen = {d.label: d.detect(name) for d in shown}
             kept = {k: x[x.scores >= images.LEAST_SCORE] for k, x in seen.items() if x is not None}
             pictures = {
-                label: images.data_url(images.draw(record, x, list(self.classes())))
+                label: images.data_url(images.draw(record, x, names))
                 for label, x in {"truth": None, **kept}.items()
             }
             maps = ""

@@ -17,7 +17,6 @@ from ssimkd.data.datasets import use_own_data
 from ssimkd.engine.run_record import (
     end_of,
     import_recorded,
-    only_evaluates,
     read_record,
 )
 from ssimkd.errors import ConfigError, as_config_error
@@ -99,15 +98,22 @@ class Run:
                 "results.json is of other data sets than config.yaml and is left out."
             )
             return {}
+        if found and self.training and self._last_finished.get("evaluates"):
+            command = self._last_finished["command"]
+            self.notes.append(f"AP and errors of {self.folder} are those that {command} found.")
         return found
+
+    @property
+    def _last_finished(self) -> Dict[str, Any]:
+        """The entry of run.json that was the last to finish; {} if none has."""
+        finished = [entry for entry in self.record if entry.get("outcome") == "finished"]
+        return [{}, *sorted(finished, key=lambda entry: entry.get("ended") or "")][-1]
 
     @property
     def _evaluated(self) -> bool:
         """Whether the last evaluation in this folder was of the data sets of config.yaml."""
         names = names_of(self.cfg, "TEST")
-        ended = sorted(self.record, key=lambda entry: entry.get("ended") or "")
-        tests = [e.get("test", names) for e in ended if e.get("outcome") == "finished"]
-        return not tests or tests[-1] == names
+        return self._last_finished.get("test", names) == names
 
     @cached_property
     def scalars(self) -> Dict[str, Series]:
@@ -168,7 +174,7 @@ class Run:
         if not os.path.isfile(path):
             return None
         with open(path) as f:
-            return json.load(f)["annotations"]
+            return json.load(f).get("annotations")
 
     @property
     def weights(self) -> str:
@@ -188,7 +194,7 @@ class Run:
     @property
     def training(self) -> List[Dict[str, Any]]:
         """The entries of run.json that are trainings, oldest first."""
-        return [entry for entry in self.record if not only_evaluates(entry)]
+        return [entry for entry in self.record if not entry.get("evaluates")]
 
     @property
     def has_trained(self) -> bool:

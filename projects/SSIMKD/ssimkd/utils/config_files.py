@@ -1,6 +1,7 @@
 """Finding and reading config files: `.yaml` into a CfgNode, `.py` into a DictConfig."""
 
 import io
+import json
 import os
 import re
 from contextlib import suppress
@@ -33,6 +34,8 @@ ANCHORS = re.compile(
 )
 ANCHOR_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]]
 
+BASE = re.compile(r'^(_BASE_:\s*)["\']?([\w./-]+)["\']?', re.MULTILINE)
+
 # yacs raises these for a key or value that does not fit a config.
 WRONG_SETTING = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
 LOADER = "detectron2._cfg_loader"
@@ -53,6 +56,11 @@ def find_config(name: Union[str, Path]) -> str:
     name = os.fspath(name)
     if name and PathManager.isfile(name):
         return PathManager.get_local_path(name)
+    return find_named(name)
+
+
+def find_named(name: str) -> str:
+    """As :func:`find_config`, but a file of the user's own is not looked for."""
     inside = name[len("configs/") :] if name.startswith("configs/") else name
     paths = [str(folder / (inside + suffix)) for folder in FOLDERS for suffix in ("", *SUFFIXES)]
     for suffix in ("", *SUFFIXES):
@@ -103,9 +111,11 @@ def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNo
     cfg = get_cfg()
     add_ssimkd_config(cfg)
     merge_yaml(cfg, path)
-    beside = os.path.join(os.path.dirname(path), cfg.MODEL.WEIGHTS)
-    if not os.path.exists(cfg.MODEL.WEIGHTS) and os.path.isfile(beside):
-        cfg.MODEL.WEIGHTS = beside  # an exported student
+    cfg.MODEL.WEIGHTS = weights = find_shipped(cfg.MODEL.WEIGHTS)
+    beside = os.path.join(os.path.dirname(path), weights)
+    exported = weights == "student.pth"  # another one may lie in the current folder
+    if os.path.isfile(beside) and (exported or not os.path.exists(weights)):
+        cfg.MODEL.WEIGHTS = beside
     merge_overrides(cfg, overrides)
     return cfg
 
@@ -139,25 +149,38 @@ def paths_as_text(node: Any) -> Any:
     return node
 
 
+def read_unchecked(path: str, overrides: Sequence, key: str) -> str:
+    """A setting of a `.yaml` as text. Its other keys need not exist; "" if it cannot be read."""
+    for i in reversed(range(0, len(overrides) - 1, 2)):
+        if overrides[i] == key:
+            return str(overrides[i + 1])
+    cfg = get_cfg()
+    with suppress(Exception):  # :func:`load_config` names what is wrong
+        content = _YamlFile.load_yaml_with_base(path)
+        for part in key.split(".")[:-1]:
+            content, cfg = content.get(part, {}), cfg[part]
+        return str(content.get(key.split(".")[-1], cfg[key.split(".")[-1]]))
+    return ""
+
+
 class _YamlFile(CfgNode):
     """Reads a YAML file and its `_BASE_` files, and replaces the code of ANCHORS by its value.
 
-    `_BASE_` is a file in the same folder, as in Detectron2, or the name of this project's config.
+    `_BASE_` is a path from the folder of the file, as in Detectron2, or, where there is no such
+    file, the name of a config of this project or of the zoo.
     """
 
     @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
-        names = [filename, "/".join(filename.split("/")[-2:]), os.path.basename(filename)]
-        for name in names if not PathManager.isfile(filename) else ():
-            with suppress(ConfigError):
-                filename = find_config(name)
-                break
-        return super().load_yaml_with_base(filename, allow_unsafe)
-
-    @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
+        def base(found: "re.Match[str]") -> str:
+            if not PathManager.isfile(os.path.join(os.path.dirname(filename), found[2])):
+                with suppress(ConfigError):
+                    return found[1] + json.dumps(os.path.abspath(find_named(found[2])))
+            return found[0]
+
         with PathManager.open(filename, "r") as f:
-            file = io.StringIO(ANCHORS.sub(str(ANCHOR_SIZES), f.read()))
+            text = ANCHORS.sub(str(ANCHOR_SIZES), f.read())
+        file = io.StringIO(BASE.sub(base, text))
         file.name = filename  # type: ignore[misc]  # PyYAML's errors name it.
         return file
 

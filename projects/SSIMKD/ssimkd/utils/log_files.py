@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import contextmanager
 from typing import Iterator, List
 
 
@@ -26,3 +27,15 @@ def log_files(name: str) -> Iterator[logging.StreamHandler]:
         path = getattr(getattr(handler, "stream", None), "name", None)
         if isinstance(path, str) and os.path.isfile(path):  # a terminal's is "<stdout>"
             yield handler  # type: ignore[misc]
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """In this block a logger and those below it pass errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
