@@ -8,8 +8,8 @@ r"""Writes COCO json for a data set in Pascal VOC's format, which Detectron2 the
 Each split gives one file beside the folders of the data set, such as train.json. A split is a file
 of ImageSets/Main without its ending. `val+test` joins two splits (val_test.json). Boxes are clipped
 to their image, and those without area are left out. The command prints how many it clipped and left
-out. Corners stay as they are written, also where a data set counts pixels from 1, as Pascal VOC's
-own does.
+out. Objects that are marked as difficult become ordinary ones. Corners stay as they are written,
+also where a data set counts pixels from 1, as Pascal VOC's own does.
 """
 
 import argparse
@@ -27,6 +27,11 @@ def image_names(folder: Path, split: str) -> List[str]:
     return list(dict.fromkeys(words[0] for words in lines if words))
 
 
+def corners_of(item: ElementTree.Element) -> List[float]:
+    """x0, y0, x1, y1 of an object in pixels."""
+    return [float(item.findtext(f"bndbox/{c}", "")) for c in ("xmin", "ymin", "xmax", "ymax")]
+
+
 def convert(folder: Path, names: Sequence[str], classes: Sequence[str]) -> Dict[str, Any]:
     """The images `names` of a data set as the content of a COCO json.
 
@@ -35,23 +40,23 @@ def convert(folder: Path, names: Sequence[str], classes: Sequence[str]) -> Dict[
         classes (sequence[str]): their category ids are 1, 2, ... in this order.
 
     Raises:
-        ValueError: an annotation has a class that is not in `classes`.
+        ValueError: an annotation is malformed or has a class that is not in `classes`.
     """
     images: List[Dict[str, Any]] = []
     annotations: List[Dict[str, Any]] = []
     clipped = left_out = 0
     for image_id, name in enumerate(names, start=1):
-        root = ElementTree.parse(folder / "Annotations" / f"{name}.xml").getroot()
-        width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+        try:
+            root = ElementTree.parse(folder / "Annotations" / f"{name}.xml").getroot()
+            width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+            boxes = [(item.findtext("name", ""), corners_of(item)) for item in root.iter("object")]
+        except (ValueError, ElementTree.ParseError) as error:
+            raise ValueError(f"{name}.xml: {error}") from error
         file_name = root.findtext("filename", "")
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
-        for item in root.iter("object"):
-            label = item.findtext("name", "")
+        for label, corners in boxes:
             if label not in classes:
                 raise ValueError(f"{name}.xml has the class {label!r}, which --classes lacks")
-            corners = [
-                float(item.findtext(f"bndbox/{c}", "")) for c in ("xmin", "ymin", "xmax", "ymax")
-            ]
             inside = [
                 min(max(value, 0.0), float(most))
                 for value, most in zip(corners, (width, height, width, height))
@@ -96,7 +101,7 @@ def main() -> None:
     for split in args.splits:
         try:
             data = convert(args.folder, image_names(args.folder, split), args.classes)
-        except (OSError, ValueError, ElementTree.ParseError) as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"error: {split}: {error}")
         path = args.folder / f"{split.replace('+', '_')}.json"
         path.write_text(json.dumps(data))

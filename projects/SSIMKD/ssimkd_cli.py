@@ -126,7 +126,8 @@ def export(add: Add) -> None:
     add("--out", required=True, help="folder to write to")
     kinds = ("detectron2", "torchscript", "onnx")
     add("--format", choices=kinds, default=kinds[0], help="kind of files to write (detectron2)")
-    text = "at least two image files to check a graph with; another flag stands before overrides"
+    text = "two or more images on which a graph is compared with the detector; not the last flag "
+    text += "before overrides"
     add("--images", nargs="+", default=[], help=text)
     add("--half", action="store_true", help="store matrices in float16 (detectron2 only)")
     add_overrides(add)

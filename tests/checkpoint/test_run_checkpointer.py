@@ -147,6 +147,13 @@ def test_a_new_run_moves_the_earlier_checkpoints_and_results(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [folder, final]
 
 
+def test_a_new_run_does_not_overwrite_its_teacher(tmp_path):
+    teacher = {"file": str(tmp_path / "model_final.pth"), "sha256": ""}
+    run = {"teachers": {"MODEL.DISTILL.TEACHER.WEIGHTS": teacher}}
+    with pytest.raises(ConfigError, match="holds the teacher's weights, .*: name another folder"):
+        RunCheckpointer(model_of(0.0), str(tmp_path), run=run).move_earlier_run()
+
+
 def test_processes_that_see_different_checkpoints_stop(tmp_path, monkeypatch):
     save(tmp_path, 1.0, 1)
     monkeypatch.setattr(comm, "all_gather", lambda path: [path, "model_0000000.pth"])

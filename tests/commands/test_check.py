@@ -106,7 +106,8 @@ def test_a_pair_that_cannot_run_is_an_error_in_one_line(run_check, opts, message
 
 def test_what_the_whole_run_costs():
     metrics = {"time": 0.5, "data_time": 0.01, "total_loss": 4.0, "loss_cls": 1.0, "lr": 0.0}
-    rows = dict(check.cost_rows({**metrics, "ssim_kd_loss": 3.0}, max_iter=90000))
+    cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    rows = dict(check.cost_rows(cfg, {**metrics, "ssim_kd_loss": 3.0}))
     assert rows["ssim_kd_loss"] == "3, 75.0 % of the total loss"
     assert "ssimkd weight" in rows["shares"]
     assert rows["time"].endswith("0.01 s of it waiting for data: 12:30:00 for 90000 iterations")
@@ -128,10 +129,12 @@ def test_a_loader_of_the_users_own_gets_no_argument():
 def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
     opts = ("DATASETS.UNLABELED", ("heap",), "MODEL.DISTILL.STOP_ITER", 5)
     cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10, *opts)
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 37.4, 0.1]]
     short = check.short_run_config(cfg, "folder", iterations=20, num_gpus=8)
     assert short.SOLVER.IMS_PER_BATCH == 2 and short.SOLVER.BASE_LR == 0.0
     assert short.SOLVER.IMS_PER_BATCH_UNLABELED == 1 and short.MODEL.DISTILL.STOP_ITER == 0
     assert short.DATASETS.TEST == () and short.VIS_PERIOD == 0 and short.OUTPUT_DIR == "folder"
+    assert short.TEST.EXPECTED_RESULTS == []
     assert cfg.SOLVER.IMS_PER_BATCH == 16  # the given one stays
 
 

@@ -194,7 +194,7 @@ def test_an_image_that_cannot_be_read_costs_no_other(images, tmp_path, capsys):
     assert third == f"error: --output: cannot write {tmp_path}/seen/copy.jfif"
     listed = {entry["file_name"] for entry in found}
     assert listed == {*images, str(tmp_path / "copy.jfif")}
-    assert "objects in 2 images" in capsys.readouterr().out
+    assert "objects in 3 images" in capsys.readouterr().out
 
 
 def test_nothing_above_the_threshold_says_how_close_it_was(images, tmp_path, capsys):

@@ -14,6 +14,7 @@ from ssimkd.data.datasets import (
     build_mapper,
     categories_of,
     check_classes,
+    check_datasets,
     count_classes,
     image_ids_of,
     register_coco,
@@ -102,6 +103,18 @@ def test_data_that_a_run_does_not_use_is_not_read(own):
         load_config("configs/shapes/vanilla.yaml", opts)
     cfg = load_config("configs/shapes/vanilla.yaml", opts, splits=("TEST",))  # --eval-only
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+
+
+def test_a_json_without_annotations_may_be_used_without_labels(own, tmp_path):
+    content = json.loads(open(own["JSON"]).read())
+    (tmp_path / "images.json").write_text(json.dumps({"images": content["images"]}))
+    unlabeled = {**own, "JSON": str(tmp_path / "images.json")}
+    register_coco([unlabeled], [], unlabeled=["own_train"])
+    (record,) = DatasetCatalog.get("own_train")
+    assert record["file_name"] == f"{own['IMAGES']}/a.jpg" and not record["annotations"]
+    check_datasets(["own_train"], "DATASETS.UNLABELED")
+    with pytest.raises(ConfigError, match="images.json has no list 'annotations'"):
+        register_coco([unlabeled], ["own_train"])
 
 
 def test_the_same_ids_must_have_the_same_names(own):

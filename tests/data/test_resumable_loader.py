@@ -52,6 +52,28 @@ def test_a_resumed_stream_equals_one_without_interruption(taken, workers):
     assert take(second, 16 - taken) == expected[taken:]
 
 
+def test_an_image_for_which_the_mapper_returns_none_is_replaced():
+    def only_even(record):
+        return mapper(record) if record["index"] % 2 == 0 else None
+
+    def batches(workers):
+        stream = ResumableLoader(
+            RECORDS,
+            mapper=only_even,
+            sampler=TrainingSampler(len(RECORDS), seed=3),
+            total_batch_size=4,
+            num_workers=workers,
+        )
+        return take(stream, 6)
+
+    found = batches(0)
+    assert all(record["index"] % 2 == 0 for batch in found for record in batch)
+    assert found == batches(2)
+    none = ResumableLoader(RECORDS, mapper=lambda record: None, total_batch_size=4)
+    with pytest.raises(ConfigError, match="returns None for every image"):
+        take(none, 1)
+
+
 def test_loading_does_not_change_the_random_generators():
     expected = get_random_state()
     stream = iter(loader())

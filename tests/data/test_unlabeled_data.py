@@ -129,7 +129,7 @@ def test_the_two_streams_are_joined_and_resumed():
 
 def test_instances_that_a_mapper_adds_are_taken_away():
     loader = stream(4, 2, 1, labels=False)
-    loader.dataset._map_func._obj.mapper.mapper = lambda record: {**record, "instances": ()}
+    loader.mapper._obj.mapper.mapper = lambda record: {**record, "instances": ()}
     assert all("instances" not in x for x in next(iter(loader)))
 
 

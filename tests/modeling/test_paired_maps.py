@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import image_batch
 from ssimkd.modeling.backbones import TorchvisionBackbone
-from ssimkd.modeling.paired_maps import evaluation_mode, paired_maps
+from ssimkd.modeling.paired_maps import evaluation_mode, paired_outputs
 
 BATCH = image_batch((96, 96), (96, 128))
 
@@ -14,7 +14,7 @@ def test_they_are_the_backbones_in_evaluation_mode(student, training):
     model = student().train(training)
     model.roi_heads.eval()  # as a user may have frozen a part
     modes = [module.training for module in model.modules()]
-    maps, teacher = paired_maps(model, model.distiller, BATCH)
+    maps, teacher, *_ = paired_outputs(model, model.distiller, BATCH)
     assert [module.training for module in model.modules()] == modes
     assert not model.backbone._forward_hooks
     with torch.no_grad():

@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, ProposalNetwork, build_model
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller, DistillMixin
 from ssimkd.losses import SSIMLoss
-from ssimkd.modeling.paired_maps import paired_maps
+from ssimkd.modeling.paired_maps import paired_outputs
 from ssimkd.teacher.spec import TeacherSpec
 from ssimkd.utils.compat import FCOS, model_zoo
 
@@ -152,8 +152,8 @@ def test_a_new_student_is_two_lines(tmp_path):
     assert set(run(rgb, images)) == {"loss_rpn_cls", "loss_rpn_loc", "ssim_kd_loss"}
     assert type(rgb).plain_architecture() is ProposalNetwork
     rcnn = student_of(name, FPN, name, weights)
-    (_, found), (_, expected) = (
-        paired_maps(model, model.distiller, batch)
+    found, expected = (
+        paired_outputs(model, model.distiller, batch)[1]
         for model, batch in ((rgb, images), (rcnn, BATCH))
     )
     assert all(torch.equal(found[level], maps) for level, maps in expected.items())

@@ -5,6 +5,7 @@ import torch
 from conftest import image_batch
 from detectron2.utils.events import EventStorage
 from ssimkd import KD_LOSS_REGISTRY, ConfigError
+from ssimkd.modeling.meta_arch import warn_of_unlabeled
 from ssimkd.modeling.nonfinite import explain_nonfinite
 from ssimkd.modeling.several_teachers import takes_unlabeled
 from test_students import BATCH, pair, rich_batch, save_teacher, zoo_cfg
@@ -60,12 +61,14 @@ def test_every_parameter_gets_a_gradient_from_a_mixed_batch(student):
 
 
 @pytest.mark.parametrize("losses", [(), ("kd",)])
-def test_without_a_loss_for_them_images_without_labels_are_left_alone(student, losses):
+def test_without_a_loss_for_them_images_without_labels_are_left_alone(student, losses, caplog):
     model = student(f"{KEY}.LOSSES", losses)
     expected = losses_of(model, LABELED)
     model.backbone.register_forward_hook(lambda module, inputs, maps: seen.append(len(inputs[0])))
     seen = []
+    warn_of_unlabeled.cache_clear()
     assert losses_of(model, MIXED) == expected and seen == [2]
+    assert caplog.text.count('Training images without "instances" are left out') == 1
     if losses:
         with pytest.raises(ConfigError, match="none of them learns from images without labels"):
             takes_unlabeled(model)

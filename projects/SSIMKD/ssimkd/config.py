@@ -24,8 +24,14 @@ OWN_KEYS = (
 )
 
 
+def check_has_keys(cfg: CN) -> None:
+    """Raises ConfigError for a config without this project's keys."""
+    if "DISTILL" not in cfg.MODEL:
+        raise ConfigError("MODEL.DISTILL is missing: call ssimkd.add_ssimkd_config(cfg) first")
+
+
 def add_ssimkd_config(cfg: CN) -> None:
-    """Adds `MODEL.DISTILL`, two backbones and six other keys to a Detectron2 config, in place.
+    """Adds this project's keys, those of OWN_KEYS, to a Detectron2 config, in place.
 
     The comments say where a default comes from. [paper]: de Rijk et al., NeurIPS 2022, from
     secondary sources, because only its abstract was read. [authors]: the code of a loss's own
@@ -60,8 +66,8 @@ def add_ssimkd_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
     # Overrides of CONFIG: ["KEY", value, ...] for a .yaml, ["key=value", ...] for a .py
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
-    # Of the teacher's weights and arithmetic: "float32", "bfloat16", "float16"; "auto": half
-    # precision where the student trains in it (SOLVER.AMP), float32 otherwise
+    # Precision of the teacher's weights and arithmetic: "float32", "bfloat16", "float16"; "auto":
+    # half precision where the student trains in it (SOLVER.AMP), float32 otherwise
     cfg.MODEL.DISTILL.TEACHER.PRECISION = "auto"
     # True: the teacher runs through torch.compile
     cfg.MODEL.DISTILL.TEACHER.COMPILE = False
@@ -109,9 +115,9 @@ def add_ssimkd_config(cfg: CN) -> None:
     # "build_retinanet_torchvision_fpn_backbone"; see modeling/backbones.py
     cfg.MODEL.TORCHVISION = CN()
     cfg.MODEL.TORCHVISION.NAME = ""  # such as "mobilenet_v2"
-    # Where MODEL.WEIGHTS is "". "DEFAULT": torchvision's ImageNet weights; a file; "": random
+    # Used only if MODEL.WEIGHTS is "": "DEFAULT" (ImageNet's), a file, or "" (random)
     cfg.MODEL.TORCHVISION.WEIGHTS = "DEFAULT"
-    # Of the batch norms: "FrozenBN", "BN" or "SyncBN"
+    # Type of the batch norms: "FrozenBN", "BN" or "SyncBN"
     cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
     # The same for timm: "build_timm_fpn_backbone" and "build_retinanet_timm_fpn_backbone"
     cfg.MODEL.TIMM = cfg.MODEL.TORCHVISION.clone()

@@ -67,7 +67,9 @@ class _Array(np.ndarray):
         if not isinstance(content, bytes) or min(shape, default=0) < 0 or self.size:
             raise pickle.UnpicklingError("an array is filled with something else than bytes")
         if math.prod(shape) * kind.dtype.itemsize != len(content):
-            raise pickle.UnpicklingError(f"{len(content)} bytes are no array of shape {shape}")
+            raise pickle.UnpicklingError(
+                f"{len(content)} bytes do not fit an array of shape {shape}"
+            )
         super().__setstate__((1, shape, kind.dtype, int(fortran), content))  # type: ignore[arg-type]
 
 
@@ -120,7 +122,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
                 f"author, convert it: {conversion_command(path)}"
             ) from error
         # torch's message would advise the user to read the file without restriction.
-        why = "it is no checkpoint" if "Weights only" in str(error) else one_line(error)
+        why = "it is not a checkpoint" if "Weights only" in str(error) else one_line(error)
         raise ConfigError(f"cannot be read: {why}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"holds a {type(content).__name__} instead of tensors by name")

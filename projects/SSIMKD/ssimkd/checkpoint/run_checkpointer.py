@@ -138,8 +138,16 @@ class RunCheckpointer(CheckpointReader):
         `model_final.pth` stays until the new run overwrites it.
 
         Raises:
-            ConfigError: they cannot be moved.
+            ConfigError: they cannot be moved, or one of them is a teacher of the new run.
         """
+        for teacher in (self.run or {}).get("teachers", {}).values():
+            if os.path.dirname(os.path.realpath(teacher["file"])) == os.path.realpath(
+                self.save_dir
+            ):
+                raise ConfigError(
+                    f"{OUTPUT}: {self.save_dir} holds the teacher's weights, {teacher['file']}, "
+                    "which the new run would overwrite or move: name another folder"
+                )
         comm.synchronize()  # another process may still be reading one of the files
         names = {LAST, *checkpoints_in(self.save_dir), *numbered_in(self.save_dir)} - {FINAL}
         names |= RESULTS

@@ -118,5 +118,5 @@ def main(words: Optional[Sequence[str]] = None) -> None:
     with naming_lazy_fields(not isinstance(cfg, CfgNode)):
         text = table(cfg, args.weights, image, args.repeats)
     height, width = image.shape[1:]
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else "CPU"
     print(f"\n{text}\n\nImage of {height} x {width} pixels; {where}, torch {torch.__version__}")

@@ -12,6 +12,7 @@ The command prints a table with its findings and warnings. The exit status is 1 
 or a warning, and 0 otherwise. A note, such as one on a few boxes without area, is no warning.
 """
 
+import copy
 import datetime
 import json
 import logging
@@ -34,6 +35,7 @@ from ssimkd.engine.preflight import warn_of_settings
 from ssimkd.engine.writers import LOGGERS
 from ssimkd.engine.yaml_driver import DistillTrainer
 from ssimkd.errors import ConfigError, exit_in_one_line
+from ssimkd.evaluation.predictor import device_of
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.teacher.preprocessing import Preprocessing
 from ssimkd.utils.config_keys import datasets_of, names_of, setting, unlabeled_batch
@@ -129,6 +131,7 @@ def short_run_config(cfg, folder: str, iterations: int, num_gpus: int):
             "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (),
             "SOLVER.BASE_LR", 0.0, "SOLVER.IMS_PER_BATCH", batch, "DATASETS.TEST", (),
             "SOLVER.REFERENCE_WORLD_SIZE", 0, "TEST.PRECISE_BN.ENABLED", False,
+            "TEST.EXPECTED_RESULTS", [],
             "SOLVER.IMS_PER_BATCH_UNLABELED", unlabeled,
             "VIS_PERIOD", 0, "MODEL.DISTILL.WANDB_PROJECT", "",
             *(word for key in delays_in(cfg) for word in (key, 0)),
@@ -160,18 +163,19 @@ def measure(cfg, folder: str, iterations: int, num_gpus: int) -> Dict[str, float
     return next(row for row in map(json.loads, reversed(lines)) if "time" in row)
 
 
-def cost_rows(metrics: Dict[str, float], max_iter: int) -> Iterator[Row]:
+def cost_rows(cfg, metrics: Dict[str, float]) -> Iterator[Row]:
     """Rows with each loss and its share, and with the time and memory of the whole run."""
     for name, value in metrics.items():
         if "loss" in name and name != "total_loss":
             share_of = value / metrics["total_loss"]
             yield name, f"{value:.4g}, {100 * share_of:.1f} % of the total loss"
-    yield "shares", "compare values; `ssimkd weight` compares the gradients at the student's maps"
+    yield "shares", "are of the losses' values, not of their effect: `ssimkd weight` measures that"
+    max_iter = setting(cfg, "iterations")
     seconds = round(metrics["time"] * max_iter)
     whole = f"{datetime.timedelta(seconds=seconds)} for {max_iter} iterations"
     waiting = f"{metrics['data_time']:.3g} s of it waiting for data"
     yield "time", f"{metrics['time']:.3g} s per iteration, {waiting}: {whole}"
-    if torch.cuda.is_available():
+    if device_of(cfg).type == "cuda":
         yield "memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most, on the GPU"
     else:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
@@ -195,9 +199,8 @@ def main(words: Optional[Sequence[str]] = None) -> None:
             if unlabeled_batch(cfg):
                 names = ", ".join(names_of(cfg, "UNLABELED"))
                 rows.append(("unlabeled", f"{unlabeled_batch(cfg)} images of {names} in a step"))
-            iterations = setting(cfg, "iterations")  # those of the long run
-            metrics = measure(cfg, folder, args.iterations, args.num_gpus)
-            costs += cost_rows(metrics, iterations)
+            metrics = measure(copy.deepcopy(cfg), folder, args.iterations, args.num_gpus)
+            costs += cost_rows(cfg, metrics)
     finally:  # an error ends the command after what is known by then
         rows += [*dict.fromkeys(remarks.rows()), *costs]
         width = max((len(name) for name, _ in rows), default=0)

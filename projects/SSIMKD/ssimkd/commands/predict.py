@@ -9,10 +9,11 @@ evaluation of the config. The list is in the format of COCO's results, and an en
     {"file_name": "street.jpg", "category_name": "car", "image_id": 397133, "category_id": 3,
      "bbox": [x, y, width, height], "score": 0.98}
 
-The box is in pixels. Names and ids of classes are those of the annotation file that the detector
-was trained on; its checkpoint holds them. The image_id is that of the config's test data, or the
-file's name if the image is not listed there. An image that cannot be read is left out, and one
-whose format cannot be written is not drawn. Both are named at the end, and the exit status is 1.
+The box is in pixels. Names and ids of classes are those of the annotation file of the test data, or
+else of the training data; the checkpoint holds them. The image_id is that of the config's test
+data, or the file's name if the image is not listed there. An image that cannot be read is left out,
+and one whose format cannot be written is not drawn. Both are named at the end, and the exit status
+is 1.
 """
 
 import argparse
@@ -45,11 +46,13 @@ class Predictions(NamedTuple):
 
     Attributes:
         entries (list[dict]): the content of predictions.json.
+        searched (int): number of images that were read.
         failed (list[str]): a line for each image that cannot be read, or not be drawn.
         best_left_out (float): the highest score below the threshold, or 0.
     """
 
     entries: List[Dict[str, Any]]
+    searched: int
     failed: List[str]
     best_left_out: float
 
@@ -91,13 +94,14 @@ def predict(args: argparse.Namespace) -> Predictions:
     metadata = metadata_of(cfg, categories)
     os.makedirs(args.output, exist_ok=True)
     entries: List[Dict[str, Any]] = []
-    failed, best = [], 0.0
+    searched, failed, best = 0, [], 0.0
     for path in tqdm(args.images, unit="img", disable=None):
         try:
             image = read(path)
         except ConfigError as error:
             failed.append(str(error))
             continue
+        searched += 1
         found = model([image])[0]["instances"].to("cpu")
         shown = found.scores >= args.confidence_threshold
         best = max([best, *found.scores[~shown].tolist()])
@@ -109,7 +113,7 @@ def predict(args: argparse.Namespace) -> Predictions:
             failed.append(str(error))
         image_id = ids.get(os.path.realpath(path), os.path.basename(path))
         entries += entries_of(path, image_id, found, categories)
-    return Predictions(entries, failed, best)
+    return Predictions(entries, searched, failed, best)
 
 
 @exit_in_one_line()
@@ -126,7 +130,6 @@ def main(words: Optional[Sequence[str]] = None) -> None:
             f"The best score is {found.best_left_out:.2g}, below --confidence-threshold "
             f"{args.confidence_threshold:g}"
         )
-    drawn = len(args.images) - len(found.failed)
-    print(f"{len(found.entries)} objects in {drawn} images: {path}")
+    print(f"{len(found.entries)} objects in {found.searched} images: {path}")
     if found.failed:
         sys.exit("\n".join(f"error: {line}" for line in found.failed))

@@ -91,16 +91,22 @@ def delays_in(cfg) -> List[str]:
 
 
 def logging_gradients(cfg) -> List[str]:
-    """Overrides that log the gradients of :func:`weights_of`, without any warm-up or delay."""
+    """Overrides that log the gradients of :func:`weights_of`.
+
+    They leave out warm-ups and delays of the losses, evaluations and pictures.
+    """
     measured = weights_of(cfg)
     weights = [key_in(node, "weight") for _, node in losses_in(cfg)]
     settings: Dict[str, Any] = dict.fromkeys((k for k in weights if k not in measured), 0.0)
     settings.update(dict.fromkeys(delays_in(cfg), 0))
     if isinstance(cfg, CfgNode):
-        settings["MODEL.DISTILL.LOG_GRADIENTS"] = PERIOD
+        settings.update({"MODEL.DISTILL.LOG_GRADIENTS": PERIOD, "VIS_PERIOD": 0})
+        settings.update({"DATASETS.TEST": (), "TEST.EXPECTED_RESULTS": []})
         words = [word for key, value in settings.items() for word in (key, str(value))]
         return [*words, "MODEL.DISTILL.WANDB_PROJECT", ""]
-    settings["model.log_gradients"] = PERIOD
+    settings.update({"model.log_gradients": PERIOD, "train.eval_period": 0})
+    if "vis_period" in cfg.model:
+        settings["model.vis_period"] = 0
     return [f"{key}={value}" for key, value in settings.items()] + ["+train.wandb_project="]
 
 

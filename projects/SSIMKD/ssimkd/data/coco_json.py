@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import zlib
 from typing import Any, Dict, List
 
 from ssimkd.errors import ConfigError, as_config_error
@@ -16,8 +15,9 @@ REQUIRED: Dict[str, Dict[str, Any]] = {
     "annotations": {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list},
     "categories": {"id": int, "name": str},
 }
-FEW = 0.01  # share of boxes that cannot be learned and are no reason to stop
-SAID = "SSIMKD_SAID"  # the environment variable that tells child processes what has been said
+# Largest share of boxes that cannot be learned which `ssimkd check` lists as a note, not as a
+# warning.
+FEW = 0.01
 SIDES = {"l_": "r_", "L_": "R_"}  # how names of keypoints may begin
 NO_PAIRS = (
     "no two keypoints are called left and right, or l_ and r_, so a flip exchanges none of them"
@@ -25,7 +25,9 @@ NO_PAIRS = (
 SCORED = {"area": (int, float), "iscrowd": int}  # COCO's metric needs these of annotations, too.
 
 
-def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, Any]:
+def read_coco(
+    json_file: str, images: str, scored: bool = False, labeled: bool = True
+) -> Dict[str, Any]:
     """Reads and checks an annotation file.
 
     A warning counts the boxes without area or outside their image, which are not learned.
@@ -34,6 +36,7 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
         json_file (str): in COCO's format.
         images (str): folder of the images. The first one must exist.
         scored (bool): detections will be compared with the annotations.
+        labeled (bool): False: only the list of images is read, and the metadata is empty.
 
     Returns:
         dict: Detectron2's metadata: thing_classes in the order of their ids, these ids, and the
@@ -44,17 +47,19 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
     """
     with as_config_error("cannot be read", (OSError, ValueError)), open(json_file) as f:
         content = json.load(f)
-    for part, keys in REQUIRED.items():
+    for part, keys in REQUIRED.items() if labeled else [("images", REQUIRED["images"])]:
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise ConfigError(f"has no list {part!r}")
         if not content[part]:
             raise ConfigError(f"has no {part}")
         more = SCORED if scored and part == "annotations" else {}
         check_entries(part, content[part], {**keys, **more})
-    check_boxes(json_file, content)
     first = os.path.join(images, content["images"][0]["file_name"])
     if not os.path.isfile(first):
         raise ConfigError(f"names the image {first}, which does not exist")
+    if not labeled:
+        return {}
+    check_boxes(json_file, content)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     found: Dict[str, Any] = {
         "thing_classes": [category["name"] for category in categories],
@@ -65,7 +70,7 @@ def read_coco(json_file: str, images: str, scored: bool = False) -> Dict[str, An
         pairs = [(name, right) for name in names for right in right_of(name) if right in names]
         found["keypoint_flip_map"] = pairs
         if not pairs:
-            warn_once(f"{json_file}: {NO_PAIRS}", harmless=True)
+            logger.warning("%s: %s", json_file, NO_PAIRS, extra={"harmless": True})
         found.update(keypoint_names=names, keypoint_connection_rules=[])
     return found
 
@@ -117,22 +122,8 @@ def check_boxes(json_file: str, content: Dict[str, Any]) -> None:
         raise ConfigError("has no box with an area inside its image: nothing can be learned")
     if unseen:
         boxes = len(content["annotations"])
-        warn_once(
-            f"{json_file}: {len(unseen)} of {boxes} boxes have no area or lie outside their image "
-            f"and are not learned: {', '.join(unseen[:3])}",
-            harmless=len(unseen) <= FEW * boxes,
+        logger.warning(
+            "%s: %d of %d boxes have no area or lie outside their image and are not learned: %s",
+            *(json_file, len(unseen), boxes, ", ".join(unseen[:3])),
+            extra={"harmless": len(unseen) <= FEW * boxes},
         )
-
-
-def warn_once(text: str, harmless: bool) -> None:
-    """Warns in one process of a run, once.
-
-    Args:
-        text (str): the warning.
-        harmless (bool): `ssimkd check` lists it and does not count it as a problem.
-    """
-    said, digest = os.environ.get(SAID, ""), f"{zlib.crc32(text.encode()):08x}"
-    if digest in said.split() or os.environ.get("RANK", "0") != "0":  # RANK is torchrun's
-        return
-    os.environ[SAID] = f"{said} {digest}"
-    logger.warning(text, extra={"harmless": harmless})

@@ -2,12 +2,13 @@
 
 import os
 import re
+from functools import partial
 from itertools import chain, product
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.utils.registry import locate
 
 from ssimkd.errors import ConfigError, as_config_error, as_setting_error
@@ -112,27 +113,39 @@ def register_coco(
         name, images, json_file = str(values["NAME"]), str(values["IMAGES"]), values.get("JSON")
         if name not in names and name not in unlabeled:
             continue
-        if not os.path.isdir(images):
-            raise ConfigError(f"{key}: {name}: there is no folder {images}")
-        if json_file is None:
-            if name in names:
-                raise ConfigError(
-                    f"{key}: {name} has no JSON and thus no labels: name it in DATASETS.UNLABELED "
-                    "alone"
-                )
-            if name not in DatasetCatalog:
-                DatasetCatalog.register(name, lambda folder=images: list_images(folder))
-                MetadataCatalog.get(name).set(image_root=images)
-        else:
-            json_file = str(json_file)
-            with as_config_error(f"{key}: {name}: {json_file}", sep=" "):
-                metadata = read_coco(json_file, images, name in scored)
-            if name not in DatasetCatalog:
-                register_coco_instances(name, metadata, json_file, images)
+        json_file = None if json_file is None else str(json_file)
+        register_files(name, images, json_file, name in names, name in scored)
         found = MetadataCatalog.get(name)
         known, given = (found.get("json_file"), found.get("image_root")), (json_file, images)
         if [os.path.normpath(x or "") for x in known] != [os.path.normpath(x or "") for x in given]:
             raise ConfigError(f"{key}: another data set is called {name}: choose another NAME")
+
+
+def register_files(
+    name: str, images: str, json_file: Optional[str], labeled: bool, scored: bool
+) -> None:
+    """Registers one data set, if no data set has the name; see :func:`register_coco`."""
+    if not os.path.isdir(images):
+        raise ConfigError(f"DATASETS.COCO: {name}: there is no folder {images}")
+    if labeled and json_file is None:
+        raise ConfigError(
+            f"DATASETS.COCO: {name} has no JSON and thus no labels: name it in DATASETS.UNLABELED "
+            "alone"
+        )
+    metadata: Dict[str, Any] = {}
+    if json_file is not None:
+        with as_config_error(f"DATASETS.COCO: {name}: {json_file}", sep=" "):
+            metadata = read_coco(json_file, images, scored, labeled)
+    if name in DatasetCatalog:
+        return
+    if labeled:
+        register_coco_instances(name, metadata, json_file, images)
+        return
+    load = partial(load_coco_json, json_file) if json_file else list_images
+    DatasetCatalog.register(name, partial(load, images))
+    MetadataCatalog.get(name).set(
+        image_root=images, **{"json_file": json_file} if json_file else {}
+    )
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Any:
@@ -199,7 +212,8 @@ def check_datasets(names: Sequence[str], key: str) -> None:
                 "datasets.coco (.py) or a module of --import registers your own"
             )
         if not name.startswith(FOLDER):  # The Shapes data is drawn on first use.
-            paths = [MetadataCatalog.get(name).get(key) for key in ("json_file", "image_root")]
+            known = MetadataCatalog.get(name)
+            paths = [known.get(field) for field in ("json_file", "image_root")]
             missing += [p for p in paths if p and "://" not in p and not os.path.exists(p)]
     if missing:
         raise ConfigError(

@@ -19,10 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssimkd.errors import ConfigError
@@ -36,7 +37,7 @@ LABELS = ("annotations", "sem_seg_file_name", "pan_seg_file_name", "segments_inf
 SKIPPED = "skipped"  # An item that replaces unreadable images has a line for each under this key.
 # Detectron2's samplers keep in these attributes what they drew at random.
 DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
-OTHERWISE = {  # argument of Detectron2's loader -> what to do in its place
+UNSUPPORTED = {  # argument of Detectron2's loader -> what to do in its place
     "seed": "the images depend on train.seed",
     "single_gpu_batch_size": "total_batch_size says how many images a step has",
 }
@@ -96,7 +97,8 @@ class ResumableLoader:
                     f"to False: a record of the data set has no {error}"
                 ) from error
         records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
-        self.dataset = MapDataset(records, NamingMapper(mapper if labels else Unlabeled(mapper)))
+        self.dataset: Any = records
+        self.mapper = PicklableWrapper(NamingMapper(mapper if labels else Unlabeled(mapper)))
         self.skip_bad_images = skip_bad_images
         self.skipped: Set[str] = set()
         self.sampler: Any = TrainingSampler(len(records)) if sampler is None else sampler
@@ -155,7 +157,7 @@ class ResumableLoader:
 
     def _seeded(self) -> "SeededDataset":
         seed = getattr(self.sampler, "_seed", 0)
-        return SeededDataset(self.dataset, seed, self.skip_bad_images, self.landscape)
+        return SeededDataset(self.dataset, self.mapper, seed, self.skip_bad_images, self.landscape)
 
     def _positions(self) -> Iterator[List[Position]]:
         """Batches of positions that have not been given yet."""
@@ -187,10 +189,10 @@ def torch_options(options: Dict[str, Any], num_workers: int) -> Dict[str, Any]:
     Raises:
         ConfigError: an argument cannot be followed.
     """
-    for name, instead in OTHERWISE.items():
+    for name, instead in UNSUPPORTED.items():
         if options.get(name) is not None:
             raise ConfigError(f"leave out {name}: {instead}")
-    left_out = {*OTHERWISE, "drop_last"} | (set() if num_workers else {"prefetch_factor"})
+    left_out = {*UNSUPPORTED, "drop_last"} | (set() if num_workers else {"prefetch_factor"})
     kept = {name: value for name, value in options.items() if name not in left_out}
     return {**kept, "collate_fn": kept.get("collate_fn") or trivial_batch_collator}
 
@@ -214,12 +216,21 @@ class Unlabeled:
 
 
 class SeededDataset(Dataset):
-    """A data set whose random augmentation depends on the seed and the position alone."""
+    """A data set whose random augmentation depends on the seed and the position alone.
+
+    An image for which the mapper returns None is replaced by the next one, as in Detectron2.
+    """
 
     def __init__(
-        self, dataset: MapDataset, seed: int, skip_bad_images: bool, landscape: Optional[List[bool]]
+        self,
+        records: Any,
+        mapper: Callable[[Dict], Any],
+        seed: int,
+        skip_bad_images: bool,
+        landscape: Optional[List[bool]],
     ) -> None:
-        self.dataset, self.skip_bad_images, self.landscape = dataset, skip_bad_images, landscape
+        self.records, self.mapper = records, mapper
+        self.skip_bad_images, self.landscape = skip_bad_images, landscape
         self.seed = (seed % 2**64, 0)  # Detectron2's -1 means no seed.
         self.rank, self.processes = comm.get_rank(), comm.get_world_size()
 
@@ -228,20 +239,26 @@ class SeededDataset(Dataset):
         shared = position * self.processes + self.rank  # position in the stream of all processes
         words = np.random.SeedSequence((*self.seed, shared)).generate_state(3)
         bad: List[str] = []
-        for candidate in islice(self._candidates(index), MAX_BAD_IN_A_ROW + 1):
+        for candidate in self._candidates(index):
             random.seed(int(words[0]))
             np.random.seed(words[1])
             torch.manual_seed(int(words[2]))
             try:
-                item = self.dataset[candidate]
+                item = self.mapper(self.records[candidate])
             except BadImageError as error:
                 if not self.skip_bad_images:
                     raise
                 bad.append(str(error))
-            else:
-                if bad:
-                    item[SKIPPED] = bad
-                return item
+                if len(bad) > MAX_BAD_IN_A_ROW:
+                    break
+                continue
+            if item is None:
+                continue
+            if bad:
+                item[SKIPPED] = bad
+            return item
+        if not bad:
+            raise ConfigError("the mapper of the training data returns None for every image")
         raise ConfigError(
             f"--skip-bad-images: {len(bad)} images in a row cannot be read, so that none replaces "
             f"them; {bad[0]}"
@@ -252,7 +269,7 @@ class SeededDataset(Dataset):
 
         Images of the same orientation come first.
         """
-        order = [range(index, len(self.dataset)), range(index)]
+        order = [range(index, len(self.records)), range(index)]
         if self.landscape is None:
             return chain(*order)
         own = self.landscape[index]

@@ -22,8 +22,8 @@ from ssimkd.utils.random_state import get_random_state, set_random_state
 from .preemption import StopOnSignal
 
 logger = logging.getLogger(__name__)
-# Of the two gradients in the first iteration, when those of new heads are still small. SSIM's
-# weight of 4 then gives 15 on Shapes.
+# The largest ratio without a warning. It is measured in the first iteration, where the gradients of
+# new heads are still small: the default weight of ssim gives 15 on Shapes.
 MOST_RATIO = 1000.0
 RUNNING = ("loss_normalizer",)  # training changes these attributes; state_dict leaves them out
 
@@ -154,7 +154,7 @@ class ExactResume(HookBase):
 
 
 class WarnOnGradientRatio(HookBase):
-    """Warns at the start of a run if the distillation drowns the detector's losses.
+    """Warns at the start of a run if the distillation's gradient is far larger than the detector's.
 
     It measures the first iteration, and the first one in which a loss with a delay has a gradient.
     Where gradients are clipped a large share does little harm (docs/comparison.md).

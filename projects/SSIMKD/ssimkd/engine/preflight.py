@@ -16,7 +16,7 @@ from torch import nn
 from ssimkd.errors import ConfigError, as_config_error, one_line
 from ssimkd.modeling.distiller import Distiller
 from ssimkd.modeling.idle import idle_losses
-from ssimkd.modeling.paired_maps import paired_maps
+from ssimkd.modeling.paired_maps import paired_outputs
 from ssimkd.modeling.several_teachers import distillers_of, naming_teacher
 from ssimkd.teacher.inherit import inherit
 from ssimkd.teacher.preprocessing import (
@@ -66,7 +66,7 @@ def prepare(model: Any, loader: Any, settings: DriverSettings, *, resumed: bool)
                 copied = prepare_pair(model, name, distiller, modules, batches, settings)
                 twice = sorted(inherited & copied)
                 if twice:
-                    raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers would give {twice[0]}")
+                    raise ConfigError(f"MODEL.DISTILL.INHERIT: two teachers both set {twice[0]}")
                 inherited |= copied
 
 
@@ -76,8 +76,11 @@ def batches_to_check(loader: Any, images: int) -> List[List[Dict]]:
         return []
     if hasattr(loader, "peek"):
         return loader.peek(images)
-    text = "Teacher and student are not checked: a %s cannot show images in advance"
-    logger.warning(text, type(loader).__name__)
+    logger.warning(
+        "Teacher and student are not checked before the training, because the loader is not "
+        "Detectron2's own but a %s",
+        type(loader).__name__,
+    )
     return []
 
 
@@ -151,8 +154,11 @@ def check_names(settings: DriverSettings, teachers: List[str]) -> None:
     """Raises ConfigError for a name that INHERIT gives to no teacher of a student."""
     for name, modules in settings.inherit.items():
         if modules and name not in teachers:
-            known = ", ".join(teachers) if teachers != [""] else "a list for the one teacher"
-            raise ConfigError(f"INHERIT: {name!r} is no teacher; there is {known}")
+            how = "there is one teacher: write a list of modules"
+            if teachers != [""]:
+                known = ", ".join(teachers)
+                how = f"write a mapping from the name of a teacher ({known}) to a list of modules"
+            raise ConfigError(f"INHERIT: {name!r} is not the name of a teacher; {how}")
 
 
 def check_pair(
@@ -195,7 +201,7 @@ def check_maps(model: Any, distiller: Distiller, batch: List[Dict]) -> str:
         "because an operator that Detectron2 compiles is missing"
     )
     with as_config_error(what, (ImportError, NotImplementedError)):
-        student, _ = paired_maps(model, distiller, batch)
+        student, *_ = paired_outputs(model, distiller, batch)
     return ", ".join(f"{level} {tuple(maps.shape[1:])}" for level, maps in student.items())
 
 
@@ -230,8 +236,9 @@ def check_detections(
         logger.info(text)
     else:
         logger.warning(
-            "%s, fewer than %.0f %%. Do MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and was "
-            "it trained on images of this kind? The student may learn noise",
+            "%s, fewer than %.0f %%, so the student may learn noise. Check that "
+            "MODEL.DISTILL.TEACHER.WEIGHTS belong to .CONFIG, and that the teacher was trained on "
+            "similar images",
             text,
             100 * LEAST_FOUND,
         )

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ssimkd.checkpoint.run_checkpointer import RunCheckpointer
+from ssimkd.config import check_has_keys
 from ssimkd.data.datasets import check_classes
 from ssimkd.errors import ConfigError
 from ssimkd.modeling.meta_arch import DistillMixin
@@ -48,6 +49,8 @@ def build_student(cfg: Any) -> Any:
 
 def _build_student(cfg: Any) -> Any:
     yaml = isinstance(cfg, CfgNode)
+    if yaml:
+        check_has_keys(cfg)
     settings = read_settings(cfg)
     if settings.skip_nonfinite_steps:
         raise ConfigError(

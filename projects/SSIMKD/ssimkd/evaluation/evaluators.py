@@ -72,11 +72,11 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
     return prepared([build(dataset_name) for build in kinds[kind]])
 
 
-def number_annotations(evaluator: DatasetEvaluator) -> None:
-    """Numbers the annotations of COCO's metric from 1 where they have other ids than that.
+def repair_annotations(evaluator: DatasetEvaluator) -> None:
+    """Repairs annotations for COCO's metric.
 
-    The metric counts no detection of an annotation whose id is 0, and fails for an id that is text.
-    It also needs the number of labelled keypoints, which not every file has.
+    It counts labelled keypoints where the file does not. It renumbers annotations from 1 where an
+    id is 0, for which the metric counts no detection, negative, or text, for which it fails.
     """
     coco = getattr(evaluator, "_coco_api", None)
     annotations = coco.dataset.get("annotations", []) if coco else []
@@ -92,9 +92,9 @@ def number_annotations(evaluator: DatasetEvaluator) -> None:
 
 
 def prepared(evaluators: List[DatasetEvaluator]) -> DatasetEvaluator:
-    """Joins evaluators into one, and numbers annotations anew where COCO's metric needs it."""
+    """Joins evaluators into one, with :func:`repair_annotations`."""
     for evaluator in evaluators:
-        number_annotations(evaluator)
+        repair_annotations(evaluator)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from torch import Tensor
 
 from ssimkd.losses.ssim import SSIMLoss
-from ssimkd.modeling.paired_maps import paired_maps
+from ssimkd.modeling.paired_maps import paired_outputs
 from ssimkd.modeling.several_teachers import distillers_of
 from ssimkd.ssim import ssim_map
 from ssimkd.ssim.normalize import normalize_maps
@@ -63,7 +63,7 @@ def normalized_pairs(model: Any, x: Mapping[str, Any]) -> Iterator[Tuple[str, Pa
         losses = [loss for loss in distiller.losses.values() if type(loss) is SSIMLoss]
         loss = losses[0] if losses else SSIMLoss()
         batch = [dict(x)]
-        student, teacher = paired_maps(model, distiller, batch)
+        student, teacher, *_ = paired_outputs(model, distiller, batch)
         context = distiller.context(batch)
         for level in student:
             maps = student[level], teacher[level]

@@ -59,7 +59,7 @@ class MGDLoss(KDLoss):
         losses = {}
         for level, s in student.items():
             n, _, h, w = s.shape
-            # The mask covers the padding too. So as many numbers are drawn for any image sizes
+            # drawn for the padding too, so that image sizes do not change the number of draws
             kept = torch.rand((n, 1, h, w), device=s.device) >= self.mask_ratio
             compare = partial(self.compare, level)
             losses[level] = context.mean(level, compare, s * kept, teacher[level])

@@ -26,9 +26,10 @@ class MSSSIMLoss(MapLoss):
     at the coarsest scale only. The maps of the next scale are means of 2 x 2 cells, at an odd edge
     of the cells that exist. Two things differ from the MS-SSIM of an image:
 
-    - Small maps. A further scale is used as long as its shorter side is at least the window, so
-      that a map of less than two windows has one scale and its MS-SSIM is SSIM. The exponents of
-      the scales used are scaled to the sum 1 (the published five have the sum 1.0001).
+    - Small maps. A further scale is used as long as its shorter side is at least the window. With
+      a window of 11, a map whose shorter side has at most 20 cells has one scale, and its MS-SSIM
+      is SSIM. The exponents of the scales used are scaled to the sum 1 (the published five have the
+      sum 1.0001).
     - Negative similarity, which has no real power. In the product no mean counts for less than 0.1,
       and exponent x (mean - 0.1) is added for each that is lower. Where all means are at least 0.1
       the loss is that of Wang et al.; where all are lower MS-SSIM is their mean, weighted by the

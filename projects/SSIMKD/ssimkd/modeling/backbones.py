@@ -85,7 +85,7 @@ class TorchvisionBackbone(Backbone):
             raise ConfigError(f"{self.key}.WEIGHTS: there is no file {weights}")
         self._out_features = [feature for feature in STRIDES if feature in out_features]
         self._out_feature_strides = {feature: STRIDES[feature] for feature in self._out_features}
-        # up to the coarsest: beyond it there would be parameters without gradient
+        # up to the coarsest that is asked for: later layers would never get a gradient
         self.features = list(STRIDES)[: list(STRIDES).index(self._out_features[-1]) + 1]
         if freeze_at and f"res{freeze_at}" not in self.features:
             raise ConfigError(
@@ -245,6 +245,8 @@ def check_pixels(detector: Any) -> None:
         if not (isinstance(backbone, TorchvisionBackbone) and backbone.pixels):
             continue
         mean, std = ([round(255 * x, 3) for x in values] for values in backbone.pixels)
+        if not hasattr(detector, "pixel_mean"):
+            continue  # it prepares images by code of its own
         order = getattr(detector, "input_format", None) or getattr(detector, "image_format", "RGB")
         given = torch.cat([detector.pixel_mean.flatten(), detector.pixel_std.flatten()]).cpu()
         if order == "RGB" and torch.allclose(given, torch.tensor([*mean, *std]), rtol=1e-3):

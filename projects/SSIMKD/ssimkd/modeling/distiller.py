@@ -8,7 +8,6 @@ The values in the order in which they are computed:
 """
 
 import logging
-from contextlib import nullcontext, suppress
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -17,6 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ssimkd.config import check_has_keys
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.losses import KD_LOSS_REGISTRY, Context, KDLoss, build_loss
 from ssimkd.ssim.normalize import as_float
@@ -140,8 +140,7 @@ class Distiller(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
         """Constructor arguments from `cfg.MODEL.DISTILL`."""
-        if "DISTILL" not in cfg.MODEL:
-            raise ConfigError("MODEL.DISTILL is missing: call ssimkd.add_ssimkd_config(cfg) first")
+        check_has_keys(cfg)
         node = cfg.MODEL.DISTILL
         for name, _ in KD_LOSS_REGISTRY:
             if name.upper() in node:
@@ -176,8 +175,8 @@ class Distiller(nn.Module):
 
     @property
     def layer(self) -> int:
-        """Number of the convolution of the student's head behind which its features enter the
-        teacher's head; 0: no loss needs this.
+        """After how many convolutions of the student's head its features are passed to the
+        teacher's head (CrossKD); 0: never.
         """
         return max((loss.layer for loss in self.losses.values()), default=0)
 
@@ -205,11 +204,9 @@ class Distiller(nn.Module):
         self.strides = {level: shape.stride for level, shape in student_shapes.items()}
         for loss in self.losses.values():
             check_compared(loss, self.student_heads)
-        # without a loss of maps they are compared for pictures alone
-        with nullcontext() if self.compares_maps else suppress(ConfigError):
-            self.student_shapes = select_levels(student_shapes, self.in_features)
         if not self.compares_maps:
             return
+        self.student_shapes = select_levels(student_shapes, self.in_features)
         channels = {level: shape.channels for level, shape in self.student_shapes.items()}
         with torch.random.fork_rng(devices=[]):  # the detector's random numbers stay the same
             if self.adapter != "none":
@@ -241,7 +238,7 @@ class Distiller(nn.Module):
             kinds = [kind for kind in loss.compares if kind in self.student_heads]
             names = class_names, teacher.class_names
             check_heads(loss.name, kinds, self.student_heads, teacher.heads, names)
-        with nullcontext() if self.compares_maps else suppress(ConfigError):
+        if self.compares_maps:
             self.teacher_levels = self._match_levels(teacher)
         self.teacher = teacher
 

@@ -26,7 +26,7 @@ class GradientRatio:
 
     Args:
         log (bool): put the values into the event storage.
-        report (callable or None): is given them, too.
+        report (callable or None): also called with these values.
     """
 
     def __init__(self, log: bool, report: Optional[Callable[[Dict[str, float]], None]]) -> None:

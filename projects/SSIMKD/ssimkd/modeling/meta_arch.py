@@ -7,7 +7,7 @@ backbone in Detectron2's BACKBONE_REGISTRY that returns maps by level can learn 
 
 import logging
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from detectron2.config import configurable
@@ -25,6 +25,7 @@ from ssimkd.data.datasets import classes_in
 from ssimkd.errors import ConfigError
 from ssimkd.teacher.preprocessing import Preprocessing, image_format_of, preprocessing_of
 from ssimkd.utils.compat import FCOS
+from ssimkd.utils.validate import check_integers
 
 from .distiller import Captured, Distiller
 from .gradient_ratio import GradientRatio
@@ -42,9 +43,9 @@ class DistillMixin:
     the detector's names. Parameters that only the distillation needs are below `distiller.`.
 
     A training batch may have images without labels, anywhere among the others: records without
-    "instances". The detector's forward gets the other records alone. Backbone and teacher run on
-    the images without labels as a batch of its own, so that neither kind is padded to the size of
-    the other, and the detector's losses are the same as without them.
+    "instances". The detector's forward gets the other records alone.
+    Backbone and teacher run on the images without labels as a batch of its own, so that neither
+    kind is padded to the size of the other, and the detector's losses are the same as without them.
 
     Args:
         distiller (Distiller, Distillers or None): compares the maps with those of a teacher, or of
@@ -52,8 +53,9 @@ class DistillMixin:
         log_gradients (int): iterations between logs of :class:`GradientRatio`; 0: no logs.
         image_format (str): channel order of the images. It is only used for a detector that does
             not keep an `input_format` itself, such as FCOS.
-        driver_keys (sequence[str]): keys that are set and on which this class does not act. It
-            refuses to train unless its teachers were built before, as `build_student` does.
+        driver_keys (sequence[str]): settings that only `build_student` or a driver carries out. If
+            there are any, the first training step raises ConfigError unless the teachers were built
+            before.
         kwargs: the detector's own arguments.
     """
 
@@ -75,6 +77,7 @@ class DistillMixin:
             num_classes = classes_in(getattr(self, "roi_heads", self))
             distiller.attach(self.backbone.output_shape(), num_classes, self)
         self.distiller = distiller
+        check_integers(**{"MODEL.DISTILL.LOG_GRADIENTS": log_gradients})
         self.log_gradients = log_gradients
         self.report_gradients: Optional[Callable[[Dict[str, float]], None]] = None
         self.image_format = image_format
@@ -135,6 +138,8 @@ class DistillMixin:
         if not self.training:
             return super().forward(batched_inputs)
         labeled, unlabeled = split_by_labels(batched_inputs)
+        if unlabeled and not any(one.takes_unlabeled for _, one in distillers_of(self)):
+            warn_of_unlabeled()
         if distiller is None or not distiller.enabled:
             return super().forward(labeled)
         iteration = get_event_storage().iter
@@ -161,7 +166,7 @@ class DistillMixin:
         if any(one.teacher is None for one in active):
             if self.driver_keys:
                 raise ConfigError(
-                    f"{' and '.join(self.driver_keys)}: build_model(cfg) does not act on it: "
+                    f"{' and '.join(self.driver_keys)}: build_model(cfg) ignores this setting: "
                     f"{OWN_LOOP}"
                 )
             logger.warning(
@@ -170,6 +175,15 @@ class DistillMixin:
                 "`ssimkd train` acts on CHECK_IMAGES, SKIP_NONFINITE_STEPS and UNLABELED"
             )
             build_teachers(self)
+
+
+@cache  # once
+def warn_of_unlabeled() -> None:
+    """Warns that a batch has images from which nothing learns."""
+    logger.warning(
+        'Training images without "instances" are left out: no loss of MODEL.DISTILL.LOSSES learns '
+        "from images without labels. A mapper should give an image without objects empty instances"
+    )
 
 
 def split_by_labels(batch: List[Dict]) -> Tuple[List[Dict], List[Dict]]:

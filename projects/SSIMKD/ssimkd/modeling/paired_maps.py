@@ -11,10 +11,11 @@ from .meta_arch import capture_backbone
 from .predictions import Predictions, capture_heads
 
 
-def paired_maps(
+@torch.no_grad()
+def paired_outputs(
     model: Any, distiller: Distiller, batch: List[Dict]
-) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-    """Runs the student's inference on a batch, and takes the maps of its backbone and its teacher.
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Predictions, Predictions]:
+    """Runs the student's inference on a batch, and takes what the distiller compares.
 
     Args:
         model (nn.Module): the student.
@@ -22,16 +23,9 @@ def paired_maps(
         batch (list[dict]): what the student takes; images may have targets.
 
     Returns:
-        (dict, dict): see :meth:`Distiller.match`.
+        (dict, dict), (dict, dict): maps and predictions, see :meth:`Distiller.match`. Box heads
+        predict for the detections.
     """
-    return paired_outputs(model, distiller, batch)[:2]
-
-
-@torch.no_grad()
-def paired_outputs(
-    model: Any, distiller: Distiller, batch: List[Dict]
-) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Predictions, Predictions]:
-    """As :func:`paired_maps`, with the predictions of both detectors' heads for the detections."""
     with evaluation_mode(model):
         heads = capture_heads(model, distiller.kinds, [distiller.layer])
         with capture_backbone(model.backbone) as captured, heads as outputs:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import torch
 from detectron2.structures import Boxes
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ssimkd.losses import Context
@@ -91,9 +92,10 @@ def capture_heads(
         ratio (GradientRatio or None): measures the two gradients at what the heads give.
     """
     outputs = HeadOutputs(detector)
-    # An inference of RetinaNet or FCOS writes into what the head gave. One with VIS_PERIOD draws
-    # pictures during a training step.
-    changed_later = not detector.training or getattr(detector, "vis_period", 0) > 0
+    # An inference of RetinaNet or FCOS writes into what the head gave. With VIS_PERIOD such an
+    # inference draws pictures during some training steps.
+    period = getattr(detector, "vis_period", 0)
+    draws = period > 0 and get_event_storage().iter % period == 0 if detector.training else True
     with ExitStack() as handles:
         for kind, module, take in outputs.hook_targets(kinds, layers):
 
@@ -101,7 +103,7 @@ def capture_heads(
                 kept = output
                 if ratio is not None:
                     output, kept = ratio.split(kind, output)
-                take(copied(kept) if changed_later else kept)
+                take(copied(kept) if draws else kept)
                 return output
 
             handles.callback(module.register_forward_hook(hook).remove)
@@ -137,34 +139,34 @@ def pair_predictions(
     Returns:
         (dict, dict): kind -> what `losses/predictions.py` has for it, in float32 or float64.
     """
-    student: Predictions = {}
-    other: Predictions = {}  # of the teacher
+    student = outputs.detector
+    of_student: Predictions = {}
+    of_teacher: Predictions = {}
     if "roi" in kinds:
-        student["roi"], other["roi"] = pair_proposals(outputs, teacher, teacher_maps)
+        of_student["roi"], of_teacher["roi"] = pair_proposals(outputs, teacher, teacher_maps)
     for kind in ("rpn", "dense"):
         if kind not in kinds:
             continue
-        mine = [list(map(as_float, levels)) for levels in outputs.anchors[kind]]
+        student_outputs = [list(map(as_float, levels)) for levels in outputs.anchors[kind]]
         with torch.no_grad():
-            theirs, anchors = predict_anchors(teacher, kind, teacher_maps)
-        places = common_places(
-            levels_of(outputs.detector, kind), mine[0], theirs[0], anchors, context
-        )
-        student[kind] = read_anchors(outputs.detector, kind, mine, places)
-        other[kind] = read_anchors(teacher, kind, theirs, places)
+            teacher_outputs, anchors = predict_anchors(teacher, kind, teacher_maps)
+        logits = student_outputs[0], teacher_outputs[0]
+        places = common_places(levels_of(student, kind), *logits, anchors, context)
+        of_student[kind] = read_anchors(student, kind, student_outputs, places)
+        of_teacher[kind] = read_anchors(teacher, kind, teacher_outputs, places)
         if kind == "rpn":  # the box deltas in the student's units
-            for found in other[kind].values():
-                found.deltas *= unit_ratio(outputs.detector, teacher, kind, found.deltas)
+            for found in of_teacher[kind].values():
+                found.deltas *= unit_ratio(student, teacher, kind, found.deltas)
             continue
         if "cross" in kinds:
-            taken = [list(map(as_float, outputs.features[name, layer])) for name in SUBNETS]
-            crossed = continue_head(teacher, taken, layer)
-            student["cross"] = read_anchors(teacher, kind, crossed, places)
-        # a detector that was never trained has no mean
-        positives = max(1.0, float(getattr(outputs.detector, "loss_normalizer", 1.0)))
-        for found in chain(*(student.get(k, {}).values() for k in ("dense", "cross"))):
+            features = [list(map(as_float, outputs.features[name, layer])) for name in SUBNETS]
+            crossed = continue_head(teacher, features, layer)
+            of_student["cross"] = read_anchors(teacher, kind, crossed, places)
+        # on Detectron2's main branch it exists only after a first training step
+        positives = max(1.0, float(getattr(student, "loss_normalizer", 1.0)))
+        for found in chain(*(of_student.get(k, {}).values() for k in ("dense", "cross"))):
             found.positives = positives
-    return student, other
+    return of_student, of_teacher
 
 
 def pair_proposals(
@@ -174,18 +176,18 @@ def pair_proposals(
     heads = outputs.detector.roi_heads
     matchers = getattr(heads, "proposal_matchers", None) or [heads.proposal_matcher]
     with torch.no_grad():
-        theirs = predict_proposals(teacher, teacher_maps, outputs.proposals)
-    student, teachers = [], []
-    for stage, (mine, other) in enumerate(zip(outputs.predictions, theirs)):
+        teacher_outputs = predict_proposals(teacher, teacher_maps, outputs.proposals)
+    of_student, of_teacher = [], []
+    for stage, pair in enumerate(zip(outputs.predictions, teacher_outputs)):
         boxes = outputs.proposals[stage]
-        logits, deltas = (as_float(x) for x in mine)
-        student.append(
+        (logits, deltas), (teacher_logits, teacher_deltas) = (map(as_float, x) for x in pair)
+        of_student.append(
             ProposalPredictions(logits, deltas.unflatten(1, (-1, 4)), boxes, matchers[stage])
         )
-        logits, deltas = (as_float(x) for x in other)
-        ratio = unit_ratio(outputs.detector, teacher, "roi", deltas, stage)
-        teachers.append(ProposalPredictions(logits, deltas.unflatten(1, (-1, 4)) * ratio, boxes))
-    return student, teachers
+        ratio = unit_ratio(outputs.detector, teacher, "roi", teacher_deltas, stage)
+        teacher_deltas = teacher_deltas.unflatten(1, (-1, 4)) * ratio
+        of_teacher.append(ProposalPredictions(teacher_logits, teacher_deltas, boxes))
+    return of_student, of_teacher
 
 
 def common_places(
@@ -207,10 +209,10 @@ def common_places(
         dict[str, (Cells, Tensor)]: level -> each image's size, and their (M, A, 4) anchors.
     """
     places = {}
-    for level, mine, other, boxes in zip(levels, student, teacher, anchors):
-        height, width = other.shape[-2:]
-        rows, columns = (min(a, b) for a, b in zip(mine.shape[-2:], other.shape[-2:]))
-        cells = context.cells(level, mine[..., :rows, :columns])
+    for level, s, t, boxes in zip(levels, student, teacher, anchors):
+        height, width = t.shape[-2:]
+        rows, columns = (min(a, b) for a, b in zip(s.shape[-2:], t.shape[-2:]))
+        cells = context.cells(level, s[..., :rows, :columns])
         grid = boxes.tensor.view(height, width, -1, 4)
         places[level] = cells, torch.cat([grid[:h, :w].flatten(0, 1) for h, w in cells])
     return places
@@ -253,10 +255,12 @@ def at_cells(outputs: Tensor, cells: Cells, anchors: int) -> Tensor:
 
 def unit_ratio(student: Any, teacher: Any, kind: str, like: Tensor, stage: int = 0) -> Any:
     """The factors, (4,) or 1, from the units of a teacher's box deltas to its student's."""
-    own, other = (
+    student_weights, teacher_weights = (
         detector.proposal_generator.box2box_transform.weights
         if kind == "rpn"
         else box_predictors(detector)[stage].box2box_transform.weights
         for detector in (student, teacher)
     )
-    return 1.0 if own == other else like.new_tensor(own) / like.new_tensor(other)
+    if student_weights == teacher_weights:
+        return 1.0
+    return like.new_tensor(student_weights) / like.new_tensor(teacher_weights)

@@ -51,8 +51,8 @@ class Distillers(nn.ModuleDict):
             super().__init__(distillers)
         except (KeyError, TypeError) as error:
             raise ConfigError(
-                "MODEL.DISTILL.TEACHERS: a NAME cannot be the name of a module, or it does not "
-                f"name a Distiller: {error}"
+                "MODEL.DISTILL.TEACHERS: a NAME must not be empty, have a dot, or be an attribute "
+                f"of nn.ModuleDict, and in a .py each entry is a Distiller: {error}"
             ) from error
 
     @property

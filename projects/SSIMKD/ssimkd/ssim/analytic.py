@@ -54,7 +54,7 @@ def kernel(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     cells = CHUNKS.get(device.type, CHUNKS["cuda"]) * threads
     step = min(maps, max(1, cells // (height * width)))
-    # Made once: new pages would cost as much as the arithmetic
+    # Allocated once: touching fresh memory takes as long as the arithmetic
     buffers = [affine.new_empty(4 * step * height * width) for _ in range(4)]
     sums = affine.new_zeros(3, maps)
     for part in (slice(start, start + step) for start in range(0, maps, step)):

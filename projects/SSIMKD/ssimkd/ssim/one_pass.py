@@ -77,12 +77,18 @@ class _OnePassLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (student,), twice = ctx.saved_tensors, torch.is_grad_enabled()
-        gradient, ctx.gradient = ctx.gradient, None  # given away, not copied
+        gradient, ctx.gradient = (
+            ctx.gradient,
+            None,
+        )  # returned without a copy, so it can be used once
         if gradient is not None and not twice:
             return gradient.mul_(upstream).to(student.dtype), None, None, None, None
         teacher = ctx.teacher_ref()
         if teacher is None:
-            raise RuntimeError("a second backward of the SSIM loss needs the teacher's maps")
+            raise RuntimeError(
+                "a second backward of the SSIM loss needs the teacher's maps, which are deleted: "
+                "set MODEL.DISTILL.SSIM.BACKEND definition (ssim_loss: backend='definition')"
+            )
         with torch.enable_grad():
             loss = ctx.reference(student, teacher)
         (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=twice)

@@ -1,4 +1,4 @@
-"""The teacher: a frozen detector of which backbone, neck and the heads that losses need run."""
+"""The teacher: a frozen detector. Backbone, neck and the heads that a loss needs are run."""
 
 import logging
 from typing import Dict, List, Sequence, Tuple

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssimkd.errors import ConfigError
 
 Facts = Dict[str, Any]
-# Kind -> how errors call it
+# Kind -> its name in error messages
 NAMES = {
     "rpn": "an RPN",
     "roi": "a box head with a softmax (FastRCNNOutputLayers)",
@@ -116,6 +116,10 @@ def check_heads(
             own, other = student[kind].get(fact), teacher[kind].get(fact)
             if own != other:
                 more = f"; set MODEL.DISTILL.{loss.upper()}.ROI_BOX to 0" * (kind == "roi_box")
+                if (loss, kind, fact) == ("kd", "roi", CLASSES):
+                    more = (
+                        "; set MODEL.DISTILL.KD.ROI_CLS and .ROI_BOX to 0 to compare the RPNs alone"
+                    )
                 for whose, known in zip(("student", "teacher"), names):
                     if fact == CLASSES and known:
                         listed = ", ".join([*known[:5], *["..."] * (len(known) > 5)])

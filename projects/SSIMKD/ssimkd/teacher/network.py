@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ssimkd.errors import as_config_error
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO = "auto"  # that of the student's autocast
+AUTO = "auto"  # the precision of the student's autocast
 # In evaluation each of these is an affine map per channel. A subclass may do something else
 FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
@@ -59,7 +59,7 @@ class TeacherNetwork:
             NotImplementedError if dtype != torch.float32 else (),
         )
         images = images.to(dtype, memory_format=layout_of(dtype, device))
-        # as in the student, what a backbone makes in float32 and some norms stay in float32
+        # under autocast, as in the student, some norms and what is cast to float32 stay in float32
         mixed = self.precision == AUTO and dtype != torch.float32
         with compiling, computing, torch.autocast(device.type, dtype=dtype, enabled=mixed):
             maps = self.runs[dtype, device](images)
@@ -77,7 +77,9 @@ class TeacherNetwork:
         """The backbone in a precision. With AUTO, the one in float32 stays beside it."""
         backbone = self.backbone
         if self.precision == AUTO and dtype != torch.float32:
-            backbone = copy.deepcopy(backbone).eval()  # a copied graph of torchvision trains
+            backbone = copy.deepcopy(
+                backbone
+            ).eval()  # a copied graph of torchvision is in training mode
         backbone.to(dtype).to(memory_format=layout_of(dtype, device))
         return torch.compile(backbone) if self.compiled else backbone
 
