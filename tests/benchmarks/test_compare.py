@@ -306,6 +306,15 @@ def test_runs_of_another_teacher_are_not_mixed(tmp_path, executed):
         first.compare({parse_method("l1"): 4.0})
 
 
+def test_timed_runs_of_other_settings_are_kept(tmp_path, executed):
+    calls = executed(lambda run: 10.0)
+    weights = {parse_method("vanilla"): 0.0}
+    assert len(comparison(tmp_path, "--timing-rounds", "2").measure(weights)) == 2
+    with pytest.raises(ConfigError, match="a run of other settings"):
+        comparison(tmp_path, "--timing-rounds", "2", "--timing-iters", "9").measure(weights)
+    assert len(comparison(tmp_path, "--timing-rounds", "2").measure(weights)) == len(calls) == 2
+
+
 def test_published_runs_are_taken_over(tmp_path, executed):
     calls = executed(lambda run: 10.0)
     weights = {parse_method("vanilla"): 0.0, parse_method("l1"): 4.0}

@@ -24,15 +24,16 @@ def test_a_row_per_method_and_a_column_per_share(tmp_path):
     samples = {
         (100, "vanilla"): {1: 30.0, 2: 34.0},
         (10, "vanilla"): {1: 10.0},
+        (10, "ssim"): {1: 18.0, 2: 19.0},
         (10, "ssim on all images"): {1: 20.0, 2: 22.0},
     }
     head, _, *rows = labels.table(samples).splitlines()
     assert head == "| box AP | 10 % of the labels | 100 % of the labels |"
     assert rows == [
         "| vanilla | 10.0 (1 of 2 seeds) | 32.0 +- 2.8 |",
-        "| ssim | - | - |",
+        "| ssim | 18.5 +- 0.7 | - |",
         "| ssim on all images | 21.0 +- 1.4 | - |",
-        "| ssim on all images minus ssim | - | - |",
+        "| ssim on all images minus ssim | +2.5 [-3.9, +8.9] | - |",  # 2 and 3: 2.5 +- 12.7 x 0.5
     ]
     labels.plot(samples, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

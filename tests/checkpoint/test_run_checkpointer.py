@@ -125,7 +125,7 @@ def test_a_damaged_byte_is_found_or_has_no_effect(tmp_path):
     assert faults > 20
 
 
-def test_random_values_are_not_evaluated(tmp_path):
+def test_evaluating_without_a_checkpoint_is_an_error(tmp_path):
     (tmp_path / "last_checkpoint").write_text("")
     with pytest.raises(ConfigError, match="has no checkpoint to resume from"):
         RunCheckpointer(model_of(0.0), str(tmp_path), require_all=True).resume_or_load("")
@@ -148,10 +148,16 @@ def test_a_new_run_moves_the_earlier_checkpoints_and_results(tmp_path):
 
 
 def test_a_new_run_does_not_overwrite_its_teacher(tmp_path):
-    teacher = {"file": str(tmp_path / "model_final.pth"), "sha256": ""}
-    run = {"teachers": {"MODEL.DISTILL.TEACHER.WEIGHTS": teacher}}
-    with pytest.raises(ConfigError, match="holds the teacher's weights, .*: name another folder"):
-        RunCheckpointer(model_of(0.0), str(tmp_path), run=run).move_earlier_run()
+    def start(name, resume):
+        teacher = {"file": str(tmp_path / name), "sha256": ""}
+        run = {"teachers": {"MODEL.DISTILL.TEACHER.WEIGHTS": teacher}}
+        RunCheckpointer(model_of(0.0), str(tmp_path), run=run).resume_or_load("", resume=resume)
+
+    start("big_teacher.pth", resume=False)  # a run writes no such file
+    for resume in (False, True):  # there is nothing to resume
+        message = "holds the teacher's weights, .*: name another folder"
+        with pytest.raises(ConfigError, match=message):
+            start("model_final.pth", resume)
 
 
 def test_processes_that_see_different_checkpoints_stop(tmp_path, monkeypatch):

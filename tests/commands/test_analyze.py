@@ -68,6 +68,6 @@ def test_several_teachers_and_one_that_cannot_be_fetched():
     }
 
 
-def test_noise_has_the_size_of_an_evaluation():
+def test_without_an_image_the_size_is_that_of_the_test_config():
     cfg = load_config("configs/ssimkd_R50.yaml", [], ())
     assert analyze.read_image(cfg, "").shape == (3, 800, 1067)  # 480 x 640, short side 800

@@ -126,7 +126,7 @@ def test_a_loader_of_the_users_own_gets_no_argument():
     assert set(short.dataloader.train) == {"_target_", "images"}
 
 
-def test_one_gpu_of_several_gets_its_share_and_learns_nothing():
+def test_the_short_run_scales_the_batch_and_has_learning_rate_0():
     opts = ("DATASETS.UNLABELED", ("heap",), "MODEL.DISTILL.STOP_ITER", 5)
     cfg = zoo_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "VIS_PERIOD", 10, *opts)
     cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 37.4, 0.1]]

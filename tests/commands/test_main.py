@@ -118,7 +118,7 @@ def test_train_has_all_arguments_of_detectron2_with_their_defaults():
 
 
 @pytest.mark.parametrize("word", ["my/parts.py", "a..b", ""])
-def test_what_is_no_module_is_said_so(word, capsys):
+def test_import_refuses_what_is_no_module_name(word, capsys):
     with pytest.raises(SystemExit, match="2"):
         main.parse("report", ["run", "--import", word])
     assert "--import: write my_package.my_module" in capsys.readouterr().err

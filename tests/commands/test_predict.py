@@ -179,7 +179,7 @@ def test_what_it_refuses(images, tmp_path, change, message):
     assert (tmp_path / "a.jpg").read_bytes() == before
 
 
-def test_an_image_that_cannot_be_read_costs_no_other(images, tmp_path, capsys):
+def test_unreadable_images_are_reported_and_the_others_predicted(images, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_text("no image")
     with open(images[0], "rb") as image:  # OpenCV writes no file with this suffix
         (tmp_path / "copy.jfif").write_bytes(image.read())

@@ -111,10 +111,19 @@ def test_a_json_without_annotations_may_be_used_without_labels(own, tmp_path):
     unlabeled = {**own, "JSON": str(tmp_path / "images.json")}
     register_coco([unlabeled], [], unlabeled=["own_train"])
     (record,) = DatasetCatalog.get("own_train")
-    assert record["file_name"] == f"{own['IMAGES']}/a.jpg" and not record["annotations"]
+    assert record["file_name"] == f"{own['IMAGES']}/a.jpg" and "annotations" not in record
+    assert (record["height"], record["width"], record["image_id"]) == (96, 96, 1)
     check_datasets(["own_train"], "DATASETS.UNLABELED")
     with pytest.raises(ConfigError, match="images.json has no list 'annotations'"):
         register_coco([unlabeled], ["own_train"])
+
+
+def test_data_that_was_used_without_labels_gets_them_when_they_are_used(own):
+    register_coco([own], [], unlabeled=["own_train"])
+    assert not MetadataCatalog.get("own_train").get("thing_classes")
+    register_coco([own], ["own_train"])  # as the data of the teacher
+    assert MetadataCatalog.get("own_train").thing_classes == CLASSES
+    assert DatasetCatalog.get("own_train")[0]["annotations"]
 
 
 def test_the_same_ids_must_have_the_same_names(own):

@@ -190,6 +190,30 @@ def test_a_bug_in_a_users_backbone_keeps_its_traceback(tmp_path):
     assert log.count('return {}["no key"]') == log.count("Traceback") == 1
 
 
+def test_the_log_has_a_warning_about_the_data_and_the_file_has_the_scaled_config(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    image = {"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}
+    boxes = [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 3, n]} for n in (0, 3)]
+    content = {
+        "images": [image],
+        "annotations": [{"id": number, **box} for number, box in enumerate(boxes)],
+        "categories": [{"id": number, "name": str(number)} for number in range(1, 5)],
+    }
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    entry = {"NAME": "own_logged", "JSON": f"{tmp_path}/own.json", "IMAGES": str(tmp_path)}
+    words = ["DATASETS.COCO", f"[{entry}]", "DATASETS.TRAIN", "('own_logged',)"]
+    words += ["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "8"]
+    words += ["DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / "run")]
+    with pytest.raises(StartedError):
+        train_net.main(["--config-file", VANILLA, *words])
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("1 of 2 boxes have no area") == 1
+    assert log.count("Auto-scaling the config to batch_size=4") == 1
+    assert "IMS_PER_BATCH: 4" in (tmp_path / "run/config.yaml").read_text()
+    DatasetCatalog.remove("own_logged")
+    MetadataCatalog.remove("own_logged")
+
+
 @pytest.mark.parametrize("config", [YAML, LAZY])
 def test_right_settings_start_the_training(config, tmp_path):
     if config == LAZY:

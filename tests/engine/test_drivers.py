@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,15 +34,6 @@ def test_a_run_trains_evaluates_and_logs_each_level(reference):
     logged = [json.loads(line) for line in open(reference.out / "metrics.json")]
     assert {"ssim_kd_loss", "ssim_kd/p2", "ssim_kd/p5"} <= set(logged[0])
     assert set(reference.results()["bbox"]) >= {"AP", "AP50", "AP75"}
-
-
-def test_a_run_records_its_command_times_and_versions(reference):
-    (entry,) = json.loads((reference.out / "run.json").read_text())
-    command = shlex.split(entry["command"])
-    assert command[:2] == ["python", "train_net.py"] and any(
-        str(reference.out) in word for word in command
-    )
-    assert entry["started"] <= entry["ended"] and entry["versions"]["torch"]
 
 
 def test_checkpoints_hold_the_student_and_what_the_distillation_trains(reference):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from runs import DieInCheckpoint, DieInEvaluation, finish, same, yaml_words
+from runs import DieInCheckpoint, DieInEvaluation, same
 
 
 def wait_for(path, process):
@@ -207,13 +207,6 @@ def test_a_run_whose_export_fails_is_evaluated_and_has_exit_status_1(reference, 
     (tmp_path / "student.pth").rmdir()
     assert reference.finish(tmp_path, max_iter=1, eval_period=0, resume=True) == 0
     assert (tmp_path / "student.pth").is_file()
-
-
-def test_a_folder_that_cannot_be_written_is_named(yaml, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert finish(yaml_words(tmp_path / "file" / "out"), tmp_path / "out.txt") == 1
-    last = yaml.log_of(tmp_path).splitlines()[-1]
-    assert last.startswith("error: OUTPUT_DIR: cannot write to ") and "Not a directory" in last
 
 
 class NanTeacher:

@@ -151,7 +151,7 @@ def test_the_ratio_of_a_single_level_is_no_reason_to_warn(student, place, ratio,
     assert ("gradients are not clipped" in caplog.text) == warned
 
 
-def test_no_share_is_measured_where_gradients_are_clipped(few_images, tmp_path):
+def test_no_gradient_warning_with_clipping(few_images, tmp_path):
     opts = ("OUTPUT_DIR", str(tmp_path), "SOLVER.CLIP_GRADIENTS.ENABLED")
     for clipped in (True, False):
         trainer = DistillTrainer(shapes_cfg("ssimkd", *opts, clipped))

@@ -94,7 +94,7 @@ def test_detectron2s_own_call_refuses_what_it_cannot_do(own):
 
 
 @pytest.mark.parametrize("key, value", [("INHERIT", ["no_such"]), ("SKIP_NONFINITE_STEPS", 3)])
-def test_the_first_step_refuses_what_nobody_has_done(student, key, value):
+def test_the_first_step_refuses_settings_of_the_driver(student, key, value):
     model = student(f"MODEL.DISTILL.{key}", value)
     with EventStorage(), pytest.raises(ConfigError, match=rf"{key}: .* ssimkd.build_student"):
         model(image_batch((96, 96)))

@@ -40,11 +40,6 @@ def test_factors_that_are_all_0_are_an_error(loss, options):
         build_model(shapes_cfg("ssimkd", *zeros))
 
 
-def test_exponents_that_are_all_0_are_an_error():
-    with pytest.raises(ConfigError, match=f"{KEY}.SSIM.*exponents must not all be 0"):
-        build_model(shapes_cfg("ssimkd", f"{KEY}.SSIM.EXPONENTS", (0.0, 0.0, 0.0)))
-
-
 @pytest.mark.parametrize(
     ("opts", "iterations", "late"),
     [

@@ -13,7 +13,6 @@ from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from ssimkd import ConfigError, Distiller
-from ssimkd.checkpoint.export import export_student
 from ssimkd.losses import KD_LOSS_REGISTRY, Context
 from ssimkd.modeling.distiller import Captured
 from ssimkd.modeling.meta_arch import capture_backbone
@@ -353,22 +352,6 @@ def test_no_objects_and_mixed_precision(loss, files):
     gradients = torch.autograd.grad(value, given, allow_unused=True, materialize_grads=True)
     assert any(x.any() for x in gradients) or "cross" in COMPARES[loss]
     assert all(torch.isfinite(x).all() for x in gradients)
-
-
-@pytest.mark.parametrize("loss", OF_HEADS)
-def test_a_student_is_restored_and_exported_with_every_loss_of_heads(loss, files, tmp_path):
-    name = FASTER if loss in OF_BOX_HEADS else RETINANET
-    model = student_of(name, name, files(name), (loss,))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.01)
-    plain = zoo_cfg(name)
-    export_student(plain, model.state_dict(), str(tmp_path))
-    weights = torch.load(tmp_path / "student.pth")["model"]
-    assert build_model(plain).load_state_dict(weights)  # strict: nothing of the loss or the teacher
-    again = student_of(name, name, files(name), (loss,))
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(run(again)[0][f"{loss}_kd_loss"], run(model)[0][f"{loss}_kd_loss"])
 
 
 def test_no_proposals(files):

@@ -112,15 +112,3 @@ def test_a_distillation_ends(student, monkeypatch):
         sum(losses.values()).backward()
     own = list(model.distiller.parameters())
     assert own and all(p.grad is not None and not p.grad.any() for p in own)
-
-
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        ((f"{KEY}.STOP_ITER", -1), f"{KEY}.STOP_ITER must be an integer >= 0"),
-        ((f"{KEY}.COOLDOWN_ITERS", 5), "COOLDOWN_ITERS is 5 and STOP_ITER is 0"),
-    ],
-)
-def test_a_wrong_schedule_is_named(student, opts, message):
-    with pytest.raises(ConfigError, match=message):
-        student(*opts)

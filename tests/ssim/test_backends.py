@@ -414,7 +414,7 @@ def chosen(student, teacher, **options):
     [{"border": "zero"}, {"exponents": (0, 1, 1)}, {"normalize": "standardize"}],
     ids=str,
 )
-def test_what_no_backend_knows_goes_to_the_definition(options, backend):
+def test_unsupported_options_use_the_definition(options, backend):
     student, teacher = related_maps(2, 3, 14, 22)
     assert chosen(student, teacher, **options) == "definition"
     found = evaluate(student, teacher, **options)

@@ -275,8 +275,8 @@ def hostile_pairs():
     }
 
 
-@pytest.mark.parametrize("exponents", EXPONENTS, ids=str)
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("exponents", EXPONENTS[-2:], ids=str)
+@pytest.mark.parametrize("border", ["renormalize", "valid"])
 @pytest.mark.parametrize("name", hostile_pairs())
 def test_hostile_maps_stay_in_range_with_finite_gradients(name, border, exponents):
     student, teacher = hostile_pairs()[name]

@@ -3,17 +3,9 @@
 import importlib.metadata
 import importlib.util
 import re
-import sys
 
+import build_detectron2 as build
 import pytest
-from conftest import ROOT
-
-spec = importlib.util.spec_from_file_location(
-    "build_detectron2", ROOT / "tools/build_detectron2.py"
-)
-build = importlib.util.module_from_spec(spec)
-sys.modules["build_detectron2"] = build
-spec.loader.exec_module(build)
 
 from_index = importlib.metadata.version("detectron2").endswith(build.LOCAL_VERSION)
 ours = pytest.mark.skipif(not from_index, reason="another Detectron2 is installed, and kept")

@@ -1,12 +1,6 @@
 """The table that `make train` prints."""
 
-import importlib.util
-
-from conftest import ROOT
-
-spec = importlib.util.spec_from_file_location("train_shapes", ROOT / "tools/train_shapes.py")
-train_shapes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_shapes)
+import train_shapes
 
 
 def test_a_row_per_detector_with_mean_and_deviation():

@@ -1,5 +1,6 @@
 """Finding configs by name, and reading a YAML without running code in it."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from detectron2.config import get_cfg
+from fvcore.common.config import CfgNode
 from ssimkd import ConfigError, config
 from ssimkd.utils import config_files
 from ssimkd.utils.compat import model_zoo
@@ -42,6 +44,15 @@ def test_a_base_may_be_named_from_any_folder(tmp_path, base):
     (tmp_path / "mine.yaml").write_text(f"_BASE_: {base}\nOUTPUT_DIR: mine\n")
     expected = load_config(base, ["OUTPUT_DIR", "mine"])
     assert load_config(str(tmp_path / "mine.yaml")) == expected
+
+
+def test_bases_may_be_a_list_and_have_any_file_name(tmp_path):
+    (tmp_path / "ssimkd_R50 (copy).yaml").write_text("SEED: 7\n")
+    (tmp_path / "mine.yaml").write_text("_BASE_: [ssimkd_R50.yaml, 'ssimkd_R50 (copy).yaml']\n")
+    if "list" in inspect.getsource(CfgNode.load_yaml_with_base):  # not in an older fvcore
+        assert load_config(str(tmp_path / "mine.yaml")) == load_config("ssimkd_R50", ["SEED", 7])
+    (tmp_path / "mine.yaml").write_text("_BASE_ : 'ssimkd_R50 (copy).yaml'\n")
+    assert load_config(str(tmp_path / "mine.yaml")).SEED == 7
 
 
 def test_a_base_that_does_not_exist_is_not_replaced_by_another_file(tmp_path, monkeypatch):
