@@ -199,7 +199,7 @@ class Comparison:
             for turn in range(1, self.args.timing_rounds + 1)
             for method, weight in weights.items()
         }
-        if not all(run.has_finished() for run in runs.values()):  # then all take turns again
+        if None in [run.record() for run in runs.values()]:  # then they all take turns again
             for run in runs.values():
                 shutil.rmtree(run.folder, ignore_errors=True)
         self.runner.finish(runs.values(), "costs", jobs=1)

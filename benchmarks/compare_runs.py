@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
@@ -46,12 +45,6 @@ class Run(NamedTuple):
     def settings(self) -> Dict[str, Any]:
         """The settings that its record must have."""
         return {"settings": [self.config, *self.opts], "config": digest(self.config)}
-
-    def has_finished(self) -> bool:
-        """Whether its folder has the record of these settings."""
-        with suppress(ConfigError):
-            return self.record() is not None
-        return False
 
     def record(self) -> Optional[Dict[str, Any]]:
         """The record of the run, or None if it has not finished.
@@ -207,7 +200,7 @@ def execute(run: Run) -> str:
         record["gradient_ratio"] = medians(rows).get("gradient_ratio")
         record["peak_mib"] = peak_mib(draft / "log.txt", usage.ru_maxrss)
         (draft / RECORD).write_text(json.dumps(record, indent=2))
-    if run.has_finished():  # in another process
+    if (run.folder / RECORD).exists():  # another process has finished it
         shutil.rmtree(draft)
         return ""
     shutil.rmtree(run.folder, ignore_errors=True)  # left by a run that failed

@@ -85,9 +85,24 @@ class RunCheckpointer(CheckpointReader):
         Raises:
             ConfigError: see :meth:`load`. On a resume also: no checkpoint is complete, it belongs
                 to another model, optimizer or teacher, or the processes find different ones.
+                Otherwise also: the run would overwrite its teacher's weights.
         """
         with as_config_error("--resume" if resume and self.has_checkpoint() else self.key):
-            return self._resume_or_load(path, resume)
+            loaded = self._resume_or_load(path, resume)
+        if not self.resuming:
+            self._check_teachers()
+        return loaded
+
+    def _check_teachers(self) -> None:
+        """Raises ConfigError if a new run would overwrite or move its teacher's weights."""
+        for teacher in (self.run or {}).get("teachers", {}).values():
+            folder, name = os.path.split(os.path.realpath(teacher["file"]))
+            written = NUMBERED.fullmatch(name) or name in (FINAL, "student.pth")
+            if written and folder == os.path.realpath(self.save_dir):
+                raise ConfigError(
+                    f"{OUTPUT}: {self.save_dir} holds the teacher's weights, {teacher['file']}, "
+                    "which the new run would overwrite or move: name another folder"
+                )
 
     def _resume_or_load(self, path: str, resume: bool) -> Dict[str, Any]:
         found = self._last_complete() if resume and self.has_checkpoint() else ""
@@ -138,16 +153,8 @@ class RunCheckpointer(CheckpointReader):
         `model_final.pth` stays until the new run overwrites it.
 
         Raises:
-            ConfigError: they cannot be moved, or one of them is a teacher of the new run.
+            ConfigError: they cannot be moved.
         """
-        for teacher in (self.run or {}).get("teachers", {}).values():
-            if os.path.dirname(os.path.realpath(teacher["file"])) == os.path.realpath(
-                self.save_dir
-            ):
-                raise ConfigError(
-                    f"{OUTPUT}: {self.save_dir} holds the teacher's weights, {teacher['file']}, "
-                    "which the new run would overwrite or move: name another folder"
-                )
         comm.synchronize()  # another process may still be reading one of the files
         names = {LAST, *checkpoints_in(self.save_dir), *numbered_in(self.save_dir)} - {FINAL}
         names |= RESULTS

@@ -55,6 +55,7 @@ def _run(args) -> None:
     with quiet, keep_config(folder, args.eval_only):
         with as_config_error(unwritable, OSError):
             setup_logger(folder, distributed_rank=comm.get_rank(), name="ssimkd")
+            setup_logger(folder, distributed_rank=comm.get_rank())  # as default_setup calls it
         cfg = add_data(cfg, args)  # log.txt gets its warnings
         if isinstance(cfg, CfgNode) and not args.eval_only:  # config.yaml is that of the run
             cfg = DistillTrainer.auto_scale_workers(cfg, comm.get_world_size())

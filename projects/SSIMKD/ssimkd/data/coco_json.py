@@ -75,6 +75,21 @@ def read_coco(
     return found
 
 
+def list_json_images(json_file: str, images: str) -> List[Dict[str, Any]]:
+    """The images of a file that :func:`read_coco` has checked, as Detectron2's records."""
+    with open(json_file) as f:
+        entries = json.load(f)["images"]
+    return [
+        {
+            "file_name": os.path.join(images, entry["file_name"]),
+            "image_id": entry["id"],
+            "height": entry["height"],
+            "width": entry["width"],
+        }
+        for entry in entries
+    ]
+
+
 def right_of(name: str) -> List[str]:
     """What the right one of two keypoints may be called, by the name of the left one."""
     words = [("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")]

@@ -8,14 +8,14 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.registry import locate
 
 from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.config_keys import key_of, names_of
 from ssimkd.utils.lazy_fields import naming_lazy_fields
 
-from .coco_json import read_coco
+from .coco_json import list_json_images, read_coco
 from .image_folder import list_images
 from .shapes import FOLDER
 
@@ -137,15 +137,20 @@ def register_files(
         with as_config_error(f"DATASETS.COCO: {name}: {json_file}", sep=" "):
             metadata = read_coco(json_file, images, scored, labeled)
     if name in DatasetCatalog:
-        return
+        known = MetadataCatalog.get(name)
+        if not labeled or known.get("thing_classes") or known.get("json_file") != json_file:
+            return
+        DatasetCatalog.remove(name)  # it was used without its labels before
+        MetadataCatalog.remove(name)
     if labeled:
         register_coco_instances(name, metadata, json_file, images)
         return
-    load = partial(load_coco_json, json_file) if json_file else list_images
-    DatasetCatalog.register(name, partial(load, images))
-    MetadataCatalog.get(name).set(
-        image_root=images, **{"json_file": json_file} if json_file else {}
-    )
+    if json_file is None:
+        DatasetCatalog.register(name, partial(list_images, images))
+    else:
+        DatasetCatalog.register(name, partial(list_json_images, json_file, images))
+        MetadataCatalog.get(name).set(json_file=json_file)
+    MetadataCatalog.get(name).set(image_root=images)
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Any:

@@ -218,7 +218,8 @@ class Unlabeled:
 class SeededDataset(Dataset):
     """A data set whose random augmentation depends on the seed and the position alone.
 
-    An image for which the mapper returns None is replaced by the next one, as in Detectron2.
+    An image for which the mapper returns None is replaced by the next one. Detectron2 draws another
+    one at random.
     """
 
     def __init__(

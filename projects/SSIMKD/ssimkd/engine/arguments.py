@@ -51,11 +51,13 @@ def read_arguments(args: argparse.Namespace):
 
 def setting_before_imports(args: argparse.Namespace, name: str) -> str:
     """A setting of KEYS as text, "" if it is not set; keys that do not exist are no error."""
-    path = args.config_file and config_files.find_config(args.config_file)
+    if not args.config_file:
+        return ""
+    with as_config_error("--config-file"):
+        path = config_files.find_config(args.config_file)
     if path.endswith(".py"):
         return str(setting(read_config(path, args.opts), name) or "")
-    default = get_cfg()
-    return config_files.read_unchecked(path, args.opts, key_of(default, name)) if path else ""
+    return config_files.read_unchecked(path, args.opts, key_of(get_cfg(), name))
 
 
 def load_config(

@@ -37,9 +37,8 @@ class KDLoss(nn.Module):
     compares: Tuple[str, ...] = ("maps",)  # or the kinds of heads that the loss can compare
     needs_boxes: bool = False
     layer: int = 0  # for the kind "cross": see `crosskd.py`
-    starts_after: str = (
-        ""  # the option that says for how many iterations the student gets no gradient
-    )
+    # the option that says for how many iterations the student gets no gradient
+    starts_after: str = ""
 
     def __init__(self, weight: float) -> None:
         super().__init__()

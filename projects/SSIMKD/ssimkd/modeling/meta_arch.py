@@ -138,9 +138,11 @@ class DistillMixin:
         if not self.training:
             return super().forward(batched_inputs)
         labeled, unlabeled = split_by_labels(batched_inputs)
+        if distiller is None:
+            return super().forward(labeled)
         if unlabeled and not any(one.takes_unlabeled for _, one in distillers_of(self)):
             warn_of_unlabeled()
-        if distiller is None or not distiller.enabled:
+        if not distiller.enabled:
             return super().forward(labeled)
         iteration = get_event_storage().iter
         active = [one for _, one in distillers_of(self) if one.active(iteration)]

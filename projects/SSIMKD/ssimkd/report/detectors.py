@@ -32,6 +32,7 @@ class Detector:
         runs (list[Run]): the first one is shown in pictures; empty for a teacher that was not
             evaluated.
         model (nn.Module or None): in evaluation mode; None if it cannot be loaded.
+        runs_here (bool): whether the model's operators are there.
         read (callable): an image file -> the input of the model.
         file (str): the file of a teacher's weights.
         classes (list[str]): the names of its classes, as far as they are known.
@@ -41,6 +42,7 @@ class Detector:
     label: str
     runs: List[Run] = field(default_factory=list)
     model: Optional[nn.Module] = None
+    runs_here: bool = True
     read: Any = None
     file: str = ""
     classes: List[str] = field(default_factory=list)
@@ -70,9 +72,11 @@ class Detector:
         return (*self.architecture, *settings)
 
     def has_classes(self, names: List[str]) -> bool:
-        """Whether its classes are these; where their names are not known, whether so many."""
+        """Whether its classes are these, as far as both are known: by name, or else by number."""
         count = classes_in(getattr(self.model, "roi_heads", self.model))
-        return self.classes == names if self.classes else count in (0, len(names))
+        if names and len(self.classes) == count:
+            return self.classes == names
+        return not names or count in (0, len(names))
 
     def values(self, task: str, metric: str) -> List[float]:
         """A metric of all runs that have it, in percent.
@@ -175,5 +179,6 @@ def load_teachers(model: nn.Module, notes: List[str]) -> List[Detector]:
                 f"{absent[0]}."
             )
         whole = None if absent else detector
-        found.append(Detector(label, [], whole, read, path, training_classes(cfg), True))
+        names = training_classes(cfg)
+        found.append(Detector(label, [], whole, read=read, file=path, classes=names, teaches=True))
     return found

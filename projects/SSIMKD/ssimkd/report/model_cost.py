@@ -72,10 +72,10 @@ def speeds(detectors: List[Detector], file_names: List[str]) -> Dict[str, float]
     Detectors that do the same in an evaluation are measured once.
     """
     first: Dict[Any, Detector] = {}
-    keys = {d.label: d.in_evaluation for d in detectors if d.model is not None}
+    detectors = [d for d in detectors if d.model is not None and d.runs_here]
+    keys = {d.label: d.in_evaluation for d in detectors}
     for detector in detectors:
-        if detector.model is not None:
-            first.setdefault(keys[detector.label], detector)
+        first.setdefault(keys[detector.label], detector)
 
     def run(detector: Detector) -> None:
         for name in file_names:

@@ -10,9 +10,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 import jinja2
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 
 from ssimkd.checkpoint.reader import fetch, read_weights
+from ssimkd.data.datasets import classes_of
 from ssimkd.engine.run_record import end_of, in_words, machine, now
 from ssimkd.errors import ConfigError, one_line
 from ssimkd.evaluation.similarity import similarity_maps
@@ -65,7 +65,7 @@ class Report:
         self.sample = self.read_sample() if self.own.model is not None else []
         self.names = [record["file_name"] for record in self.sample]
         for detector in self.detectors:
-            self.leave_out_unless_runnable(detector)
+            self.try_once(detector)
         self.levels = self.compare_maps()
         if not run.results:
             self.notes.append("This run was not evaluated, or its results.json is not complete.")
@@ -108,8 +108,8 @@ class Report:
                 found.append(record)
         return found
 
-    def leave_out_unless_runnable(self, detector: Detector) -> None:
-        """Takes away the model of a detector that needs an operator that is missing here."""
+    def try_once(self, detector: Detector) -> None:
+        """Finds out whether a detector needs an operator that is missing here."""
         try:
             if detector.model is not None and self.names:
                 detector.detect(self.names[0])
@@ -118,14 +118,17 @@ class Report:
                 f"Pictures and measurements of {detector.label} are left out, because an operator "
                 f"that Detectron2 compiles is missing: {one_line(error)}"
             )
-            detector.model = None
+            detector.runs_here = False
 
     def compare_maps(self) -> Dict[str, List[float]]:
         """Measures :attr:`levels`, or adds a note that says why it cannot."""
-        if self.own.model is None:
+        if self.own.model is None or not self.own.runs_here:
             return {}
         if not self.own.distils:
             self.notes.append("This run has no teacher, so there are no maps to compare.")
+            return {}
+        if not any(distiller.compares_maps for _, distiller in distillers_of(self.own.model)):
+            self.notes.append("Maps are not compared, because no loss of this run compares them.")
             return {}
         kept = read_weights(fetch(self.run.weights))
         if not adapters_in(self.own.model.state_dict()) <= adapters_in(kept):
@@ -138,7 +141,8 @@ class Report:
                 for level, by_name in maps.items():
                     levels[level].append(float(np.nanmean(by_name["SSIM"])))
         except (ConfigError, ImportError, NotImplementedError) as error:
-            self.notes.append(f"Maps are not compared: {one_line(error)}")
+            why = error if isinstance(error, ConfigError) else one_line(error)
+            self.notes.append(f"Maps are not compared: {why}")
             return {}
         return levels
 
@@ -156,10 +160,11 @@ class Report:
                 spec = distiller.spec
                 losses = [f"{x.name} (weight {x.weight:g})" for x in distiller.losses.values()]
                 words[f"teacher {name}".rstrip()] = f"{spec.config}, {spec.weights or 'of the zoo'}"
-                words[f"distilled {name}".rstrip()] = (
-                    f"{', '.join(losses)} on {', '.join(distiller.in_features)}, "
-                    f"adapter {distiller.adapter}"
-                )
+                where = ""
+                if distiller.compares_maps:
+                    levels = ", ".join(distiller.in_features)
+                    where = f" on {levels}, adapter {distiller.adapter}"
+                words[f"distilled {name}".rstrip()] = ", ".join(losses) + where
         return {**words, "trained on": self.run.trained, "run": self.run.ended}
 
     def rows(self) -> List[Dict[str, Any]]:
@@ -216,16 +221,16 @@ class Report:
 
     def classes(self) -> Dict[str, str]:
         """Name of each class -> its colour in the pictures of the truth."""
-        names = MetadataCatalog.get(self.run.dataset).get("thing_classes", ())
+        names = classes_of(self.run.dataset)
         return {name: images.class_colour(label) for label, name in enumerate(names)}
 
     def images(self) -> List[Dict[str, Any]]:
         """The pictures of each image that is shown: of the truth, vanilla, student, teacher."""
         found = []
         shown = sorted(self.detectors, key=lambda d: (d.teaches, d is self.own, d is not self.twin))
-        shown = [d for d in shown if d.model is not None]
-        names = list(self.classes())
-        for d in [d for d in shown if self.sample and not d.has_classes(names)]:
+        shown = [d for d in shown if d.model is not None and d.runs_here]
+        names = classes_of(self.run.dataset) if self.sample else []
+        for d in [d for d in shown if not d.has_classes(names)]:
             shown.remove(d)
             self.notes.append(
                 f"Pictures of {d.label} are left out: its classes are not those of "

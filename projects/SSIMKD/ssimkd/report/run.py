@@ -14,11 +14,7 @@ from torch import nn
 from ssimkd.checkpoint.coverage import load_detector_weights
 from ssimkd.checkpoint.reader import fetch
 from ssimkd.data.datasets import use_own_data
-from ssimkd.engine.run_record import (
-    end_of,
-    import_recorded,
-    read_record,
-)
+from ssimkd.engine.run_record import end_of, import_recorded, read_record
 from ssimkd.errors import ConfigError, as_config_error
 from ssimkd.evaluation.predictor import device_of
 from ssimkd.utils.config_files import load_config
@@ -194,7 +190,11 @@ class Run:
     @property
     def training(self) -> List[Dict[str, Any]]:
         """The entries of run.json that are trainings, oldest first."""
-        return [entry for entry in self.record if not entry.get("evaluates")]
+
+        def evaluates(entry: Dict[str, Any]) -> bool:  # an early version has no such key
+            return entry.get("evaluates", "--eval-only" in entry["command"])
+
+        return [entry for entry in self.record if not evaluates(entry)]
 
     @property
     def has_trained(self) -> bool:

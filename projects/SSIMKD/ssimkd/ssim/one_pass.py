@@ -77,10 +77,8 @@ class _OnePassLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (student,), twice = ctx.saved_tensors, torch.is_grad_enabled()
-        gradient, ctx.gradient = (
-            ctx.gradient,
-            None,
-        )  # returned without a copy, so it can be used once
+        # returned without a copy, so it can be used once
+        gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None and not twice:
             return gradient.mul_(upstream).to(student.dtype), None, None, None, None
         teacher = ctx.teacher_ref()

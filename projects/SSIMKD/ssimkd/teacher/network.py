@@ -77,9 +77,8 @@ class TeacherNetwork:
         """The backbone in a precision. With AUTO, the one in float32 stays beside it."""
         backbone = self.backbone
         if self.precision == AUTO and dtype != torch.float32:
-            backbone = copy.deepcopy(
-                backbone
-            ).eval()  # a copied graph of torchvision is in training mode
+            # a copied graph of torchvision is in training mode
+            backbone = copy.deepcopy(backbone).eval()
         backbone.to(dtype).to(memory_format=layout_of(dtype, device))
         return torch.compile(backbone) if self.compiled else backbone
 

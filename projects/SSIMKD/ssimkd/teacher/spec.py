@@ -18,6 +18,7 @@ from ssimkd.errors import ConfigError, as_config_error, as_setting_error
 from ssimkd.utils.compat import model_zoo
 from ssimkd.utils.config_files import find_config, find_shipped, load_config
 from ssimkd.utils.config_keys import without_pretraining
+from ssimkd.utils.log_files import without_warnings
 from ssimkd.utils.validate import check_switches
 
 from .network import AUTO, PRECISIONS
@@ -87,7 +88,8 @@ class TeacherSpec:
             path = find_config(self.config)
         with as_config_error("MODEL.DISTILL.TEACHER.CONFIG or .OPTS"):
             cfg = load_config(path, self.opts)
-            use_own_data(cfg, ())  # its number of classes may be that of its data
+            with without_warnings("ssimkd"):  # its data is not learned from
+                use_own_data(cfg, ())  # its number of classes may be that of its data
         return without_pretraining(cfg)  # the checkpoint holds all of its weights
 
     def warn_of_ignored(self) -> None:

@@ -1,11 +1,11 @@
 """Finding and reading config files: `.yaml` into a CfgNode, `.py` into a DictConfig."""
 
 import io
-import json
 import os
 import re
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, List, Sequence, Union
@@ -13,6 +13,7 @@ from typing import Any, List, Sequence, Union
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.file_io import PathManager
+from fvcore.common.config import BASE_KEY
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,8 +34,6 @@ ANCHORS = re.compile(
     r'for x in \[32, 64, 128, 256, 512 \]\]"\]'
 )
 ANCHOR_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]]
-
-BASE = re.compile(r'^(_BASE_:\s*)["\']?([\w./-]+)["\']?', re.MULTILINE)
 
 # yacs raises these for a key or value that does not fit a config.
 WRONG_SETTING = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
@@ -86,6 +85,17 @@ def find_shipped(path: str) -> str:
     return next((str(file) for file in files if file.is_file()), path)
 
 
+def find_weights(weights: str, path: str) -> str:
+    """Where the checkpoint is that a `.yaml` names, in the current folder or beside the `.yaml`.
+
+    The `student.pth` of an exported student is the one beside its `.yaml`.
+    """
+    beside = os.path.join(os.path.dirname(path), weights)
+    if os.path.isfile(beside) and (weights == "student.pth" or not os.path.exists(weights)):
+        return beside
+    return find_shipped(weights)
+
+
 def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNode, DictConfig]:
     """Reads a config and applies overrides.
 
@@ -94,8 +104,8 @@ def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNo
         overrides (sequence): "KEY", value, ... for `.yaml`; "key=value", ... for `.py`.
 
     Returns:
-        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen. A
-        checkpoint that it names and that is found only beside the `.yaml` has its path.
+        CfgNode or DictConfig: the former has this project's keys, too, and is not frozen. Its
+        MODEL.WEIGHTS is the path that :func:`find_weights` finds.
 
     Raises:
         ConfigError: there is no such config, a `.yaml` is malformed or holds code, or an override
@@ -111,11 +121,7 @@ def load_config(name: Union[str, Path], overrides: Sequence = ()) -> Union[CfgNo
     cfg = get_cfg()
     add_ssimkd_config(cfg)
     merge_yaml(cfg, path)
-    cfg.MODEL.WEIGHTS = weights = find_shipped(cfg.MODEL.WEIGHTS)
-    beside = os.path.join(os.path.dirname(path), weights)
-    exported = weights == "student.pth"  # another one may lie in the current folder
-    if os.path.isfile(beside) and (exported or not os.path.exists(weights)):
-        cfg.MODEL.WEIGHTS = beside
+    cfg.MODEL.WEIGHTS = find_weights(cfg.MODEL.WEIGHTS, path)
     merge_overrides(cfg, overrides)
     return cfg
 
@@ -159,7 +165,8 @@ def read_unchecked(path: str, overrides: Sequence, key: str) -> str:
         content = _YamlFile.load_yaml_with_base(path)
         for part in key.split(".")[:-1]:
             content, cfg = content.get(part, {}), cfg[part]
-        return str(content.get(key.split(".")[-1], cfg[key.split(".")[-1]]))
+        found = str(content.get(key.split(".")[-1], cfg[key.split(".")[-1]]))
+        return find_weights(found, path) if key == "MODEL.WEIGHTS" else found
     return ""
 
 
@@ -172,17 +179,26 @@ class _YamlFile(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
-        def base(found: "re.Match[str]") -> str:
-            if not PathManager.isfile(os.path.join(os.path.dirname(filename), found[2])):
-                with suppress(ConfigError):
-                    return found[1] + json.dumps(os.path.abspath(find_named(found[2])))
-            return found[0]
-
         with PathManager.open(filename, "r") as f:
             text = ANCHORS.sub(str(ANCHOR_SIZES), f.read())
-        file = io.StringIO(BASE.sub(base, text))
+        with suppress(yaml.YAMLError):  # fvcore reads the text again, and then says what is wrong
+            content = yaml.safe_load(text)
+            if isinstance(content, dict) and BASE_KEY in content:
+                base, folder = content[BASE_KEY], os.path.dirname(filename)
+                one, several = partial(find_base, folder=folder), isinstance(base, list)
+                content[BASE_KEY] = [*map(one, base)] if several else one(base)
+                text = yaml.safe_dump(content)
+        file = io.StringIO(text)
         file.name = filename  # type: ignore[misc]  # PyYAML's errors name it.
         return file
+
+
+def find_base(base: str, folder: str) -> str:
+    """The path of this project's or the zoo's config for a `_BASE_` that is no file in `folder`."""
+    if isinstance(base, str) and not PathManager.isfile(os.path.join(folder, base)):
+        with suppress(ConfigError):
+            return os.path.abspath(find_named(base))
+    return base
 
 
 def merge_yaml(cfg: CfgNode, path: str) -> None:
