@@ -24,7 +24,7 @@ from bench_loss import LOSSES, OWN, STRIDES, bench_loss, loss_table
 from bench_step import OF_MAPS, bench_step, step_table
 from ssimkd.engine.run_record import commit, machine
 from ssimkd.errors import exit_in_one_line
-from ssimkd.utils.measure import positive
+from ssimkd_cli import at_least
 
 
 def conditions(threads: int) -> Dict[str, str]:
@@ -52,24 +52,26 @@ def parse(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=positive, default=1, help="CPU threads of torch")
-    add("--size", type=positive, nargs=2, default=(800, 1333), help="height and width in pixels")
+    add("--threads", type=at_least(1), default=1, help="CPU threads of torch")
+    add("--size", type=at_least(1), nargs=2, default=(800, 1333), help="height and width in pixels")
     add("--cpu-time", action="store_true", help="measure CPU time instead of the time that passes")
     add("--out", type=Path, default=Path("output/benchmark"), help="folder of the tables")
     add("--loss", action="store_true", help="measure SSIM, forward and backward")
-    add("--images", type=positive, default=2, help="images of a batch of --loss")
-    add("--channels", type=positive, default=256, help="channels of each map of --loss")
+    add("--images", type=at_least(1), default=2, help="images of a batch of --loss")
+    add("--channels", type=at_least(1), default=256, help="channels of each map of --loss")
     add("--levels", nargs="+", choices=STRIDES, default=list(STRIDES), help="levels of --loss")
     add("--implementations", nargs="+", choices=LOSSES, help="implementations of --loss (all)")
-    add("--repeats", type=positive, default=5, help="repeats of --loss (5)")
+    add("--repeats", type=at_least(1), default=5, help="repeats of --loss (5)")
     add("--step", action="store_true", help="measure a training step with each loss and without")
     add("--config", default="configs/ssimkd_R50.yaml", help="config of --step and --growth")
     add("--losses", nargs="+", choices=OF_MAPS, help="losses of --step (all of maps)")
-    add("--step-images", type=positive, default=1, help="images of a batch of --step")
-    add("--step-repeats", type=positive, default=3, help="repeats of --step and --growth (3)")
+    add("--step-images", type=at_least(1), default=1, help="images of a batch of --step")
+    add("--step-repeats", type=at_least(1), default=3, help="repeats of --step and --growth (3)")
     add("--growth", action="store_true", help="measure how loss and step grow")
-    add("--growth-size", type=positive, nargs=2, default=(192, 256), help="of the smallest image")
-    add("--processes", type=positive, default=2, help="largest number of processes of --growth")
+    add(
+        "--growth-size", type=at_least(1), nargs=2, default=(192, 256), help="of the smallest image"
+    )
+    add("--processes", type=at_least(1), default=2, help="largest number of processes of --growth")
     add("opts", nargs="*", help="overrides of --config, KEY VALUE, after --")
     args = parser.parse_args(argv)
     if not any(getattr(args, part) for part in PARTS):

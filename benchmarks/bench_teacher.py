@@ -24,7 +24,8 @@ from ssimkd.ssim.definition import ssim_map
 from ssimkd.ssim.normalize import normalize_maps
 from ssimkd.teacher.frozen import Teacher
 from ssimkd.teacher.spec import TeacherSpec
-from ssimkd.utils.measure import clock_of, interleave, markdown, positive
+from ssimkd.utils.measure import clock_of, interleave, markdown
+from ssimkd_cli import at_least
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -110,11 +111,11 @@ def main(words=None) -> None:
     add = parser.add_argument
     add("--config", help="config of a teacher, like MODEL.DISTILL.TEACHER.CONFIG")
     add("--weights", default="", help="weights for --config (random)")
-    add("--size", type=positive, nargs=2, default=(96, 96), help="height and width in pixels")
-    add("--images", type=positive, default=8, help="images of a batch")
-    add("--repeats", type=positive, default=15)
+    add("--size", type=at_least(1), nargs=2, default=(96, 96), help="height and width in pixels")
+    add("--images", type=at_least(1), default=8, help="images of a batch")
+    add("--repeats", type=at_least(1), default=15)
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=positive, default=1, help="CPU threads of torch")
+    add("--threads", type=at_least(1), default=1, help="CPU threads of torch")
     add("--compile", action="store_true", help="also measure torch.compile")
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)

@@ -20,6 +20,5 @@ model.backbone.bottom_up = L(TorchvisionBackbone)(
 model.pixel_mean, model.pixel_std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 # as in torchvision; the teacher still gets BGR
 model.input_format = dataloader.train.mapper.image_format = "RGB"
-dataloader.test.mapper.image_format = "RGB"
 train.init_checkpoint = ""
 train.output_dir = "output/ssimkd_mobilenet_v2"

@@ -1,6 +1,5 @@
 """Measuring times, and writing the results as tables."""
 
-import argparse
 import statistics
 import time
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
@@ -8,14 +7,6 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 import torch
 
 Call = Callable[[], object]
-
-
-def positive(text: str) -> int:
-    """The type of a command line's argument: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def clock_of(device: Union[str, torch.device], cpu_time: bool = False) -> Callable[[], float]:
