@@ -75,7 +75,7 @@ class _Array(np.ndarray):
 
 def _reconstruct(kind: Any, *options: Any) -> _Array:
     if kind is not _Array:
-        raise pickle.UnpicklingError(f"{kind} is no kind of array")
+        raise pickle.UnpicklingError(f"{kind} is not a kind of array")
     return _Array()
 
 

@@ -9,7 +9,7 @@ This command gets the batch of one of them. The time does not include evaluation
 between GPUs.
 
 The command prints a table with its findings and warnings. The exit status is 1 if there is an error
-or a warning, and 0 otherwise. A note, such as one on a few boxes without area, is no warning.
+or a warning, and 0 otherwise. A note, such as one on a few boxes without area, is not a warning.
 """
 
 import copy

@@ -50,7 +50,7 @@ def read_arguments(args: argparse.Namespace):
 
 
 def setting_before_imports(args: argparse.Namespace, name: str) -> str:
-    """A setting of KEYS as text, "" if it is not set; keys that do not exist are no error."""
+    """A setting of KEYS as text, "" if it is not set. Other keys of a `.yaml` need not exist."""
     if not args.config_file:
         return ""
     with as_config_error("--config-file"):

@@ -223,7 +223,7 @@ class ICDLoss(KDLoss):
         width = next(iter(channels.values()))
         if width % (2 * self.heads):
             raise ConfigError(
-                f"MODEL.DISTILL.ICD.HEADS: {width} channels are no multiple of 2 x {self.heads}"
+                f"MODEL.DISTILL.ICD.HEADS: {width} channels are not a multiple of 2 x {self.heads}"
             )
         self.num_classes = num_classes
         code_length = num_classes + 2 * (CENTER_FEATURES + SCALES)

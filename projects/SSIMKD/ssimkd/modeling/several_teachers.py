@@ -201,7 +201,7 @@ def parse_teacher_entry(cfg, entry: Mapping[str, Any], number: int) -> Tuple[str
         number (int): of the entry, from 1.
 
     Raises:
-        ConfigError: the entry is no mapping, or a key is unknown or of the wrong type.
+        ConfigError: the entry is not a mapping, or a key is unknown or of the wrong type.
     """
     if not isinstance(entry, Mapping):
         raise ConfigError(
