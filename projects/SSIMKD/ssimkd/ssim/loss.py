@@ -46,7 +46,8 @@ def ssim_loss(
                                     "zero"; exponents 1, the first may be 0; windows up to 11
 
     "auto" takes the fastest that supports the maps and options. The fast backends form the gradient
-    in the forward. A second backward or a second derivative of theirs goes through the definition.
+    in the forward. A second backward or a second derivative of theirs goes through the definition,
+    as long as the caller keeps the teacher's maps.
 
     Args:
         student (Tensor): (N, C, H, W), gradient flows, also through its normalisation.
