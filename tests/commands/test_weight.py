@@ -28,7 +28,7 @@ def suggest(few_shapes, monkeypatch, capsys):
         weight.main([*map(str, args)])
         said = capsys.readouterr()
         assert "it/s" not in said.err and "iteration" not in said.err  # no bar outside a terminal
-        pattern = r"is (\S+) times(?:.|\n)* Recommended is (\S+), .*\n\n    (\S+)[ =](\S+)\n$"
+        pattern = r"is (\S+) times(?:.|\n)* Recommended is (\S+):\n\n    (\S+)[ =](\S+)\n$"
         now, wanted, key, number = re.search(pattern, said.out).groups()
         return float(now), float(wanted), key, float(number)
 
@@ -39,13 +39,13 @@ def test_the_override_gives_the_recommended_ratio(suggest):
     # the student does not move, so the ratio is proportional to the weight
     still = (*YAML[:2], "--iters", 20, *YAML[2:], "SOLVER.BASE_LR", 1e-9)
     ratio, wanted, key, number = suggest(*still)
-    assert wanted == weight.CLIPPED and number == pytest.approx(16 * wanted / ratio, rel=0.06)
+    assert wanted == weight.RECOMMENDED and number == pytest.approx(16 * wanted / ratio, rel=0.06)
     assert suggest(*still, key, number)[0] == pytest.approx(wanted, rel=0.06)  # two digits
 
 
 def test_a_lazy_config(suggest):
     ratio, wanted, key, number = suggest(*LAZY[:2], "--iters", 20, *LAZY[2:])
-    assert wanted == weight.UNCLIPPED and key == "model.distiller.losses.0.weight"
+    assert wanted == weight.RECOMMENDED and key == "model.distiller.losses.0.weight"
     assert number == pytest.approx(4.0 * wanted / ratio, rel=0.06)  # 4 is the default
     assert load_config(LAZY[1], [f"{key}={number}"]).model.distiller.losses[0].weight == number
 
@@ -54,18 +54,17 @@ def test_text_by_hand():
     rows = [{"iteration": i, "gradient_ratio": r} for i, r in enumerate([90.0, 9.0, 2.0, 4.0])]
     rows[-1].update({"ssim_kd/p3": 0.25, "gradient_ratio/p3": 8.0, "ssim_kd/p4": 0.5})
     weights = {"MODEL.DISTILL.SSIM.WEIGHT": 6.0, "MODEL.DISTILL.L2.WEIGHT": 3.0}
-    text = weight.report(weights, weight.medians(rows), clipped=False)
+    text = weight.report(weights, weight.medians(rows))
     assert "| ssim_kd/p3 | 0.25 | 8 |\n| ssim_kd/p4 | 0.5 | - |" in text
     # the median of 2 and 4, the later half
-    assert "distillation is 3 times" in text and "8, because this solver does not clip" in text
-    assert text.endswith("    MODEL.DISTILL.SSIM.WEIGHT 16\n    MODEL.DISTILL.L2.WEIGHT 8")
+    assert "distillation is 3 times" in text and "Recommended is 25:" in text
+    assert text.endswith("    MODEL.DISTILL.SSIM.WEIGHT 50\n    MODEL.DISTILL.L2.WEIGHT 25")
     for value, where in ((0.0, "maps"), (2.0, "predictions")):  # 0: the weight is 0 in this run
         rows[-1]["gradient_ratio/roi"] = value
-        text = weight.report(weights, weight.medians(rows), clipped=False)
+        text = weight.report(weights, weight.medians(rows))
         assert f"At the student's {where} the gradient" in text
-    assert "25, because this solver clips" in weight.report(weights, {"gradient_ratio": 3.0}, True)
     with pytest.raises(ConfigError, match="--iters"):
-        weight.report(weights, {}, True)
+        weight.report(weights, {})
 
 
 @pytest.mark.parametrize("flag", [("--iters", "19"), ("--num-gpus", "0")])

@@ -37,9 +37,8 @@ from ssimkd.utils.user_code import IMPORTED
 from . import begin
 
 PERIOD = 10  # iterations between two measurements of the gradients
-# The recommended ratio of the gradients where the solver clips them, and where it does not; see
-# "Choosing a weight" in docs/losses.md.
-CLIPPED, UNCLIPPED = 25.0, 8.0
+# The ratio of the gradients that is recommended; see "Choosing a weight" in docs/losses.md.
+RECOMMENDED = 25.0
 
 
 def losses_in(cfg) -> Iterator[Tuple[KDLoss, str]]:
@@ -73,11 +72,6 @@ def weights_of(cfg) -> Dict[str, float]:
         )
     on_maps = {key: loss.weight for key, loss in found if loss.of_maps}
     return on_maps or {key: loss.weight for key, loss in found}
-
-
-def clips(cfg) -> bool:
-    """Whether the solver of a config clips gradients; Detectron2's LazyConfigs never do."""
-    return isinstance(cfg, CfgNode) and cfg.SOLVER.CLIP_GRADIENTS.ENABLED
 
 
 def delays_in(cfg) -> List[str]:
@@ -160,7 +154,7 @@ def medians(rows: List[Dict[str, Any]]) -> Dict[str, float]:
     return {key: statistics.median(row[key] for row in late if key in row) for key in keys}
 
 
-def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -> str:
+def report(weights: Dict[str, float], logged: Dict[str, float]) -> str:
     """The text for the terminal.
 
     Raises:
@@ -173,17 +167,15 @@ def report(weights: Dict[str, float], logged: Dict[str, float], clipped: bool) -
     for key, value in ((key, value) for key, value in logged.items() if "_kd/" in key):
         level = logged.get(f"gradient_ratio/{key.rsplit('/', 1)[1]}")
         lines.append(f"| {key} | {value:.3g} | {'-' if level is None else f'{level:.3g}'} |")
-    wanted = CLIPPED if clipped else UNCLIPPED
-    how = "clips" if clipped else "does not clip"
     at_heads = any(logged.get(f"gradient_ratio/{kind}", 0.0) > 0 for kind in NAMES)
     where = "predictions" if at_heads else "maps"
     lines += [
         "",
         f"At the student's {where} the gradient of the distillation is {ratio:.3g} times that of",
-        f"the detector's losses. Recommended is {wanted:g}, because this solver {how} gradients:",
+        f"the detector's losses. Recommended is {RECOMMENDED:g}:",
         "",
     ]
-    numbers = {key: f"{weight * wanted / ratio:.2g}" for key, weight in weights.items()}
+    numbers = {key: f"{weight * RECOMMENDED / ratio:.2g}" for key, weight in weights.items()}
     equals = {key: " " if key.isupper() else "=" for key in weights}
     return "\n".join(lines + [f"    {key}{equals[key]}{x}" for key, x in numbers.items()])
 
@@ -200,4 +192,4 @@ def main(words: Optional[Sequence[str]] = None) -> None:
         print(
             f"Neither measured nor changed, because it acts on predictions: {', '.join(others)}\n"
         )
-    print(report(weights, medians(probe(cfg, args)), clips(cfg)))
+    print(report(weights, medians(probe(cfg, args))))
